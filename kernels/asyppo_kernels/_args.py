@@ -1,0 +1,75 @@
+"""What every op does before it computes: check its arguments once, and choose a backend.
+
+A check reads shapes, dtypes, devices and Python numbers only, never the values of a tensor, so it costs no host
+synchronisation and traces under ``torch.compile(fullgraph=True)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(
+    name: str,
+    value: Tensor,
+    *,
+    shape: Sequence[int | None],
+    needs: str,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
+) -> None:
+    """Raise ValueError naming ``name`` unless ``value`` has this shape (None: any size), dtype and device.
+
+    ``needs`` says the shape in words a caller knows, such as ``"[N] = [6]"``.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: got {type(value).__name__}, needs a tensor of shape {needs}")
+    if value.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(value.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, needs {needs}")
+    if value.dtype not in dtypes:
+        raise ValueError(f"{name}: got dtype {value.dtype}, needs {' or '.join(str(d) for d in dtypes)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, needs {device}, as the other arguments")
+
+
+def check_number(
+    name: str,
+    value: float,
+    needs: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raise ValueError naming ``name`` unless the Python number ``value`` is finite and within its bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: got {value!r}, needs {needs}")
+    inside = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+    if not (math.isfinite(value) and inside):
+        raise ValueError(f"{name}: got {value!r}, needs {needs}")
+
+
+def choose_backend(op: str, backend: str, device: torch.device, *, has_triton: bool) -> Literal["triton", "torch"]:
+    """``auto`` is Triton on a GPU where the op has a Triton form, and torch elsewhere.
+
+    Raises ValueError for an unknown name and NotImplementedError when Triton is asked of an op without such a form.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: got {backend!r}, needs one of {', '.join(get_args(Backend))}")
+    if backend == "auto":
+        return "triton" if has_triton and device.type == "cuda" else "torch"
+    if backend == "triton" and not has_triton:
+        raise NotImplementedError(f"backend: got 'triton', but {op} has no Triton form yet; needs 'auto' or 'torch'")
+    return "triton" if backend == "triton" else "torch"
