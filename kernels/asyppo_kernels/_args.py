@@ -33,6 +33,11 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: got {type(value).__name__}, needs a tensor of shape {needs}")
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name}: got a DTensor, needs a plain tensor: gather it with .full_tensor(), or call the op inside the "
+            "forward of the FSDP root module, where its own parameters are gathered"
+        )
     if value.dim() != len(shape) or any(
         want is not None and got != want for got, want in zip(value.shape, shape, strict=True)
     ):
