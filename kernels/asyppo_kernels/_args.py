@@ -62,7 +62,8 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}: got {value!r}, needs {needs}")
     inside = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
-    if not (math.isfinite(value) and inside):
+    finite = -math.inf < value < math.inf  # math.isfinite does not trace where the number is symbolic
+    if not (finite and inside):
         raise ValueError(f"{name}: got {value!r}, needs {needs}")
 
 
