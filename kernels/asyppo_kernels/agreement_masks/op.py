@@ -1,0 +1,122 @@
+"""The public function ``agreement_masks``: checks, dispatch and registration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
+from asyppo_kernels.agreement_masks import torch_form
+
+
+class AgreementMasks(NamedTuple):
+    """What ``agreement_masks`` returns."""
+
+    advantage_keep: Tensor
+    """Bool, std's shape: False where the critics agree, and where ``mask`` is False."""
+    entropy_keep: Tensor
+    """Bool, std's shape: False where the critics diverge, and where ``mask`` is False."""
+    low: Tensor
+    """0-d float32: tokens below it leave the advantage term."""
+    high: Tensor
+    """0-d float32: tokens above it leave the entropy term."""
+
+
+def agreement_masks(
+    std: Tensor,
+    mask: Tensor,
+    *,
+    advantage_fraction: float = 0.2,
+    entropy_fraction: float = 0.2,
+    group: ProcessGroup | None = None,
+    backend: Backend = "auto",
+) -> AgreementMasks:
+    """Drop the tokens whose values the critics agree on most from the advantage, least from the entropy term.
+
+    The masks I^A and I^H of AsyPPO (arXiv 2510.01656). With s the sorted standard deviations of the n valid tokens, and
+    rank(f) = floor(f n) in exact arithmetic on f rounded to six decimals, ``low = s[rank(advantage_fraction)]`` and
+    ``high = s[n - 1 - rank(entropy_fraction)]``. ``std < low`` leaves the advantage, ``std > high`` the entropy term.
+    Ties are kept: critics that agree everywhere mask nothing, and a fraction of 0 drops nothing. Without valid tokens
+    both masks are all False and both thresholds 0. Masked tokens come out False; what they hold (NaN included) is not
+    read.
+
+    Args:
+        std: any shape, float32, bfloat16 or float16, >= 0 (-0.0 and inf included; NaN counts as above inf and is kept).
+        mask: bool, std's shape, True where the token counts.
+        advantage_fraction: share dropped from the advantage, in [0, 1).
+        entropy_fraction: share dropped from the entropy term, in [0, 1).
+        group: take the order statistics over the tokens of all ranks in this process group, each of which calls this
+            with its own tokens, possibly none. The result does not depend on how the tokens are divided.
+        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+
+    Returns:
+        ``AgreementMasks(advantage_keep, entropy_keep, low, high)``, on std's device, without a host synchronisation.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or layout, or a fraction lies outside [0, 1).
+        NotImplementedError: ``backend="triton"``.
+    """
+    check_tensor("std", std, shape=(None,) * std.dim(), needs="a tensor", dtypes=FLOATS)
+    check_tensor("mask", mask, shape=std.shape, needs="the shape of std", dtypes=(torch.bool,), device=std.device)
+    low_ppm = _ppm("advantage_fraction", advantage_fraction)
+    high_ppm = _ppm("entropy_fraction", entropy_fraction)
+    choose_backend("agreement_masks", backend, std.device, has_triton=False)
+    std = std.detach()
+    state = torch.zeros(2, 2, dtype=torch.int64, device=std.device)
+    for level in range(len(torch_form.SHIFTS)):
+        counts = _count_op(std, mask, state, level)
+        if group is not None:
+            counts = _all_reduce(counts, group)
+        state = _descend_op(counts, state, level, low_ppm, high_ppm)
+    return AgreementMasks(*_apply_op(std, mask, state))
+
+
+def _ppm(name: str, fraction: float) -> int:
+    needs = "a fraction in [0, 1), below 1 when rounded to six decimals"
+    check_number(name, fraction, needs, low=0.0, high=1.0, high_open=True)
+    ppm = round(fraction * 1e6)
+    if ppm == 10**6:
+        raise ValueError(f"{name}: got {fraction!r}, needs {needs}")
+    return ppm
+
+
+def _all_reduce(counts: Tensor, group: ProcessGroup) -> Tensor:
+    from torch.distributed._functional_collectives import all_reduce, wait_tensor
+
+    return wait_tensor(all_reduce(counts, "sum", group))
+
+
+@torch.library.custom_op("asyppo::agreement_count", mutates_args=())
+def _count_op(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
+    return torch_form.count(std, mask, state, level)
+
+
+@_count_op.register_fake
+def _(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
+    return state.new_empty(2, torch_form.BINS[level])
+
+
+@torch.library.custom_op("asyppo::agreement_descend", mutates_args=())
+def _descend_op(counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int) -> Tensor:
+    return torch_form.descend(counts, state, level, low_ppm, high_ppm)
+
+
+@_descend_op.register_fake
+def _(counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int) -> Tensor:
+    return torch.empty_like(state)
+
+
+@torch.library.custom_op("asyppo::agreement_apply", mutates_args=())
+def _apply_op(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch_form.apply(std, mask, state)
+
+
+@_apply_op.register_fake
+def _(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def threshold() -> Tensor:
+        return std.new_empty((), dtype=torch.float32)
+
+    return torch.empty_like(mask), torch.empty_like(mask), threshold(), threshold()

@@ -1,0 +1,89 @@
+"""The public function ``ensemble_gae``: checks, dispatch and registration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
+from asyppo_kernels.ensemble_gae import torch_form
+
+
+class EnsembleGAE(NamedTuple):
+    """What ``ensemble_gae`` returns; all [B, T], float32, detached, 0 at masked steps."""
+
+    advantage: Tensor
+    """GAE with ``lam`` on the mean value."""
+    returns: Tensor
+    """GAE with ``value_lam`` on the mean value, plus the mean value: the critics' target."""
+    mean: Tensor
+    """Mean over the critics."""
+    std: Tensor
+    """Population standard deviation over the critics."""
+
+
+def ensemble_gae(
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    value_lam: float = 1.0,
+    backend: Backend = "auto",
+) -> EnsembleGAE:
+    """Estimate advantages and returns on the mean of K critics (GAE, arXiv 1506.02438; AsyPPO, arXiv 2510.01656).
+
+    With V the mean over critics and t' the next valid step after t, ``delta_t = reward_t + gamma V_t' - V_t`` and
+    ``advantage_t = delta_t + gamma lam advantage_t'``; both V and the advantage are 0 after a row's last valid step.
+    ``returns`` is V plus the advantage taken with ``value_lam``. For critic m's own return pass ``value[m:m+1]``.
+
+    A masked step is skipped: gamma does not count it, what it holds (NaN included) is not read, and its outputs are 0.
+    Valid steps may have holes between them and padding on either side; a row without any comes out 0.
+
+    Args:
+        value: [K, B, T] float32, bfloat16 or float16; K >= 1. ``value[:, :, t]`` is the value of the state in which
+            token t is chosen, before that token is seen.
+        reward: [B, T], in any of these dtypes.
+        mask: [B, T] bool, True where the step counts.
+        gamma: discount, in [0, 1].
+        lam: lambda of the advantage, in [0, 1].
+        value_lam: lambda of the returns, in [0, 1]; 1 is the discounted sum of the rewards.
+        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+
+    Returns:
+        ``EnsembleGAE(advantage, returns, mean, std)``, all [B, T] float32, computed in float32 and detached.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or layout, or a number lies outside [0, 1].
+        NotImplementedError: ``backend="triton"``.
+    """
+    check_tensor("value", value, shape=(None, None, None), needs="[K, B, T]", dtypes=FLOATS)
+    k, b, t = value.shape
+    if k == 0:
+        raise ValueError(f"value: got shape {list(value.shape)}, needs [K, B, T] with K >= 1")
+    check_tensor("reward", reward, shape=(b, t), needs="[B, T] of value", dtypes=FLOATS, device=value.device)
+    check_tensor("mask", mask, shape=(b, t), needs="[B, T] of value", dtypes=(torch.bool,), device=value.device)
+    for name, number in (("gamma", gamma), ("lam", lam), ("value_lam", value_lam)):
+        check_number(name, number, "a number in [0, 1]", low=0.0, high=1.0)
+    choose_backend("ensemble_gae", backend, value.device, has_triton=False)
+    return EnsembleGAE(*_op(value.detach(), reward.detach(), mask, float(gamma), float(lam), float(value_lam)))
+
+
+@torch.library.custom_op("asyppo::ensemble_gae", mutates_args=())
+def _op(
+    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch_form.forward(value, reward, mask, gamma, lam, value_lam)
+
+
+@_op.register_fake
+def _(
+    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def empty() -> Tensor:
+        return value.new_empty(mask.shape, dtype=torch.float32)
+
+    return empty(), empty(), empty(), empty()

@@ -1,0 +1,115 @@
+"""The public function ``ensemble_value``: checks, dispatch, registration and autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from asyppo_kernels._args import FLOATS, Backend, check_tensor, choose_backend
+from asyppo_kernels.ensemble_value import torch_form
+
+
+class EnsembleValue(NamedTuple):
+    """What ``ensemble_value`` returns; all float32."""
+
+    value: Tensor
+    """[K, N], differentiable."""
+    mean: Tensor
+    """[N], mean over the critics, detached."""
+    std: Tensor
+    """[N], population standard deviation over the critics, detached."""
+
+
+def ensemble_value(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
+) -> EnsembleValue:
+    """Apply K critics' value heads and measure where the critics disagree.
+
+    ``value[k, n] = hidden[k, n] · weight[k] + bias[k]``, with its mean and population standard deviation over k: the
+    advantage's baseline and the signal of the masks in AsyPPO (arXiv 2510.01656). Products accumulate in float32.
+
+    Args:
+        hidden: [K, N, H] float32, bfloat16 or float16, the critics' last hidden states; K >= 1.
+        weight: [K, H], in any of these dtypes.
+        bias: [K], in any of these dtypes.
+        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+
+    Returns:
+        ``EnsembleValue(value, mean, std)``, float32. ``value`` [K, N] is differentiable in hidden, weight and bias,
+        whose gradients accumulate in float32 and come in the dtype of the input. ``mean`` and ``std`` [N] are detached.
+        With one critic, and wherever the critics agree to the bit, std is exactly 0.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or layout.
+        NotImplementedError: ``backend="triton"``.
+    """
+    check_tensor("hidden", hidden, shape=(None, None, None), needs="[K, N, H]", dtypes=FLOATS)
+    k, _, h = hidden.shape
+    if k == 0:
+        raise ValueError(f"hidden: got shape {list(hidden.shape)}, needs [K, N, H] with K >= 1")
+    check_tensor("weight", weight, shape=(k, h), needs="[K, H] of hidden", dtypes=FLOATS, device=hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(k,), needs="[K] of hidden", dtypes=FLOATS, device=hidden.device)
+    choose_backend("ensemble_value", backend, hidden.device, has_triton=False)
+    value, mean, std = _forward_op(hidden, weight, bias)
+    return EnsembleValue(value, mean.detach(), std.detach())
+
+
+@torch.library.custom_op("asyppo::ensemble_value", mutates_args=())
+def _forward_op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return torch_form.forward(hidden, weight, bias)
+
+
+@_forward_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    k, n, _ = hidden.shape
+    value = hidden.new_empty((k, n), dtype=torch.float32)
+    return value, value.new_empty(n), value.new_empty(n)
+
+
+@torch.library.custom_op("asyppo::ensemble_value_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch_form.backward(grad, hidden, weight, bias_dtype, (needs_hidden, needs_weight, needs_bias))
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+        grad.new_empty(grad.shape[0] if needs_bias else 0, dtype=bias_dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias = inputs
+    ctx.save_for_backward(hidden, weight)
+    ctx.bias_dtype = torch.float32 if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight = ctx.saved_tensors
+    needs = tuple(ctx.needs_input_grad)
+    grads = _backward_op(grad, hidden, weight, ctx.bias_dtype, *needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+torch.library.register_autograd("asyppo::ensemble_value", _backward, setup_context=_setup_context)
