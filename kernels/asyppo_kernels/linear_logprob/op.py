@@ -1,0 +1,182 @@
+"""The public function, and the custom ops under it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from asyppo_kernels._args import Backend, choose_backend
+from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
+from asyppo_kernels.linear_logprob import torch_form
+
+
+class LinearLogprob(NamedTuple):
+    """Of each row: the target's log-prob and the entropy of its distribution, in nats, float32 [N]."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = True,
+    logits_dtype: torch.dtype = torch.float32,
+    backend: Backend = "auto",
+) -> LinearLogprob:
+    """Log-prob of each target token and entropy, from hidden states, without the logits [N, V] in memory.
+
+    The logits are ``z = softcap(hidden weight^T + bias) / temperature`` with ``softcap(x) = c tanh(x / c)``, and both
+    outputs belong to softmax(z). They are the log pi and H of AsyPPO's policy objective (arXiv 2510.01656, step 6 of
+    its algorithm); this is the op for the log-probs of the rollout, of a reference policy, and for a loss of your own.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``, for any upstream gradient of both outputs, once; the
+    backward recomputes the logits. Gradients come in their input's dtype, accumulated in float32. Rows whose target
+    is -100 cost nothing, are not read, and return 0; finding them is one host synchronisation. The op computes in the
+    dtypes it is given: ``torch.autocast`` neither casts its inputs nor reaches inside.
+
+    Args:
+        hidden: [N, H], float32, bfloat16 or float16: row t holds the hidden state that predicts target t.
+        weight: [V, H], the dtype of hidden.
+        target: [N] int64: token in [0, V), or -100. Values are not checked.
+        bias: [V], float32, bfloat16 or float16.
+        temperature: above 0.
+        softcap: c above 0, or None.
+        entropy: False leaves the entropy out: the result holds None.
+        logits_dtype: what the product hidden weight^T, accumulated in float32, is stored in. bfloat16 halves the
+            traffic and moves a log-prob by up to 0.15.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: naming the argument, what it got and what it needs.
+        NotImplementedError: ``backend="triton"`` is asked for; there is no Triton form yet.
+    """
+    check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype)
+    choose_backend("linear_logprob", backend, hidden.device, has_triton=False)
+    logprob, row_entropy, _, _ = _forward(
+        hidden, weight, target, bias, float(temperature), softcap, entropy, logits_dtype
+    )
+    return LinearLogprob(logprob, row_entropy if entropy else None)
+
+
+@torch.library.custom_op("asyppo::linear_logprob", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    logits_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, row_max, log_sum); the last two are for the backward, an entropy not wanted is empty."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        options = HeadOptions(temperature, softcap, logits_dtype)
+        return torch_form.forward(hidden, weight, target, bias, options, entropy=entropy)
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    entropy: bool,
+    logits_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def row() -> Tensor:
+        return hidden.new_empty(target.shape, dtype=torch.float32)
+
+    return row(), row() if entropy else hidden.new_empty(0, dtype=torch.float32), row(), row()
+
+
+@torch.library.custom_op("asyppo::linear_logprob_backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_hidden, d_weight, d_bias), empty where not needed."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch_form.backward(
+            hidden,
+            weight,
+            target,
+            bias,
+            entropy,
+            row_max,
+            log_sum,
+            grad_logprob,
+            grad_entropy,
+            HeadOptions(temperature, softcap, logits_dtype),
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+
+
+@_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logits_dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient_buffers(hidden, weight, bias, need_hidden, need_weight, need_bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, bias, *ctx.options = inputs
+    _, entropy, row_max, log_sum = output
+    ctx.save_for_backward(hidden, weight, target, bias, entropy, row_max, log_sum)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    temperature, softcap, entropy, logits_dtype = ctx.options
+    saved = ctx.saved_tensors
+    if grad_logprob is None:
+        grad_logprob = torch.zeros_like(saved[-1])
+    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+    needed = need_hidden, need_weight, need_bias
+    grads = _backward(
+        *saved, grad_logprob, grad_entropy if entropy else None, temperature, softcap, logits_dtype, *needed
+    )
+    d_hidden, d_weight, d_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+    return d_hidden, d_weight, None, d_bias, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
