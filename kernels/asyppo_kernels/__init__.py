@@ -3,12 +3,18 @@
 from asyppo_kernels.agreement_masks import AgreementMasks, agreement_masks
 from asyppo_kernels.ensemble_gae import EnsembleGAE, ensemble_gae
 from asyppo_kernels.ensemble_value import EnsembleValue, ensemble_value
+from asyppo_kernels.linear_logprob import LinearLogprob, linear_logprob
+from asyppo_kernels.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
 
 __all__ = [
     "AgreementMasks",
     "EnsembleGAE",
     "EnsembleValue",
+    "LinearLogprob",
+    "LinearPPOLoss",
     "agreement_masks",
     "ensemble_gae",
     "ensemble_value",
+    "linear_logprob",
+    "linear_ppo_loss",
 ]
