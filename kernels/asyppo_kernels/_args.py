@@ -22,12 +22,12 @@ def check_tensor(
     name: str,
     value: Tensor,
     *,
-    shape: Sequence[int | None],
+    shape: Sequence[int | None] | None,
     needs: str,
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> None:
-    """Raise ValueError naming ``name`` unless ``value`` has this shape (None: any size), dtype and device.
+    """Raise ValueError naming ``name`` unless ``value`` has this shape (None: any, or any size), dtype and device.
 
     ``needs`` says the shape in words a caller knows, such as ``"[N] = [6]"``.
     """
@@ -38,8 +38,11 @@ def check_tensor(
             f"{name}: got a DTensor, needs a plain tensor: gather it with .full_tensor(), or call the op inside the "
             "forward of the FSDP root module, where its own parameters are gathered"
         )
-    if value.dim() != len(shape) or any(
-        want is not None and got != want for got, want in zip(value.shape, shape, strict=True)
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {value.layout}, needs a dense tensor of shape {needs}")
+    if shape is not None and (
+        value.dim() != len(shape)
+        or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True))
     ):
         raise ValueError(f"{name}: got shape {list(value.shape)}, needs {needs}")
     if value.dtype not in dtypes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels.agreement_masks import torch_form
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AgreementMasks(NamedTuple):
@@ -59,10 +61,12 @@ def agreement_masks(
         ValueError: an argument has the wrong shape, dtype, device or layout, or a fraction lies outside [0, 1).
         NotImplementedError: ``backend="triton"``.
     """
-    check_tensor("std", std, shape=(None,) * std.dim(), needs="a tensor", dtypes=FLOATS)
+    check_tensor("std", std, shape=None, needs="any", dtypes=FLOATS)
     check_tensor("mask", mask, shape=std.shape, needs="the shape of std", dtypes=(torch.bool,), device=std.device)
     low_ppm = _ppm("advantage_fraction", advantage_fraction)
     high_ppm = _ppm("entropy_fraction", entropy_fraction)
+    if group is not None:
+        _check_group(group)
     choose_backend("agreement_masks", backend, std.device, has_triton=False)
     std = std.detach()
     state = torch.zeros(2, 2, dtype=torch.int64, device=std.device)
@@ -83,6 +87,16 @@ def _ppm(name: str, fraction: float) -> int:
     return ppm
 
 
+def _check_group(group: ProcessGroup) -> None:
+    from torch.distributed import ProcessGroup  # here, since torch can be built without it
+
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"group: got {type(group).__name__}, needs a torch.distributed.ProcessGroup this rank belongs to, "
+            "such as torch.distributed.group.WORLD or device_mesh.get_group()"
+        )
+
+
 def _all_reduce(counts: Tensor, group: ProcessGroup) -> Tensor:
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
@@ -96,7 +110,7 @@ def _count_op(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
 
 @_count_op.register_fake
 def _(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
-    return state.new_empty(2, torch_form.BINS[level])
+    return state.new_empty(torch_form.rows(level), torch_form.BINS[level])
 
 
 @torch.library.custom_op("asyppo::agreement_descend", mutates_args=())
@@ -119,4 +133,4 @@ def _(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor,
     def threshold() -> Tensor:
         return std.new_empty((), dtype=torch.float32)
 
-    return torch.empty_like(mask), torch.empty_like(mask), threshold(), threshold()
+    return mask.new_empty(mask.shape), mask.new_empty(mask.shape), threshold(), threshold()

@@ -17,14 +17,23 @@ SHIFTS = (20, 10, 0)  # of the three digits: bits 30-20, 19-10 and 9-0; bit 31 i
 BINS = (2**11, 2**10, 2**10)
 
 
+def rows(level: int) -> int:
+    """How many rows of counts a level has: the first one's serves low and high."""
+    return 1 if level == 0 else 2
+
+
 def count(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
-    """Count the valid tokens by their digit ``level`` among those that match ``state``: [2, BINS[level]] int64."""
+    """Count the valid tokens by their digit ``level`` among those that match ``state``.
+
+    Returns int64 [2, BINS[level]]; at level 0, where no digit is known and both rows are one, [1, BINS[0]].
+    """
     shift, bins = SHIFTS[level], BINS[level]
-    # abs also clears the sign of -0.0 and of NaN; a masked token's key matches nothing.
-    key = std.float().abs().view(torch.int32).masked_fill(~mask, -1).flatten() >> shift
-    counts = torch.zeros(2, bins + 2, dtype=torch.int64, device=std.device)
+    # abs also clears the sign of -0.0 and of NaN. A masked token's key is -1, all bits set, which matches nothing.
+    key = (std.float().abs().view(torch.int32) | (mask.int() - 1)).flatten() >> shift
+    prefixes = (state[:, 0] >> shift).int()[: rows(level)]
+    counts = torch.zeros(len(prefixes), bins + 2, dtype=torch.int64, device=std.device)
     one = counts.new_ones(()).expand_as(key)
-    for row, prefix in zip(counts, (state[:, 0] >> shift).int(), strict=True):
+    for row, prefix in zip(counts, prefixes, strict=True):
         # Keys below and above the prefix fall into the first and the last bin.
         row.scatter_add_(0, (key - prefix).clamp_(-1, bins).add_(1).long(), one)
     return counts[:, 1:-1].contiguous()
@@ -39,12 +48,12 @@ def descend(counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: i
         rank = torch.stack([torch.minimum(n * low_ppm // 10**6, n - 1), n - 1 - n * high_ppm // 10**6])
     total = counts.cumsum(1)
     digit = (total <= rank[:, None]).sum(1)
-    below = (total - counts).gather(1, digit[:, None]).squeeze(1)
+    below = (total - counts).expand(2, -1).gather(1, digit[:, None]).squeeze(1)
     return torch.stack([prefix + (digit << SHIFTS[level]), rank - below], 1)
 
 
 def apply(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return advantage_keep, entropy_keep, low and high, given the state after the last level."""
-    low, high = (bits.int().view(torch.float32) for bits in state[:, 0])
-    std = std.float()
+    low, high = (key.int().view(torch.float32) for key in state[:, 0])
+    std, mask = std.float().contiguous(), mask.contiguous()
     return mask & ~(std < low), mask & ~(std > high), low, high

@@ -24,8 +24,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return advantage, returns, mean and std, all [B, T] float32."""
     masked = ~mask
-    value = value.float().masked_fill(masked, 0)
-    reward = reward.float().masked_fill(masked, 0)
+    value = value.float().contiguous().masked_fill(masked, 0)
+    reward = reward.float().contiguous().masked_fill(masked, 0)
     mean, std = mean_and_std(value)
     advantage = (reward - mean).add_(_next_z(mean, reward, mask, gamma, lam), alpha=gamma).masked_fill_(masked, 0)
     returns = reward.add_(_next_z(mean, reward, mask, gamma, value_lam), alpha=gamma).masked_fill_(masked, 0)

@@ -94,7 +94,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape) if needs_weight else weight.new_empty(0),
         grad.new_empty(grad.shape[0] if needs_bias else 0, dtype=bias_dtype),
     )
 
