@@ -36,7 +36,7 @@ def count(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
     for row, prefix in zip(counts, prefixes, strict=True):
         # Keys below and above the prefix fall into the first and the last bin.
         row.scatter_add_(0, (key - prefix).clamp_(-1, bins).add_(1).long(), one)
-    return counts[:, 1:-1].contiguous()
+    return counts[:, 1:-1].clone(memory_format=torch.contiguous_format)
 
 
 def descend(counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int) -> Tensor:

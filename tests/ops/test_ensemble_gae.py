@@ -1,0 +1,311 @@
+"""``ensemble_gae`` against a float64 oracle written here from its formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from asyppo_kernels import EnsembleGAE, ensemble_gae
+from asyppo_kernels.ensemble_gae.op import _op
+from asyppo_kernels.ensemble_gae.reference import ensemble_gae_reference
+from asyppo_kernels.ensemble_gae.torch_form import BLOCK
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+BACKENDS = ["torch"]
+NUMBERS = [(1.0, 0.95, 1.0), (0.99, 0.95, 0.9), (1.0, 1.0, 1.0), (1.0, 0.0, 0.5), (0.01, 0.3, 0.01), (0.0, 1.0, 1.0)]
+RAGGED = sorted({1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5, BLOCK**2, BLOCK**2 + 1})
+POISON = [float("nan"), float("inf"), -float("inf"), 3e38]
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def f64(x: Tensor) -> np.ndarray:
+    return x.double().numpy()
+
+
+def make(k: int, b: int, t: int, dtype: torch.dtype = torch.float32, keep: float = 0.7):
+    mask = torch.rand(b, t) < keep
+    return torch.randn(k, b, t).to(dtype), torch.randn(b, t).to(dtype), mask
+
+
+def oracle(value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float):
+    """Row by row on the valid steps alone: the advantage is the sum of (gamma lam)^(j - i) delta_j over j >= i."""
+    outputs = np.zeros((4, *mask.shape))
+    for row, valid in enumerate(mask.numpy()):
+        v, r = f64(value[:, row])[:, valid], f64(reward[row])[valid]
+        n = len(r)
+        if n == 0:
+            continue
+        mean = v.mean(0)
+        delta = r + gamma * np.append(mean[1:], 0.0) - mean
+        distance = np.arange(n)[None, :] - np.arange(n)[:, None]
+        for out, base in ((0, gamma * lam), (1, gamma * value_lam)):
+            powers = np.where(distance >= 0, np.float64(base) ** np.maximum(distance, 0), 0.0)
+            outputs[out, row, valid] = powers @ delta
+        outputs[1, row, valid] += mean
+        outputs[2, row, valid] = mean
+        outputs[3, row, valid] = v.std(0)
+    return outputs
+
+
+def check(out: EnsembleGAE, want: np.ndarray, mask: Tensor, tolerance: float = 2e-6) -> None:
+    for name, got, expected in zip(out._fields, out, want, strict=True):
+        assert got.dtype == torch.float32, name
+        assert not got.requires_grad, name
+        assert got.shape == mask.shape, name
+        assert (got[~mask] == 0).all(), name
+        error = np.abs(f64(got) - expected).max(initial=0) / (1 + np.abs(expected).max(initial=0))
+        assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("t", RAGGED)
+def test_matches_the_oracle(backend, t, numbers):
+    gamma, lam, value_lam = numbers
+    value, reward, mask = make(2, 3, t)
+    out = ensemble_gae(value, reward, mask, gamma=gamma, lam=lam, value_lam=value_lam, backend=backend)
+    check(out, oracle(value, reward, mask, *numbers), mask)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_any_number_of_critics(backend, k):
+    value, reward, mask = make(k, 4, 70)
+    out = ensemble_gae(value, reward, mask, backend=backend)
+    check(out, oracle(value, reward, mask, 1.0, 0.95, 1.0), mask)
+    if k == 1:
+        assert (out.std == 0).all()
+        assert torch.equal(out.mean, value[0] * mask)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_reference_matches_the_oracle(backend, numbers):
+    gamma, lam, value_lam = numbers
+    value, reward, mask = make(3, 5, 40, torch.float64)
+    got = ensemble_gae_reference(value, reward, mask, gamma=gamma, lam=lam, value_lam=value_lam)
+    for x, want in zip(got, oracle(value, reward, mask, *numbers), strict=True):
+        assert x.dtype == torch.float64
+        np.testing.assert_allclose(x.numpy(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_worked_by_hand(backend):
+    # V = 1, 2, -, 4 at the valid steps 0, 1 and 3; the reward comes with the last token.
+    value = torch.tensor([[[0.0, 1.0, 7.0, 4.0]], [[2.0, 3.0, 9.0, 4.0]]])
+    reward = torch.tensor([[0.0, 0.0, 5.0, 8.0]])
+    mask = torch.tensor([[True, True, False, True]])
+    out = ensemble_gae(value, reward, mask, gamma=0.5, lam=0.5, value_lam=1.0, backend=backend)
+    # delta = 0 + 0.5 * 2 - 1, 0 + 0.5 * 4 - 2, 8 - 4
+    assert out.advantage.tolist() == [[0.25, 1.0, 0.0, 4.0]]
+    assert out.returns.tolist() == [[2.0, 4.0, 0.0, 8.0]]  # the discounted reward: 8 / 4, 8 / 2, 8
+    assert out.mean.tolist() == [[1.0, 2.0, 0.0, 4.0]]
+    assert out.std.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_the_value_of_the_next_valid_step_enters(backend):
+    """A value moves the advantage of its own step and of the one before: not one later, not the masked one's."""
+    mask = torch.tensor([[True, True, False, True, True]])
+    reward = torch.zeros(1, 5)
+    for step, expected in ((3, [[0.0, 1.0, 0.0, -1.0, 0.0]]), (4, [[0.0, 0.0, 0.0, 1.0, -1.0]]), (2, [[0.0] * 5])):
+        value = torch.zeros(1, 1, 5)
+        value[0, 0, step] = 1
+        assert ensemble_gae(value, reward, mask, lam=0.0, backend=backend).advantage.tolist() == expected
+
+
+@pytest.mark.parametrize("poison", POISON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["right", "left", "holes", "none", "one", "first", "last"])
+def test_masked_steps_are_not_read(backend, pattern, dtype, poison):
+    t = BLOCK + 9
+    value, reward, mask = make(2, 4, t, dtype)
+    if pattern in ("right", "left"):
+        lengths = torch.tensor([[0], [1], [BLOCK], [t]])
+        mask = torch.arange(t) < lengths
+        mask = mask.flip(1) if pattern == "left" else mask
+    elif pattern != "holes":
+        mask = torch.zeros(4, t, dtype=torch.bool)
+        at = {"none": [], "one": [BLOCK], "first": [0], "last": [t - 1]}[pattern]
+        mask[:, at] = True
+    clean = ensemble_gae(value * mask, reward * mask, mask, backend=backend)
+    check(clean, oracle(value, reward, mask, 1.0, 0.95, 1.0), mask)
+    dirty = ensemble_gae(value.masked_fill(~mask, poison), reward.masked_fill(~mask, poison), mask, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+
+
+def test_only_valid_steps_count(backend):
+    """Scattering a row's valid steps over a longer one changes nothing: gamma does not count the gaps."""
+    value, reward, _ = make(2, 1, 50)
+    at = torch.randperm(300)[:50].sort().values
+    mask = torch.zeros(1, 300, dtype=torch.bool)
+    mask[:, at] = True
+    wide_value, wide_reward = torch.full((2, 1, 300), torch.nan), torch.full((1, 300), torch.nan)
+    wide_value[..., at], wide_reward[..., at] = value, reward
+    dense = ensemble_gae(value, reward, mask[:, at], gamma=0.9, value_lam=0.8, backend=backend)
+    spread = ensemble_gae(wide_value, wide_reward, mask, gamma=0.9, value_lam=0.8, backend=backend)
+    for a, b in zip(dense, spread, strict=True):
+        torch.testing.assert_close(b[:, at], a, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_do_not_touch_each_other(backend):
+    value, reward, mask = make(2, 6, 100)
+    alone = [ensemble_gae(value[:, i : i + 1], reward[i : i + 1], mask[i : i + 1], backend=backend) for i in range(6)]
+    value[:, 2], reward[4], mask[2] = torch.nan, torch.inf, True
+    together = ensemble_gae(value, reward, mask, backend=backend)
+    for i in (0, 1, 3, 5):
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone[i], strict=True))
+
+
+def test_an_own_return_per_critic(backend):
+    value, reward, mask = make(3, 4, 60)
+    for m in range(3):
+        out = ensemble_gae(value[m : m + 1], reward, mask, value_lam=0.9, backend=backend)
+        check(out, oracle(value[m : m + 1], reward, mask, 1.0, 0.95, 0.9), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_computed_in_float32(backend, dtype):
+    value, reward, mask = make(2, 3, 500, dtype)
+    want = oracle(value, reward, mask, 1.0, 0.95, 1.0)
+    out = ensemble_gae(value, reward, mask, backend=backend)
+    check(out, want, mask)
+    plain = ensemble_gae_reference(value, reward, mask)
+    for got, low, expected in zip(out, plain, want, strict=True):
+        assert np.abs(f64(got) - expected).max() <= np.abs(f64(low) - expected).max()
+
+
+def test_dtypes_may_differ(backend):
+    value, reward, mask = make(2, 3, 40)
+    out = ensemble_gae(value.bfloat16(), reward.half(), mask, backend=backend)
+    check(out, oracle(value.bfloat16(), reward.half(), mask, 1.0, 0.95, 1.0), mask)
+
+
+@pytest.mark.parametrize("numbers", [(1.0, 1.0, 1.0), (1.0, 0.95, 1.0), (0.05, 0.05, 1.0), (0.999, 0.97, 0.98)])
+def test_long_rows(backend, numbers):
+    gamma, lam, value_lam = numbers
+    t = 131_072
+    value, reward, mask = make(2, 1, t, keep=0.9)
+    out = ensemble_gae(value, reward, mask, gamma=gamma, lam=lam, value_lam=value_lam, backend=backend)
+    mean, r = f64(value).mean(0)[0], f64(reward)[0]
+    want = np.zeros((4, 1, t))
+    advantage = residual = next_value = 0.0
+    for i in np.flatnonzero(mask[0].numpy())[::-1]:
+        delta = r[i] + gamma * next_value - mean[i]
+        advantage = delta + gamma * lam * advantage
+        residual = delta + gamma * value_lam * residual
+        next_value = mean[i]
+        want[:2, 0, i] = advantage, residual + mean[i]
+    want[2], want[3] = f64(value).mean(0) * mask.numpy(), f64(value).std(0) * mask.numpy()
+    check(out, want, mask, tolerance=2e-6)
+
+
+def test_no_worse_than_a_float32_loop(backend):
+    """With gamma lam = 1 the error of a sum of a thousand terms shows."""
+    value, reward, mask = make(2, 16, 1200, keep=1.0)
+    want = oracle(value, reward, mask, 1.0, 1.0, 1.0)
+    ours = ensemble_gae(value, reward, mask, lam=1.0, backend=backend)
+    loop = ensemble_gae_reference(value, reward, mask, lam=1.0)
+    for got, plain, expected in zip(ours, loop, want, strict=True):
+        assert np.abs(f64(got) - expected).max() <= np.abs(f64(plain) - expected).max() + 1e-6
+
+
+def test_std_survives_a_large_common_value(backend):
+    value = torch.randn(3, 2, 200) + 4096
+    out = ensemble_gae(value, torch.zeros(2, 200), torch.ones(2, 200, dtype=torch.bool), backend=backend)
+    np.testing.assert_allclose(f64(out.std), f64(value).std(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("b", "t"), [(0, 5), (3, 0), (1, 1)])
+def test_tiny(backend, b, t):
+    value, reward, mask = make(2, b, t, keep=1.0)
+    check(ensemble_gae(value, reward, mask, backend=backend), oracle(value, reward, mask, 1.0, 0.95, 1.0), mask)
+
+
+def test_strided_inputs_and_detached_outputs(backend):
+    value, reward, mask = make(2, 5, 37)
+    plain = ensemble_gae(value, reward, mask, backend=backend)
+    strided = ensemble_gae(
+        value.movedim(0, 2).contiguous().movedim(2, 0).requires_grad_(),
+        reward.T.contiguous().T.requires_grad_(),
+        mask.T.contiguous().T,
+        backend=backend,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+    assert not any(x.requires_grad for x in strided)
+    assert all(x.is_contiguous() for x in strided)
+
+
+def test_inputs_are_left_alone(backend):
+    inputs = make(1, 3, 50)
+    before = [x.clone() for x in inputs]
+    ensemble_gae(*inputs, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def rows(max_t: int) -> st.SearchStrategy[np.ndarray]:
+    return hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, max_side=max_t))
+
+
+def check_any(backend: str, k: int, mask: np.ndarray, numbers: tuple[float, float, float], seed: int) -> None:
+    torch.manual_seed(seed)
+    value, reward, _ = make(k, *mask.shape)
+    mask = torch.from_numpy(mask)
+    gamma, lam, value_lam = numbers
+    out = ensemble_gae(value, reward, mask, gamma=gamma, lam=lam, value_lam=value_lam, backend=backend)
+    check(out, oracle(value, reward, mask, *numbers), mask)
+
+
+UNIT = st.floats(0, 1, allow_subnormal=False)
+ANY = {"k": st.integers(1, 5), "mask": rows(80), "numbers": st.tuples(UNIT, UNIT, UNIT), "seed": st.integers(0, 2**31)}
+
+
+@given(**ANY)
+@settings(max_examples=20, deadline=None)
+def test_any_mask(backend, k, mask, numbers, seed):
+    check_any(backend, k, mask, numbers, seed)
+
+
+@pytest.mark.slow
+@given(**ANY)
+@settings(max_examples=1000, deadline=None)
+def test_many_masks(backend, k, mask, numbers, seed):
+    check_any(backend, k, mask, numbers, seed)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(backend, dynamic):
+    def step(value: Tensor, reward: Tensor, mask: Tensor, gamma: float) -> EnsembleGAE:
+        return ensemble_gae(value * 2, reward, mask, gamma=gamma, value_lam=0.9, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for t, gamma in ((5, 1.0), (40, 0.9)):
+        inputs = make(2, 3, t)
+        got, want = compiled(*inputs, gamma), step(*inputs, gamma)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_opcheck(backend):
+    value, reward, mask = make(2, 3, 41)
+    torch.library.opcheck(_op, (value, reward, mask, 0.99, 0.95, 1.0))
+    torch.library.opcheck(_op, (value[:1].bfloat16(), reward.T.contiguous().T, mask, 1.0, 0.95, 1.0))
+
+
+def test_errors_name_the_argument(backend):
+    value, reward, mask = make(2, 3, 4)
+    for arguments, message in [
+        ((None, reward, mask), "value: got NoneType"),
+        ((value[0], reward, mask), r"value: got shape \[3, 4\], needs \[K, B, T\]"),
+        ((value[:0], reward, mask), r"value: got shape \[0, 3, 4\], needs .*K >= 1"),
+        ((value.long(), reward, mask), "value: got dtype torch.int64"),
+        ((value, reward[:, :3], mask), r"reward: got shape \[3, 3\], needs \[B, T\]"),
+        ((value, reward.double(), mask), "reward: got dtype torch.float64"),
+        ((value, reward, mask.float()), "mask: got dtype torch.float32, needs torch.bool"),
+        ((value, reward, mask[:1]), r"mask: got shape \[1, 4\]"),
+        ((value, reward, mask.to("meta")), "mask: got device meta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ensemble_gae(*arguments, backend=backend)
+    for name in ("gamma", "lam", "value_lam"):
+        for number in (-0.01, 1.01, float("nan"), None, torch.tensor(0.5)):
+            with pytest.raises(ValueError, match=rf"{name}: got .*needs a number in \[0, 1\]"):
+                ensemble_gae(value, reward, mask, **{name: number}, backend=backend)
