@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,3 +26,21 @@ def poisoned_memory() -> Iterator[None]:
 def seeded() -> None:
     """Give every test the same random numbers whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def count_gemms() -> Callable[[Callable[[], object]], list[int]]:
+    """Run a function and return, of each matrix product in it, how many multiplications it does."""
+
+    def count(function: Callable[[], object]) -> list[int]:
+        with torch.profiler.profile(record_shapes=True) as profile:
+            function()
+        first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # position of the left operand
+        sizes = []
+        for event in profile.events():
+            if event.name in first:
+                (n, k), (_, m) = event.input_shapes[first[event.name] :][:2]
+                sizes.append(n * k * m)
+        return sizes
+
+    return count
