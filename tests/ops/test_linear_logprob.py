@@ -496,6 +496,7 @@ def test_compiles_without_graph_breaks(backend: str, dynamic: bool) -> None:
         out = linear_logprob(hidden * 2, weight, target, bias=bias, temperature=0.9, softcap=20.0, backend=backend)
         return (out.logprob * torch.arange(len(target))).sum() + out.entropy.square().sum()
 
+    torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (6, 9) if dynamic else (6,):
         data = make(n, 4, 11)

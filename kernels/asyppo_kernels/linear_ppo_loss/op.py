@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,19 +114,22 @@ def linear_ppo_loss(
     """
     check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype)
     n, device = hidden.shape[0], hidden.device
-    numbers = {
-        "old_logprob": old_logprob,
-        "advantage": advantage,
-        "token_weight": token_weight,
-        "ref_logprob": ref_logprob,
-        "rollout_weight": rollout_weight,
-    }
-    for name, value in numbers.items():
-        if value is not None:
-            check_tensor(name, value, shape=[n], needs=f"[N] = [{n}]", dtypes=(*FLOATS, torch.float64), device=device)
-    for name, value in {"advantage_keep": advantage_keep, "entropy_keep": entropy_keep}.items():
-        if value is not None:
-            check_tensor(name, value, shape=[n], needs=f"[N] = [{n}]", dtypes=[torch.bool], device=device)
+
+    def check_rows(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+        check_tensor(name, value, shape=[n], needs=f"[N] = [{n}]", dtypes=dtypes, device=device)
+
+    number = (*FLOATS, torch.float64)
+    check_rows("old_logprob", old_logprob, number)
+    check_rows("advantage", advantage, number)
+    check_rows("token_weight", token_weight, number)
+    if ref_logprob is not None:
+        check_rows("ref_logprob", ref_logprob, number)
+    if rollout_weight is not None:
+        check_rows("rollout_weight", rollout_weight, number)
+    if advantage_keep is not None:
+        check_rows("advantage_keep", advantage_keep, [torch.bool])
+    if entropy_keep is not None:
+        check_rows("entropy_keep", entropy_keep, [torch.bool])
     check_number("clip_low", clip_low, "a number of at least 0", low=0.0)
     check_number("clip_high", clip_high, "a number of at least 0", low=0.0)
     if dual_clip is not None:
