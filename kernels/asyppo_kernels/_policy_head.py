@@ -5,6 +5,7 @@ The functions work in place on one float32 block of logits [n, V], so a chunk of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,11 @@ def lines_per_block(length: int, device: torch.device, workspace_bytes: int | No
     if workspace_bytes is None:
         workspace_bytes = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
     return max(1, workspace_bytes // (4 * BLOCKS * max(1, length)))
+
+
+def split_rows(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """``rows`` in parts of at most ``size``; none, rather than an empty one, of no rows."""
+    return rows.split(size) if len(rows) else ()
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:

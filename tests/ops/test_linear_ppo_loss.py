@@ -373,10 +373,10 @@ def test_bf16_logits(backend: str) -> None:
 
 
 @pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("rows", [1, 7, 49])
+@pytest.mark.parametrize("rows", [1, 7, 19])
 def test_chunks_change_nothing(backend: str, compact: bool, rows: int, count_gemms: Callable[..., list[int]]) -> None:
     """And no more than workspace_bytes of logits exist at once."""
-    n, h, v = 50, 8, 211
+    n, h, v = 20, 8, 211
     data = make(n, h, v)
     whole = linear_ppo_loss(**data, **EVERYTHING, backend=backend)
     chunked: list[LinearPPOLoss] = []

@@ -17,6 +17,7 @@ from asyppo_kernels._policy_head import (
     logits,
     product_gradient_,
     row_stats_,
+    split_rows,
 )
 
 LOG_RATIO_LIMIT = 20.0
@@ -150,9 +151,9 @@ def chunks(rows: Rows, size: int, *, compact: bool, dead_row_stats: bool) -> Ite
     dead = rows.counted & ~rows.live
     order = torch.where(rows.live, 0, torch.where(dead, 1, 2)).argsort(stable=True)
     n_live, n_dead = torch.stack([rows.live.sum(), dead.sum()]).tolist()
-    yield from ((index, True) for index in order[:n_live].split(size))
+    yield from ((index, True) for index in split_rows(order[:n_live], size))
     if dead_row_stats:
-        yield from ((index, False) for index in order[n_live : n_live + n_dead].split(size))
+        yield from ((index, False) for index in split_rows(order[n_live : n_live + n_dead], size))
 
 
 def forward(
