@@ -102,7 +102,7 @@ def test_the_shares_are_those_asked_for(backend):
 
 @pytest.mark.parametrize(("fraction", "n"), [(0.29, 100), (0.57, 100), (0.07, 300), (0.000001, 10**6), (0.1 + 0.2, 10)])
 def test_the_rank_is_exact(backend, fraction, n):
-    """0.29 * 100 is 28.999999999999996 in float64, and 0.3 is more in float32."""
+    """0.29 * 100 is 28.999999999999996 in float64, and 0.1 + 0.2 is more than 0.3."""
     std, mask = torch.arange(n).float(), torch.ones(n, dtype=torch.bool)
     out = run(std, mask, fraction, fraction, backend)
     rank = int(Fraction(f"{fraction:.6f}") * n)
@@ -111,17 +111,14 @@ def test_the_rank_is_exact(backend, fraction, n):
 
 
 def test_ranks_past_two_to_the_24(backend):
-    """A rank that float32 cannot hold; and more tokens than torch.quantile takes."""
-    n = 2**24 + 2**12 + 3
-    std = torch.arange(n, dtype=torch.int32).view(torch.float32)  # all different: the key is the rank
-    out = run(std, torch.ones(n, dtype=torch.bool), 0.0, 0.0, backend)
-    assert out.low.view(torch.int32).item() == 0
-    assert out.high.view(torch.int32).item() == n - 1
-    assert out.advantage_keep.all()
-    assert out.entropy_keep.all()
-    fraction = 0.999999
-    out = run(std, torch.ones(n, dtype=torch.bool), fraction, 0.0, backend)
-    assert out.low.view(torch.int32).item() == 999_999 * n // 10**6
+    """More tokens than torch.quantile takes, and ranks that go wrong if taken in float32."""
+    n = 2**24 + 7
+    std, mask = torch.arange(n, dtype=torch.int32).view(torch.float32), torch.ones(n, dtype=torch.bool)
+    for k, h in ((0, 0), (999_999, 700_001)):  # millionths
+        out = run(std, mask, k / 1e6, h / 1e6, backend)
+        low, high = k * n // 10**6, n - 1 - h * n // 10**6
+        assert (out.low.view(torch.int32).item(), out.high.view(torch.int32).item()) == (low, high)
+        assert (out.advantage_keep.sum(), out.entropy_keep.sum()) == (n - low, high + 1)
 
 
 def test_critics_that_agree_mask_nothing(backend):
@@ -254,6 +251,15 @@ def test_opcheck(backend):
         state = _descend_op(counts, state, level, 200_000, 100_000)
     torch.library.opcheck(_apply_op, (std, mask, state))
     torch.library.opcheck(_apply_op, (std.bfloat16(), mask.T.contiguous().T, state))
+
+
+def test_a_distributed_tensor_is_refused(backend, world_of_one):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    std, mask = torch.rand(4), torch.ones(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="std: got a DTensor, needs a plain tensor"):
+        agreement_masks(dist.tensor.distribute_tensor(std, mesh), mask, backend=backend)
+    with pytest.raises(ValueError, match="mask: got a DTensor, needs a plain tensor"):
+        agreement_masks(std, dist.tensor.distribute_tensor(mask, mesh), backend=backend)
 
 
 def test_errors_name_the_argument(backend):

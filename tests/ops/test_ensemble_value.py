@@ -166,6 +166,8 @@ def test_one_critic_has_std_exactly_zero(backend):
     out = ensemble_value(hidden, weight, bias, backend=backend)
     assert torch.equal(out.std, torch.zeros(50))
     assert torch.equal(out.mean, out.value[0].detach())
+    diverged = ensemble_value(hidden, weight, torch.tensor([torch.inf]), backend=backend)
+    assert torch.equal(diverged.std, torch.zeros(50))
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 7, 11])

@@ -31,7 +31,8 @@ def ensemble_value(
     advantage's baseline and the signal of the masks in AsyPPO (arXiv 2510.01656). Products accumulate in float32.
 
     Args:
-        hidden: [K, N, H] float32, bfloat16 or float16, the critics' last hidden states; K >= 1.
+        hidden: [K, N, H] float32, bfloat16 or float16, the critics' last hidden states; K >= 1. Every row is read, so
+            one that holds NaN makes weight's gradient NaN even where its own upstream gradient is 0.
         weight: [K, H], in any of these dtypes.
         bias: [K], in any of these dtypes.
         backend: "torch", or "auto", which takes Triton on a GPU where it is available.
