@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
+from asyppo_kernels._policy_head import HeadOptions
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
+from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -651,15 +654,31 @@ def test_only_the_head_gets_gradients(backend: str) -> None:
 
 
 def test_without_compaction_no_value_reaches_the_host(backend: str) -> None:
-    data = make(20, 4, 7)
+    """Meta tensors have no values: reading one raises."""
+    form = importlib.import_module(f"asyppo_kernels.linear_ppo_loss.{backend}_form")
+    data = {k: x.to("meta") for k, x in make(20, 4, 7).items()}
+    ppo = PPOOptions(0.2, 0.3, 2.0, 0.1, 0.1)
+    columns = ("target", "old_logprob", "advantage", "token_weight", "advantage_keep", "entropy_keep", "ref_logprob")
+    rows = form.read_rows(*(data[k] for k in columns), data["rollout_weight"], ppo)
 
-    def ops(compact: bool) -> set[str]:
-        with torch.profiler.profile() as profile:
-            linear_ppo_loss(**data, **EVERYTHING, compact=compact, backend=backend).loss.backward()
-        return {event.name for event in profile.events()}
+    def run(compact: bool) -> Tensor:
+        return form.forward(
+            *(data[k] for k in HEAD),
+            rows,
+            HeadOptions(0.9, 5.0, torch.float32),
+            ppo,
+            compact=compact,
+            dead_row_stats=True,
+            workspace_bytes=12 * 7 * 6,
+            need_hidden=True,
+            need_weight=True,
+            need_bias=True,
+        ).d_weight
 
-    syncs = {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::masked_select"}
-    assert not ops(compact=False) & syncs
+    with torch.no_grad():
+        assert run(compact=False).shape == (7, 4)
+        with pytest.raises(NotImplementedError, match="meta"):
+            run(compact=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
