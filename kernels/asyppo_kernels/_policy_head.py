@@ -18,7 +18,7 @@ IGNORE_TARGET = -100
 BLOCKS = 3  # float32 blocks of logits alive at once below: z, a product of its size, and the slope of the softcap
 GPU_WORKSPACE_BYTES = 5 * 2**29  # 2.5 GiB
 CPU_WORKSPACE_BYTES = 2**25  # a block that stays near the cache is faster than a larger one
-NO_WEIGHT = -200.0  # exp of it is 0 in float32; stands in for -inf, since 0 * -inf is NaN
+LOWEST = -1e20  # stands in for a logit of -inf: exp of both is 0, but 0 * -inf is NaN
 
 
 class HeadOptions(NamedTuple):
@@ -108,8 +108,8 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOpt
 
 
 def subtract_max_(z: Tensor, row_max: Tensor) -> Tensor:
-    """Make z - max z of z. The clamp moves no probability: it is far below where exp underflows."""
-    return z.sub_(row_max[:, None]).clamp_min_(NO_WEIGHT)
+    """Make z - max z of z; a token that a bias of -inf bans stays finite."""
+    return z.sub_(row_max[:, None]).clamp_min_(LOWEST)
 
 
 def row_stats_(z: Tensor, target: Tensor, *, entropy: bool) -> RowStats:

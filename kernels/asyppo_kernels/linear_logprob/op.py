@@ -34,13 +34,14 @@ def linear_logprob(
     """Log-prob of each target token and entropy, from hidden states, without the logits [N, V] in memory.
 
     The logits are ``z = softcap(hidden weight^T + bias) / temperature`` with ``softcap(x) = c tanh(x / c)``, and both
-    outputs belong to softmax(z). They are the log pi and H of AsyPPO's policy objective (arXiv 2510.01656, step 6 of
-    its algorithm); this is the op for the log-probs of the rollout, of a reference policy, and for a loss of your own.
+    outputs belong to softmax(z). They are the log pi and H of AsyPPO's policy objective (arXiv 2510.01656): this is
+    the op for the log-probs of the rollout and of a reference policy, and for a loss of your own.
 
     Differentiable in ``hidden``, ``weight`` and ``bias``, for any upstream gradient of both outputs, once; the
     backward recomputes the logits. Gradients come in their input's dtype, accumulated in float32. Rows whose target
     is -100 cost nothing, are not read, and return 0; finding them is one host synchronisation. The op computes in the
-    dtypes it is given: ``torch.autocast`` neither casts its inputs nor reaches inside.
+    dtypes it is given: ``torch.autocast`` neither casts its inputs nor reaches inside. Under ``torch.compile`` each new
+    value of a number is a recompilation.
 
     Args:
         hidden: [N, H], float32, bfloat16 or float16: row t holds the hidden state that predicts target t.

@@ -59,15 +59,16 @@ def linear_ppo_loss(
         k3   = exp(d) - d - 1,  d = ref_logprob - logp clamped to [-20, 20]
         loss = sum_t w_t (-keepA_t u_t s_t - entropy_coef keepH_t H_t + kl_coef k3_t)
 
-    This is minus the objective of AsyPPO (arXiv 2510.01656, step 6 of its algorithm; keepA and keepH are its I^A and
-    I^H) on PPO's clipped surrogate (arXiv 1707.06347), with the dual clip of arXiv 1912.09729 and the k3 estimate
-    of the KL divergence from the reference policy. ``token_weight`` carries every normalisation (1/|o|, 1/batch, 0 for
+    This is minus the policy objective of AsyPPO (arXiv 2510.01656; keepA and keepH are its I^A and I^H), which rests on
+    PPO's clipped surrogate (arXiv 1707.06347), with the dual clip of arXiv 1912.09729 and the k3 estimate of the KL
+    divergence from the reference policy added. ``token_weight`` carries every normalisation (1/|o|, 1/batch, 0 for
     padding), so the losses of micro-batches add up to that of the batch.
 
     The loss is differentiable in ``hidden``, ``weight`` and ``bias``, for any upstream scalar, once; the gradients are
     accumulated in float32 and come in their input's dtype. None is formed for an input that needs none, nor under
     ``torch.no_grad``, where the op is one GEMM. If no row counts, the loss is 0, attached, its gradients zero. The op
-    computes in the dtypes it is given: ``torch.autocast`` neither casts its inputs nor reaches inside.
+    computes in the dtypes it is given: ``torch.autocast`` neither casts its inputs nor reaches inside. Under
+    ``torch.compile`` each new value of a number is a recompilation.
 
     A row is live if w != 0 and the loss can move with it: keepA and A u != 0, or entropy_coef != 0 and keepH, or
     kl_coef != 0. Only live rows join the two GEMMs of the gradients. Rows with w = 0 or target = -100 are not read, do
