@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from asyppo_kernels import agreement_masks
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from asyppo_kernels import AgreementMasks, agreement_masks
 from asyppo_kernels.agreement_masks import torch_form
 from asyppo_kernels.agreement_masks.op import _apply_op, _count_op, _descend_op
 from asyppo_kernels.agreement_masks.reference import agreement_masks_reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 BACKENDS = ["torch"]
 FRACTIONS = [(0.2, 0.2), (0.0, 0.0), (0.5, 0.1), (0.1, 0.999999), (1 / 3, 2 / 3)]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from asyppo_kernels import EnsembleGAE, ensemble_gae
-from asyppo_kernels.ensemble_gae.op import _op
-from asyppo_kernels.ensemble_gae.reference import ensemble_gae_reference
-from asyppo_kernels.ensemble_gae.torch_form import BLOCK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
+
+from asyppo_kernels import EnsembleGAE, ensemble_gae
+from asyppo_kernels.ensemble_gae.op import _op
+from asyppo_kernels.ensemble_gae.reference import ensemble_gae_reference
+from asyppo_kernels.ensemble_gae.torch_form import BLOCK
 
 BACKENDS = ["torch"]
 NUMBERS = [(1.0, 0.95, 1.0), (0.99, 0.95, 0.9), (1.0, 1.0, 1.0), (1.0, 0.0, 0.5), (0.01, 0.3, 0.01), (0.0, 1.0, 1.0)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from asyppo_kernels import EnsembleValue, ensemble_value
-from asyppo_kernels.ensemble_value.op import _backward_op, _forward_op
-from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from asyppo_kernels import EnsembleValue, ensemble_value
+from asyppo_kernels.ensemble_value.op import _backward_op, _forward_op
+from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
 
 BACKENDS = ["torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

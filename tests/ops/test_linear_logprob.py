@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from asyppo_kernels import LinearLogprob, linear_logprob
-from asyppo_kernels.linear_logprob import linear_logprob_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from asyppo_kernels import LinearLogprob, linear_logprob
+from asyppo_kernels.linear_logprob import linear_logprob_reference
 
 BACKENDS = ["torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

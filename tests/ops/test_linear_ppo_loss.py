@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels._policy_head import HeadOptions
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
 from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 BACKENDS = ["torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,0 +1,149 @@
+"""A batch of responses, and how it is cut into pieces that fit in memory.
+
+Two layouts meet here. Models see sequences: prompt and response of one sample side by side, padded on the right.
+Everything of reinforcement learning (log-probs, values, rewards, masks) lives on the *response grid* [B, T]: entry
+[b, t] belongs to token t of response b, and is False in ``mask`` past its end. What a model computes for token t is
+read at the position that predicts it, one to the left. Lengths, not token ids, say what is padding, so a padding
+token equal to the end-of-sequence token is no problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B prompts with one response each; the G responses of a prompt share its ``group`` number."""
+
+    tokens: Tensor
+    """int64 [B, S]: prompt, response, then padding."""
+    prompt_length: Tensor
+    """int64 [B]."""
+    response_length: Tensor
+    """int64 [B], at least 1; an end-of-sequence token counts."""
+    group: Tensor
+    """int64 [B]: which prompt of the step it answers."""
+    reward: Tensor
+    """float32 [B, T]: nonzero at the last token of a response only."""
+    sampler_logprob: Tensor
+    """float32 [B, T]: log-prob of each token as the sampler computed it."""
+    truncated: Tensor
+    """bool [B]: cut off by the length limit."""
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, T]: True on response tokens."""
+        steps = torch.arange(self.reward.shape[1], device=self.tokens.device)
+        return steps < self.response_length[:, None]
+
+    @property
+    def length(self) -> Tensor:
+        """int64 [B]: tokens of prompt and response."""
+        return self.prompt_length + self.response_length
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def make_batch(
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    logprobs: Sequence[Tensor],
+    scores: Sequence[float],
+    truncated: Sequence[bool],
+    group: Sequence[int],
+    *,
+    pad_token_id: int,
+    device: torch.device,
+) -> Batch:
+    """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``."""
+    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    response_length = torch.tensor([len(r) for r in responses])
+    reward = torch.zeros(len(responses), int(response_length.max()))
+    reward[torch.arange(len(responses)), response_length - 1] = torch.tensor(scores, dtype=torch.float32)
+    return Batch(
+        tokens=_pad(sequences, pad_token_id).to(device),
+        prompt_length=torch.tensor([len(p) for p in prompts]).to(device),
+        response_length=response_length.to(device),
+        group=torch.tensor(group).to(device),
+        reward=reward.to(device),
+        sampler_logprob=_pad(logprobs, 0.0).to(device),
+        truncated=torch.tensor(truncated).to(device),
+    )
+
+
+def _pad(rows: Sequence[Tensor], value: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+@dataclass
+class MicroBatch:
+    """Some rows of a batch as a model sees them, and where their N response tokens lie."""
+
+    rows: Tensor
+    """int64 [b]: rows of the batch."""
+    input_ids: Tensor
+    """int64 [b, s]: padded on the right to the longest of these rows."""
+    attention_mask: Tensor
+    """int64 [b, s]."""
+    grid: tuple[Tensor, Tensor]
+    """Two int64 [N]: row of the batch and response position of each response token, for indexing [B, T] tensors."""
+    predicts: tuple[Tensor, Tensor]
+    """Two int64 [N]: row and column of ``input_ids`` whose hidden state predicts that token."""
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [N]: the response tokens."""
+        row, column = self.predicts
+        return self.input_ids[row, column + 1]
+
+
+def micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
+    """Cut ``rows`` (int64 [b]) out of ``batch``."""
+    length = batch.length[rows]
+    width = int(length.max())
+    mask = torch.arange(width, device=rows.device) < length[:, None]
+    local_row, position = batch.mask[rows].nonzero(as_tuple=True)
+    return MicroBatch(
+        rows=rows,
+        input_ids=batch.tokens[rows, :width],
+        attention_mask=mask.long(),
+        grid=(rows[local_row], position),
+        predicts=(local_row, batch.prompt_length[rows][local_row] - 1 + position),
+    )
+
+
+def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1) -> Iterator[MicroBatch]:
+    """Cut ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, and at least ``at_least``
+    of them where there are that many rows. Rows of like length go together, so that padding is small."""
+    order = rows[torch.argsort(batch.length[rows], descending=True, stable=True)]
+    lengths = batch.length[order].tolist()
+    per_piece = -(-len(lengths) // at_least)
+    start = 0
+    while start < len(lengths):
+        # The first row is the longest of its piece, so it decides how many rows fit.
+        count = min(per_piece, max(1, max_tokens // lengths[start]))
+        yield micro_batch(batch, order[start : start + count])
+        start += count
+
+
+def split_responses(group: Tensor, num_critics: int, generator: torch.Generator) -> Tensor:
+    """Assign each response to one critic: int64 [B] in 0 … M-1 (AsyPPO, group-level non-overlapping split).
+
+    Each prompt's responses are dealt out at random, evenly and disjointly; where G is no multiple of M, the critics
+    that get one more change from prompt to prompt.
+    """
+    group = group.cpu()
+    shuffled = torch.randperm(len(group), generator=generator)
+    by_group = shuffled[torch.argsort(group[shuffled], stable=True)]
+    counts = torch.unique_consecutive(group[by_group], return_counts=True)[1]
+    # Dealing goes on from prompt to prompt without starting again at critic 0, which rotates the remainder.
+    first = int(torch.randint(num_critics, (), generator=generator))
+    assignment = torch.empty(len(group), dtype=torch.int64)
+    assignment[by_group] = (torch.arange(int(counts.sum())) + first) % num_critics
+    return assignment

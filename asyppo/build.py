@@ -1,0 +1,59 @@
+"""From a configuration to a trainer: device, data, models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from asyppo import warm_start
+from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.critics import Critics
+from asyppo.data import load_eval_rows, load_train_rows
+from asyppo.policy import Policy, compute_dtype
+from asyppo.trainer import AsyPPOTrainer
+
+
+def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
+    """Load what ``config`` names and return a trainer of it. Raises ConfigError."""
+    device = choose_device(config)
+    eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
+    train_rows = load_train_rows(config.data, eval_rows)
+    policy_path, critic_path = config.policy.model_name_or_path, config.critic.model_name_or_path
+    if config.warm_start is not None:
+        made = warm_start.build(config.warm_start, config.data, train_rows, device)
+        policy_path, critic_path = str(made[0]), str(made[1])
+    assert policy_path is not None  # validated
+    if config.algorithm == "ppo" or critic_path is None:
+        critic_path = policy_path
+
+    torch.manual_seed(config.seed)  # new value heads
+    shared: dict[str, Any] = {
+        "dtype": compute_dtype(config.policy.dtype, device),
+        "device": device,
+        "attn_implementation": config.policy.attn_implementation,
+    }
+    policy = Policy.from_pretrained(policy_path, temperature=config.temperature, **shared)
+    critics = None
+    if config.num_critics:
+        vocab_size = policy.model.config.get_text_config().vocab_size
+        critics = Critics.from_pretrained(critic_path, config.num_critics, vocab_size=vocab_size, **shared)
+    return AsyPPOTrainer(
+        policy=policy,
+        critics=critics,
+        tokenizer=AutoTokenizer.from_pretrained(policy_path),
+        reward_funcs=config.reward_funcs,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        config=config,
+    )
+
+
+def choose_device(config: AsyPPOConfig) -> torch.device:
+    """Return the device that ``config`` asks for. Raises ConfigError if it asks for a GPU and there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: got 'cuda', but torch finds no GPU; needs 'auto' or 'cpu' here")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)

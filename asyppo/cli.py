@@ -1,0 +1,89 @@
+"""The command line: ``asyppo train``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from asyppo.config import AsyPPOConfig, ConfigError
+
+DEFAULT_CONFIG = Path(str(files("asyppo") / "default.yaml"))
+
+
+def parser() -> ArgumentParser:
+    """Build the parser of ``asyppo``: fields, defaults and help come from the configuration's dataclasses."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    train = ArgumentParser(description="Train a policy.")
+    train.add_argument(
+        "--config",
+        action="config",
+        help="YAML file; without one, the embedded default runs. Further options override it.",
+    )
+    train.add_class_arguments(AsyPPOConfig)
+    top = ArgumentParser(prog="asyppo", description="PPO with mini-critics for language models (AsyPPO).")
+    top.add_subcommands(required=True).add_subcommand("train", train)
+    return top
+
+
+def parse(argv: Sequence[str]) -> AsyPPOConfig:
+    """Return the validated configuration of ``asyppo train …``. Raises ConfigError; a usage error exits with 2."""
+    arguments = list(argv)
+    if arguments[:1] == ["train"] and not any(a.split("=")[0] == "--config" for a in arguments):
+        arguments[1:1] = ["--config", str(DEFAULT_CONFIG)]
+    top = parser()
+    namespace = top.instantiate(top.parse_args(arguments)).train
+    config = AsyPPOConfig(**{field.name: namespace[field.name] for field in fields(AsyPPOConfig)})
+    config.validate()
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``asyppo`` and return its exit status: 0; 1 for a run that failed; 2 for a setting that cannot work."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        return train(config)
+    except ConfigError as error:
+        print(f"asyppo: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config: AsyPPOConfig) -> int:
+    """Train as configured, print what came of it, and return the exit status."""
+    # Here, since `asyppo --help` needs none of them and they take seconds.
+    from transformers.utils import logging as transformers_logging
+
+    from asyppo.build import build_trainer
+    from asyppo.rewards import RewardError
+    from asyppo.trainer import TrainingError
+
+    transformers_logging.disable_progress_bar()
+    try:
+        result = build_trainer(config).train()
+    except (TrainingError, RewardError) as error:
+        print(f"asyppo: error: {error}", file=sys.stderr)
+        return 1
+    before, after = result.accuracy_before, result.accuracy_after
+    if before is not None and after is not None:
+        print(f"held-out accuracy: {before:.4f} -> {after:.4f}")
+    run = result.run
+    for name, path in (
+        ("run", run.path),
+        ("metrics", run.metrics),
+        ("curves", run.path / "curves.png"),
+        ("samples", run.samples),
+        ("checkpoint", result.checkpoint),
+    ):
+        print(f"{name + ':':<12}{path}")
+    gain = config.eval.min_gain
+    if gain is not None and before is not None and after is not None and after - before < gain:
+        print(
+            f"asyppo: error: held-out accuracy rose by {after - before:.4f}, less than eval.min_gain = {gain}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0

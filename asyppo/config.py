@@ -1,0 +1,296 @@
+"""Every setting of a run, as one dataclass tree: what ``asyppo train --help`` prints and a YAML file fills.
+
+Fields that TRL has carry TRL's names. "Our choice" marks what the AsyPPO paper (arXiv 2510.01656) leaves open;
+"the paper's" marks what it states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the field, what it got and what it needs."""
+
+
+def _need(ok: bool, name: str, got: Any, needs: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: got {got!r}, needs {needs}")
+
+
+@dataclass
+class PolicyConfig:
+    """The language model that is trained."""
+
+    model_name_or_path: str | None = None
+    """Directory or hub name of a Hugging Face causal language model. None needs a ``warm_start``."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward and backward pass. The weights and the optimizer stay float32, so that updates at a
+    learning rate of 1e-6 do not round away. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    attn_implementation: str | None = None
+    """Passed to ``from_pretrained``: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose."""
+
+
+@dataclass
+class CriticConfig:
+    """The mini-critics. They share the policy's tokenizer, dtype and attention implementation."""
+
+    model_name_or_path: str | None = None
+    """Directory or hub name of the checkpoint that every critic starts from (the paper's: one checkpoint, new value
+    heads). None takes the policy's, which is what ``algorithm: ppo`` always does."""
+    num_critics: int = 2
+    """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
+    learning_rate: float = 1e-5
+    """AdamW's learning rate of every critic. Our choice."""
+    max_grad_norm: float = 1.0
+    """Clip each critic's gradient norm, each on its own. Our choice."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay. Our choice."""
+    num_iterations: int = 1
+    """Passes over a critic's own share in one step. Our choice."""
+    num_mini_batches: int = 1
+    """Optimizer steps a pass. Our choice."""
+    value_lambda: float = 1.0
+    """λ of the return that critics learn: 1 is the Monte Carlo return, the paper's. Below 1 critic m bootstraps on
+    its own V_m, from a value pass before its update."""
+    warmup_steps: int = 0
+    """First steps that train the critics only, with the policy frozen. Our choice."""
+
+
+@dataclass
+class TaskConfig:
+    """One reasoning-gym task."""
+
+    name: str = "chain_sum"
+    """Name of the task, such as ``chain_sum``."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the task's generator, such as ``{min_terms: 3}``."""
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from: a reasoning-gym task, whose held-out prompts are never trained on."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """The task of training and held-out prompts."""
+    prompt_suffix: str = "\n"
+    """Text between a question and the response. Without it the first token of the response could merge with it."""
+    train_size: int = 20_000
+    """Training rows generated. Rows whose prompt is a held-out one are left out."""
+    train_seed: int = 1
+    """Seed of the training rows."""
+    eval_size: int = 512
+    """Held-out prompts, all different."""
+    eval_seed: int = 1_000_003
+    """Seed of the held-out rows and of their sampling: the same before and after training."""
+
+
+@dataclass
+class ModelShape:
+    """Shape of a small Qwen3 made by the warm start."""
+
+    hidden_size: int = 128
+    """Width."""
+    num_hidden_layers: int = 3
+    """Depth."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_key_value_heads: int = 2
+    """Key and value heads."""
+    intermediate_size: int = 384
+    """Width of the MLP."""
+
+
+@dataclass
+class WarmStartConfig:
+    """A small policy and a smaller critic made on the spot: a Qwen3 from a config, a tokenizer of its own, and
+    supervised steps on worked solutions with mistakes in them, so that it knows the format and starts out fallible.
+    The result is cached, and loaded by ``from_pretrained`` like any other model. For ``chain_sum``."""
+
+    policy: ModelShape = field(default_factory=ModelShape)
+    """Shape of the policy."""
+    critic: ModelShape = field(default_factory=lambda: ModelShape(64, 2, 4, 2, 192))
+    """Shape of the checkpoint the critics start from."""
+    steps: int = 300
+    """Supervised optimizer steps."""
+    batch_size: int = 256
+    """Solutions a step."""
+    learning_rate: float = 3e-3
+    """AdamW's peak learning rate, reached after 30 steps and decaying to a tenth."""
+    noise: float = 0.15
+    """Probability that a line of a solution is wrong, and everything after it follows from the wrong value."""
+    seed: int = 0
+    """Seed of weights and noise."""
+    cache_dir: str = "~/.cache/asyppo"
+    """Where the result is kept, under a name made of every setting it depends on."""
+
+
+@dataclass
+class EvalConfig:
+    """Accuracy on the held-out prompts, before the first step, after the last and in between."""
+
+    every: int = 0
+    """Also evaluate every n steps; 0: only before and after."""
+    num_generations: int = 4
+    """Samples a prompt."""
+    temperature: float = 1.0
+    """Sampling temperature of the evaluation."""
+    min_gain: float | None = None
+    """Fail the run (exit status 1) when the accuracy rises by less than this fraction. None asks nothing."""
+
+
+@dataclass
+class AsyPPOConfig:
+    """A training run."""
+
+    algorithm: Literal["asyppo", "ppo", "grpo"] = "asyppo"
+    """``asyppo``: mini-critics on disjoint shares. ``ppo``: one critic of the policy's size. ``grpo``: no critic, the
+    reward normalised within each prompt's group."""
+    seed: int = 0
+    """Seed of everything random in training. Evaluation has its own."""
+    max_steps: int = 100
+    """Training steps; each samples one batch of responses."""
+    output_dir: str = "runs"
+    """Directory in which each run makes its own."""
+    run_name: str | None = None
+    """Name of the run's directory; None makes a unique one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes a GPU if there is one."""
+    save_steps: int = 0
+    """Save a checkpoint every n steps; 0: only at the end."""
+    logging_samples: int = 16
+    """Samples written to ``samples.jsonl`` each step."""
+    max_skipped_steps: int = 3
+    """Stop with an error, after saving a checkpoint, when so many steps in a row had a non-finite loss or gradient."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The policy."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critics."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The prompts."""
+    reward_funcs: list[str] = field(default_factory=lambda: ["reasoning_gym"])
+    """Names of reward functions; their rewards are added. The first one decides accuracy: right is a reward of 1."""
+    warm_start: WarmStartConfig | None = None
+    """Make small models here instead of loading the policy and the critics from ``model_name_or_path``."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation on held-out prompts."""
+
+    prompts_per_step: int = 64
+    """Prompts sampled a step; the batch is this times ``num_generations``. The paper's: 1,024 responses at 14B."""
+    num_generations: int = 8
+    """G, the responses of one prompt. The paper finds 32 best; 8 is our choice for small machines."""
+    max_completion_length: int = 256
+    """Longest response, in tokens, the end-of-sequence token included."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probs and entropies are those of the tempered distribution."""
+    generation_batch_size: int = 512
+    """Sequences generated side by side; bounds the memory of the key-value cache."""
+
+    learning_rate: float = 1e-6
+    """AdamW's learning rate of the policy. The paper's for 14B: 1e-6."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of the policy. Our choice."""
+    max_grad_norm: float = 1.0
+    """Clip the policy's gradient norm. Our choice."""
+    num_iterations: int = 1
+    """Passes of the policy over one batch. ``num_iterations * num_mini_batches`` is the paper's update-to-data ratio
+    (4 there); whether that counts passes or minibatches is open."""
+    num_mini_batches: int = 4
+    """Optimizer steps of the policy a pass. Our choice: 4 minibatches in one pass."""
+    max_tokens_per_micro_batch: int = 16_384
+    """Upper bound on the tokens, padding included, of one forward and backward pass; a single longer sequence still
+    goes through alone. Memory only: the gradient is the same for any value."""
+    gradient_accumulation_steps: int = 1
+    """Least number of micro-batches a minibatch is cut into. Memory only: the gradient is the same for any value."""
+    loss_aggregation: Literal["sequence-mean", "token-mean"] = "sequence-mean"
+    """``sequence-mean``: mean over responses of the mean over tokens (the paper's 1/|o|). ``token-mean``: mean over
+    tokens. A token dropped by a mask stays in the denominator (our choice)."""
+    epsilon: float = 0.2
+    """Lower clip: the ratio is clipped below at 1 - epsilon. Our choice."""
+    epsilon_high: float = 0.28
+    """Upper clip: the ratio is clipped above at 1 + epsilon_high (clip-higher). Our choice."""
+    entropy_coef: float = 1e-3
+    """β of the paper, whose value is not stated: weight of the entropy bonus. Our choice."""
+    beta: float = 0.0
+    """Coefficient of the KL penalty (k3) to the initial policy, TRL's ``beta``. With 0 there is no reference model."""
+
+    gamma: float = 1.0
+    """Discount γ. Our choice."""
+    lam: float = 0.95
+    """λ of the policy's advantage. Our choice."""
+    whiten: Literal["none", "batch", "group"] = "batch"
+    """Whitening of advantages over the response tokens of the batch or of each prompt's group, before masking. Our
+    choice. GRPO's advantages are normalised by its own rule instead."""
+    advantage_mask_fraction: float = 0.2
+    """k: share of tokens, those where critics agree most, whose advantage is masked. The paper's."""
+    entropy_filter_fraction: float = 0.2
+    """h: share of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
+    quantile_scope: Literal["batch", "sequence"] = "batch"
+    """Whether k and h are shares of the batch's response tokens or of each response's. Our choice."""
+
+    @property
+    def num_critics(self) -> int:
+        """M of the chosen algorithm."""
+        return {"asyppo": self.critic.num_critics, "ppo": 1, "grpo": 0}[self.algorithm]
+
+    def validate(self) -> None:
+        """Raise ConfigError naming the first field that cannot work."""
+        for name in (
+            "max_steps",
+            "prompts_per_step",
+            "num_generations",
+            "max_completion_length",
+            "generation_batch_size",
+            "num_iterations",
+            "num_mini_batches",
+            "max_tokens_per_micro_batch",
+            "gradient_accumulation_steps",
+            "max_skipped_steps",
+        ):
+            _need(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("num_critics", "num_iterations", "num_mini_batches"):
+            got = getattr(self.critic, name)
+            _need(got >= 1, f"critic.{name}", got, "an integer of at least 1")
+        for name in ("save_steps", "logging_samples"):
+            _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
+        _need(self.critic.warmup_steps >= 0, "critic.warmup_steps", self.critic.warmup_steps, "at least 0")
+        for name in ("advantage_mask_fraction", "entropy_filter_fraction"):
+            _need(0 <= getattr(self, name) < 1, name, getattr(self, name), "a fraction in [0, 1)")
+        for name, got in (("gamma", self.gamma), ("lam", self.lam), ("critic.value_lambda", self.critic.value_lambda)):
+            _need(0 <= got <= 1, name, got, "a number in [0, 1]")
+        for name, got in (("learning_rate", self.learning_rate), ("critic.learning_rate", self.critic.learning_rate)):
+            _need(got > 0, name, got, "a positive number")
+        for name, got in (("max_grad_norm", self.max_grad_norm), ("critic.max_grad_norm", self.critic.max_grad_norm)):
+            _need(got > 0, name, got, "a positive number")
+        for name, got in (("temperature", self.temperature), ("eval.temperature", self.eval.temperature)):
+            _need(got > 0, name, got, "a positive number")
+        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta"):
+            _need(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+        _need(self.epsilon < 1, "epsilon", self.epsilon, "a number below 1")
+        _need(len(self.reward_funcs) > 0, "reward_funcs", self.reward_funcs, "at least one reward function")
+        _need(
+            self.num_generations >= self.num_critics,
+            "num_generations",
+            self.num_generations,
+            f"at least critic.num_critics = {self.num_critics}, so that every critic sees every prompt",
+        )
+        _need(
+            self.algorithm != "grpo" or self.num_generations >= 2,
+            "num_generations",
+            self.num_generations,
+            "at least 2 for algorithm grpo, which compares the responses of one prompt",
+        )
+        _need(
+            self.num_mini_batches <= self.prompts_per_step * self.num_generations,
+            "num_mini_batches",
+            self.num_mini_batches,
+            "at most prompts_per_step * num_generations",
+        )
+        _need(
+            (self.policy.model_name_or_path is None) != (self.warm_start is None),
+            "policy.model_name_or_path",
+            self.policy.model_name_or_path,
+            "a model, or else a warm_start; one of the two",
+        )

@@ -1,0 +1,132 @@
+"""What a step reports, under verl's names where verl has one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asyppo.advantage import LearningSignal
+from asyppo.batch import Batch
+from asyppo.config import AsyPPOConfig
+from asyppo.reduce import masked_extremes, masked_mean, masked_moments
+from asyppo_kernels import LinearPPOLoss
+
+Row = dict[str, float]
+
+
+def of_batch(
+    batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor, rewards: dict[str, list[float]]
+) -> Row:
+    """Metrics of the sampled batch and of what the critics say of it."""
+    mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
+    score, length = batch.reward.sum(dim=1), batch.response_length.float()
+    gap = (old_logprob - batch.sampler_logprob).abs()
+    _, error_variance = masked_moments(signal.returns - signal.value, mask)
+    _, return_variance = masked_moments(signal.returns, mask)
+    row: dict[str, Any] = {
+        "response_length/clip_ratio": masked_mean(batch.truncated, everyone),
+        "prompt_length/mean": masked_mean(batch.prompt_length, everyone),
+        "actor/entropy": masked_mean(entropy, mask),
+        "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, mask),
+        "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, mask),
+        "critic/vf_explained_var": 1 - error_variance / return_variance.clamp(min=1e-8),
+        "critic/std/mean": masked_mean(signal.std, mask),
+        "critic/std/low": signal.low,
+        "critic/std/high": signal.high,
+        "sampling/sampling_logp_difference/mean": masked_mean(gap, mask),
+        "sampling/sampling_logp_difference/max": masked_extremes(gap, mask)[1],
+    }
+    for name, value, where in (
+        ("critic/score", score, everyone),
+        ("critic/advantages", signal.raw_advantage, mask),
+        ("critic/returns", signal.returns, mask),
+        ("critic/values", signal.value, mask),
+        ("response_length", length, everyone),
+    ):
+        row[f"{name}/mean"] = masked_mean(value, where)
+        row[f"{name}/min"], row[f"{name}/max"] = masked_extremes(value, where)
+    for name, of_function in rewards.items():
+        row[f"rewards/{name}/mean"] = sum(of_function) / len(of_function)
+    return {key: float(value) for key, value in row.items()}
+
+
+def of_time(batch: Batch, seconds: Row, device: torch.device) -> Row:
+    """Seconds of each phase, and tokens a second."""
+    tokens = float(batch.length.sum())
+    step = seconds["timing_s/step"]
+    row = seconds | {
+        "perf/total_num_tokens": tokens,
+        "perf/time_per_step": step,
+        "perf/throughput": tokens / step,
+    }
+    if device.type == "cuda":
+        row["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return row
+
+
+class PolicyUpdates:
+    """Gathers the statistics of the policy's optimizer steps of one training step."""
+
+    def __init__(self, config: AsyPPOConfig):
+        self.config = config
+        self.sums = torch.zeros(5, dtype=torch.float64)
+        self.losses: list[float] = []
+        self.norms: list[float | None] = []
+
+    def add(self, result: LinearPPOLoss, arguments: dict[str, Any]) -> None:
+        """Count one micro-batch, given the loss's result and arguments on its N tokens."""
+        weight, keep = arguments["token_weight"], arguments["entropy_keep"]
+        counts = weight != 0
+        kl = torch.zeros_like(result.logprob)
+        if arguments["ref_logprob"] is not None:
+            difference = (arguments["ref_logprob"] - result.logprob).clamp(-20, 20)
+            kl = difference.exp() - difference - 1
+        self.sums += torch.stack(
+            [
+                (weight * torch.where(keep, result.entropy, 0.0)).sum(),
+                (weight * kl).sum(),
+                torch.where(counts, arguments["old_logprob"] - result.logprob, 0.0).sum(),
+                (result.clipped & counts).sum(),
+                counts.sum(),
+            ]
+        ).to("cpu", torch.float64)
+
+    def stepped(self, loss: float, norm: float | None) -> None:
+        """Count one optimizer step with its loss and gradient norm; None: it was skipped."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def row(self) -> Row:
+        """Return the metrics: losses and norms as means over optimizer steps, the rest over tokens."""
+        steps = len(self.losses)
+        entropy, kl, log_ratio, clipped, tokens = self.sums.tolist()
+        entropy, kl, loss = entropy / steps, kl / steps, sum(self.losses) / steps
+        norms = [norm for norm in self.norms if norm is not None]
+        row = {
+            "actor/loss": loss,
+            "actor/pg_loss": loss + self.config.entropy_coef * entropy - self.config.beta * kl,
+            "actor/entropy_loss": entropy,
+            "actor/ppo_kl": log_ratio / max(tokens, 1),
+            "actor/pg_clipfrac": clipped / max(tokens, 1),
+            "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
+            "actor/lr": self.config.learning_rate,
+            "actor/skipped_updates": float(steps - len(norms)),
+        }
+        return row | ({"actor/kl_loss": kl} if self.config.beta > 0 else {})
+
+
+def summary(row: Row) -> str:
+    """Return the few numbers of a step that fit on a line."""
+    parts = [f"reward {row['critic/score/mean']:.3f}"]
+    if "critic/vf_loss" in row:
+        parts.append(f"value error {row['critic/vf_loss']:.3f}")
+    parts.append(f"entropy {row['actor/entropy']:.3f}")
+    if "eval/accuracy" in row:
+        parts.append(f"held-out accuracy {row['eval/accuracy']:.3f}")
+    skipped = row.get("actor/skipped_updates", 0) + row.get("critic/skipped_updates", 0)
+    if skipped:
+        parts.append(f"SKIPPED {skipped:.0f} updates: non-finite loss or gradient")
+    return "  ".join(parts)

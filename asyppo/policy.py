@@ -1,0 +1,135 @@
+"""The policy: a Hugging Face causal language model whose head goes through the fused ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from asyppo.batch import Batch, MicroBatch
+from asyppo.config import ConfigError
+from asyppo_kernels import LinearLogprob, LinearPPOLoss, linear_logprob, linear_ppo_loss
+
+
+def compute_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """Return the precision of forward and backward passes; ``auto`` is bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_pretrained(
+    auto_class: Any,
+    path: str,
+    device: torch.device,
+    *,
+    config_attributes: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """``from_pretrained`` in float32 (masters of whatever is computed in), from safetensors, with Liger's kernels
+    where the model is on a GPU and Liger knows it. ``config_attributes`` are set on the model's config, ``kwargs`` go
+    to its ``from_pretrained``. Raises ConfigError with the path."""
+    try:
+        config = AutoConfig.from_pretrained(path, **kwargs)
+        for name, value in (config_attributes or {}).items():
+            setattr(config, name, value)
+        model = auto_class.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model_name_or_path: cannot load {path!r}: {error}") from error
+    model = model.to(device)
+    if device.type == "cuda":
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+        if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            _apply_liger_kernel_to_instance(model=model)
+    return model
+
+
+class Policy(nn.Module):
+    """``policy(micro_batch)`` gives log-prob and entropy of its response tokens; with ``loss``, AsyPPO's loss on them.
+
+    Weights are float32; the body runs in ``dtype`` under autocast, and hidden states and the head's weight are cast
+    to it before the op.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.model, self.temperature, self.dtype = model, temperature, dtype
+        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._check_head()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        temperature: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        attn_implementation: str | None = None,
+    ) -> Policy:
+        """Load a causal language model by directory or hub name. Raises ConfigError."""
+        model = load_pretrained(AutoModelForCausalLM, path, device, attn_implementation=attn_implementation)
+        return cls(model, temperature=temperature, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes in ``dtype``."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
+
+    def forward(self, micro: MicroBatch, loss: dict[str, Any] | None = None) -> LinearLogprob | LinearPPOLoss:
+        """Return the op's result on the N response tokens of ``micro``: ``linear_logprob``, or, given its remaining
+        arguments in ``loss``, ``linear_ppo_loss``. Both in one method, so that a sharded root module gathers the
+        head's weight around either."""
+        with self.autocast():
+            hidden = _decoder(self.model)(
+                input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
+            ).last_hidden_state
+        row, column = micro.predicts
+        hidden = hidden.flatten(0, 1).index_select(0, row * micro.input_ids.shape[1] + column).to(self.dtype)
+        head = self.model.get_output_embeddings()
+        bias = None if head.bias is None else head.bias.to(self.dtype)
+        op: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "softcap": self.softcap}
+        weight = head.weight.to(self.dtype)
+        if loss is None:
+            return linear_logprob(hidden, weight, micro.targets, **op)
+        return linear_ppo_loss(hidden, weight, micro.targets, **loss, **op)
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Return log-prob and entropy in nats, float32 [B, T] each, of the response tokens; 0 on padding."""
+        logprob, entropy = torch.zeros_like(batch.reward), torch.zeros_like(batch.reward)
+        for micro in micros:
+            result = self(micro)
+            logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
+        return logprob, entropy
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare logits formed as the ops form them with the model's own, so that a head with a rule of its own is
+        refused rather than trained wrongly."""
+        training = self.model.training
+        self.model.eval()
+        ids = torch.arange(4, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        hidden = _decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        self.model.train(training)
+        if not torch.allclose(own, logits, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+            raise ConfigError(
+                f"policy: the logits of {type(self.model).__name__} are not a linear head on its last hidden states, "
+                "which the fused ops need (a logit scale or another rule of its own?)"
+            )
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    return model.get_decoder()

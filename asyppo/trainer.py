@@ -1,0 +1,371 @@
+"""AsyPPO's training loop, in the order of the paper (arXiv 2510.01656)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from asyppo import metrics
+from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
+from asyppo.batch import Batch, make_batch, micro_batches, split_responses
+from asyppo.checkpoint import Trained, save_checkpoint
+from asyppo.config import AsyPPOConfig
+from asyppo.critics import Critics
+from asyppo.data import PromptSchedule, Row
+from asyppo.evaluate import evaluate
+from asyppo.policy import Policy
+from asyppo.report import plot_curves
+from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
+from asyppo.run import ProgressDisplay, RunDirectory, Timer
+from asyppo.sampler import GenerateSampler, Sampler
+from asyppo_kernels import ensemble_gae
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. A checkpoint has been saved; the message names it."""
+
+
+@dataclass
+class TrainResult:
+    """What a run came to."""
+
+    run: RunDirectory
+    checkpoint: Path
+    accuracy_before: float | None
+    accuracy_after: float | None
+
+
+class AsyPPOTrainer:
+    """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
+
+    ``train_dataset`` and ``eval_dataset`` are sequences of rows with a text column ``prompt``; every column reaches
+    the reward functions, which are names of built-in ones or functions in TRL's signature.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        critics: Critics | None,
+        tokenizer: PreTrainedTokenizerBase,
+        reward_funcs: Sequence[str | RewardFunc],
+        train_dataset: Sequence[Row],
+        eval_dataset: Sequence[Row] = (),
+        config: AsyPPOConfig,
+        sampler: Sampler | None = None,
+    ):
+        config.validate()
+        self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
+        self.reward_funcs = resolve_reward_funcs(reward_funcs)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.device = policy.device
+        self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
+        self.sampler = sampler or GenerateSampler(
+            policy.model,
+            eos_token_ids=eos_token_ids(policy, tokenizer),
+            pad_token_id=pad_token_id(tokenizer),
+            batch_size=config.generation_batch_size,
+            autocast=policy.autocast(),
+        )
+        self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
+        self.critic_optimizers = [
+            _adamw(model, config.critic.learning_rate, config.critic.weight_decay)
+            for model in (critics.models if critics is not None else ())
+        ]
+        self.reference = _frozen_copy(policy) if config.beta > 0 else None
+        self.skipped_in_a_row = 0
+
+    def train(self) -> TrainResult:
+        """Run ``max_steps`` steps and return the run's directory, its last checkpoint and the accuracies.
+
+        Raises TrainingError, after saving a checkpoint, when ``max_skipped_steps`` steps in a row were not finite.
+        """
+        config, run = self.config, RunDirectory(self.config)
+        before = self.evaluate(run, step=0)
+        after, checkpoint = before, None
+        if before is not None:
+            run.log_metrics({"step": 0, "eval/accuracy": before})
+        with ProgressDisplay("step", config.max_steps) as progress:
+            for step in range(1, config.max_steps + 1):
+                row = self.step(step, run)
+                last = step == config.max_steps
+                if last or (config.eval.every and step % config.eval.every == 0):
+                    start = time.perf_counter()
+                    after = self.evaluate(run, step)
+                    if after is not None:
+                        row |= {"eval/accuracy": after, "timing_s/eval": time.perf_counter() - start}
+                stop = self.skipped_in_a_row >= config.max_skipped_steps
+                if last or stop or (config.save_steps and step % config.save_steps == 0):
+                    start = time.perf_counter()
+                    checkpoint = self.save(run, step)
+                    row["timing_s/save_checkpoint"] = time.perf_counter() - start
+                run.log_metrics(row)
+                progress.advance(metrics.summary(row))
+                if stop:
+                    raise TrainingError(
+                        f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them "
+                        f"step {step}; weights of before are in {checkpoint}. A lower learning rate may help."
+                    )
+        assert checkpoint is not None  # the last step saved one
+        plot_curves(run.metrics, run.path / "curves.png")
+        return TrainResult(run, checkpoint, before, after)
+
+    def step(self, step: int, run: RunDirectory) -> dict[str, float]:
+        """One step of the algorithm. Returns its metrics."""
+        config, timer = self.config, Timer(self.device)
+        # All randomness of a step follows from the seed and its number.
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        row: dict[str, float] = {"step": step}
+        with timer.phase("step"):
+            # Sample a group of responses for each prompt, and reward them.
+            batch, rewards = self.sample(step, timer, run)
+
+            # Log-probs of the policy that sampled, as the trainer computes them.
+            with timer.phase("old_log_prob"):
+                old_logprob, entropy = self.policy.logprobs(batch, self._micro_batches(batch))
+            with timer.phase("ref"):
+                ref_logprob = self._reference_logprob(batch)
+
+            if self.critics is not None:
+                # Split: each prompt's responses among the critics, disjointly.
+                share = split_responses(batch.group, len(self.critics), generator).to(self.device)
+
+                # Critic update: each on its own share only.
+                with timer.phase("update_critic"):
+                    row |= self.update_critics(batch, share, generator)
+
+                # Value: all critics on all responses.
+                with timer.phase("values"):
+                    value = self.critics.values(batch, self._micro_batches(batch))
+
+                # Advantage on the mean value; masks from the disagreement.
+                with timer.phase("adv"):
+                    signal = ensemble_signal(
+                        value,
+                        batch.reward,
+                        batch.mask,
+                        batch.group,
+                        gamma=config.gamma,
+                        lam=config.lam,
+                        value_lambda=config.critic.value_lambda,
+                        whitening=config.whiten,
+                        advantage_fraction=config.advantage_mask_fraction,
+                        entropy_fraction=config.entropy_filter_fraction,
+                        quantile_scope=config.quantile_scope,
+                    )
+            else:
+                with timer.phase("adv"):
+                    signal = group_signal(batch.reward, batch.mask, batch.group)
+
+            # Policy update.
+            if self.critics is None or step > config.critic.warmup_steps:
+                with timer.phase("update_actor"):
+                    row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator)
+        row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
+        row |= metrics.of_time(batch, timer.seconds, self.device)
+        skipped = row.get("actor/skipped_updates", 0) + row.get("critic/skipped_updates", 0)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return row
+
+    def sample(self, step: int, timer: Timer, run: RunDirectory) -> tuple[Batch, dict[str, list[float]]]:
+        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function, too."""
+        config = self.config
+        rows = [self.train_dataset[i] for i in self.schedule.rows_of_step(step - 1)]
+        rows = [row for row in rows for _ in range(config.num_generations)]
+        with timer.phase("gen"):
+            prompts = self.tokenize([row["prompt"] for row in rows])
+            responses = self.sampler.sample(
+                prompts, max_completion_length=config.max_completion_length, temperature=config.temperature
+            )
+        with timer.phase("reward"):
+            completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
+            rewards = compute_rewards(self.reward_funcs, rows, completions)
+        scores = [sum(of_sample) for of_sample in zip(*rewards, strict=True)]
+        run.log_samples(
+            [
+                {"step": step, "split": "train", "prompt": r["prompt"], "completion": c, "reward": s}
+                for r, c, s in list(zip(rows, completions, scores, strict=True))[: config.logging_samples]
+            ]
+        )
+        batch = make_batch(
+            prompts,
+            [r.tokens for r in responses],
+            [r.logprob for r in responses],
+            scores,
+            [r.truncated for r in responses],
+            [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
+            pad_token_id=pad_token_id(self.tokenizer),
+            device=self.device,
+        )
+        names = [getattr(func, "__name__", type(func).__name__) for func in self.reward_funcs]
+        return batch, dict(zip(names, rewards, strict=True))
+
+    def update_critics(self, batch: Batch, share: Tensor, generator: torch.Generator) -> dict[str, float]:
+        """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B])."""
+        assert self.critics is not None
+        config, row = self.config.critic, {"critic/skipped_updates": 0.0}
+        for m, optimizer in enumerate(self.critic_optimizers):
+            own = (share == m).nonzero().squeeze(1)
+            returns = self._critic_returns(batch, own, m)
+            losses, norms = [], []
+            for rows in _minibatches(own, config.num_iterations, config.num_mini_batches, generator):
+                weight = token_weights(batch.mask, rows, "token-mean")
+                loss = torch.zeros((), device=self.device)
+                for micro in self._micro_batches(batch, rows):
+                    value = self.critics(micro, [m]).value[0]
+                    part = (weight[micro.grid] * (value - returns[micro.grid]).square()).sum()
+                    part.backward()
+                    loss += part.detach()
+                norm = _clip_and_step(self.critics.models[m], optimizer, config.max_grad_norm, loss)
+                row["critic/skipped_updates"] += norm is None
+                losses.append(float(loss))
+                norms.append(math.nan if norm is None else norm)
+            row[f"critic/{m}/vf_loss"] = sum(losses) / len(losses)
+            row[f"critic/{m}/grad_norm"] = sum(norms) / len(norms)
+        count = len(self.critic_optimizers)
+        row["critic/vf_loss"] = sum(row[f"critic/{m}/vf_loss"] for m in range(count)) / count
+        row["critic/grad_norm"] = sum(row[f"critic/{m}/grad_norm"] for m in range(count)) / count
+        row["critic/lr"] = config.learning_rate
+        return row
+
+    def update_policy(
+        self,
+        batch: Batch,
+        signal: LearningSignal,
+        old_logprob: Tensor,
+        ref_logprob: Tensor | None,
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        """Maximise the masked, clipped surrogate and the filtered entropy over the whole batch."""
+        config, updates = self.config, metrics.PolicyUpdates(config=self.config)
+        everything = torch.arange(len(batch), device=self.device)
+        for rows in _minibatches(everything, config.num_iterations, config.num_mini_batches, generator):
+            weight = token_weights(batch.mask, rows, config.loss_aggregation)
+            loss = torch.zeros((), device=self.device)
+            for micro in self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps):
+                arguments = {
+                    "old_logprob": old_logprob[micro.grid],
+                    "advantage": signal.advantage[micro.grid],
+                    "token_weight": weight[micro.grid],
+                    "advantage_keep": signal.advantage_keep[micro.grid],
+                    "entropy_keep": signal.entropy_keep[micro.grid],
+                    "ref_logprob": None if ref_logprob is None else ref_logprob[micro.grid],
+                }
+                result = self.policy(
+                    micro,
+                    loss=arguments
+                    | {
+                        "clip_low": config.epsilon,
+                        "clip_high": config.epsilon_high,
+                        "entropy_coef": config.entropy_coef,
+                        "kl_coef": config.beta,
+                    },
+                )
+                result.loss.backward()
+                loss += result.loss.detach()
+                updates.add(result, arguments)
+            norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
+            updates.stepped(float(loss), norm)
+        return updates.row()
+
+    def evaluate(self, run: RunDirectory, step: int) -> float | None:
+        """Accuracy on the held-out prompts, whose samples are logged; None if there are no such prompts."""
+        if not self.eval_dataset:
+            return None
+        accuracy, samples = evaluate(
+            self.sampler,
+            self.tokenizer,
+            self.eval_dataset,
+            self.tokenize([row["prompt"] for row in self.eval_dataset]),
+            self.reward_funcs[0],
+            num_generations=self.config.eval.num_generations,
+            temperature=self.config.eval.temperature,
+            max_completion_length=self.config.max_completion_length,
+            seed=self.config.data.eval_seed,
+        )
+        run.log_samples([{"step": step, "split": "eval", **sample} for sample in samples])
+        return accuracy
+
+    def save(self, run: RunDirectory, step: int) -> Path:
+        """Save a checkpoint of policy, critics and optimizers."""
+        return save_checkpoint(run.path, step, self.policy, self.critics, self.tokenizer, self.trained())
+
+    def trained(self) -> Trained:
+        """Return what has weights and an optimizer, by name."""
+        critics = () if self.critics is None else zip(self.critics.models, self.critic_optimizers, strict=True)
+        return {
+            "policy": (self.policy.model, self.policy_optimizer),
+            **{f"critic_{m}": pair for m, pair in enumerate(critics)},
+        }
+
+    def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Return the tokens (int64 [length]) of each prompt."""
+        return [torch.tensor(ids) for ids in self.tokenizer(list(prompts), padding=False)["input_ids"]]
+
+    def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
+        rows = torch.arange(len(batch), device=self.device) if rows is None else rows
+        return micro_batches(batch, rows, self.config.max_tokens_per_micro_batch, at_least)
+
+    def _critic_returns(self, batch: Batch, own: Tensor, m: int) -> Tensor:
+        """λ-return [B, T] that critic m learns on its own rows; a Monte Carlo return needs no value."""
+        assert self.critics is not None
+        value = torch.zeros_like(batch.reward)[None]
+        if self.config.critic.value_lambda < 1:
+            value = self.critics.values(batch, self._micro_batches(batch, own), [m])
+        return ensemble_gae(
+            value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=self.config.critic.value_lambda
+        ).returns
+
+    def _reference_logprob(self, batch: Batch) -> Tensor | None:
+        return None if self.reference is None else self.reference.logprobs(batch, self._micro_batches(batch))[0]
+
+
+def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends a response: the generation config's, and the tokenizer's."""
+    configured = policy.model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token, or the end-of-sequence token where there is none; lengths say what is padding."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+
+
+def _frozen_copy(policy: Policy) -> Policy:
+    import copy
+
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+def _minibatches(rows: Tensor, num_iterations: int, num_mini_batches: int, generator: torch.Generator) -> Any:
+    """Yield ``num_iterations`` shuffled passes over ``rows``, each cut into ``num_mini_batches`` even parts."""
+    for _ in range(num_iterations):
+        order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        yield from (part for part in order.tensor_split(num_mini_batches) if len(part))
+
+
+def _clip_and_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor
+) -> float | None:
+    """Clip the gradient, step, and return its norm; where loss or norm is not finite, skip the step, return None."""
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    finite = math.isfinite(norm) and math.isfinite(float(loss))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm if finite else None
