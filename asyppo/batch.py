@@ -123,13 +123,14 @@ def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1
     of them where there are that many rows. Rows of like length go together, so that padding is small."""
     order = rows[torch.argsort(batch.length[rows], descending=True, stable=True)]
     lengths = batch.length[order].tolist()
-    per_piece = -(-len(lengths) // at_least)
     start = 0
     while start < len(lengths):
+        even = -(-(len(lengths) - start) // max(at_least, 1))
         # The first row is the longest of its piece, so it decides how many rows fit.
-        count = min(per_piece, max(1, max_tokens // lengths[start]))
+        count = min(even, max(1, max_tokens // lengths[start]))
         yield micro_batch(batch, order[start : start + count])
         start += count
+        at_least -= 1
 
 
 def split_responses(group: Tensor, num_critics: int, generator: torch.Generator) -> Tensor:
@@ -141,9 +142,8 @@ def split_responses(group: Tensor, num_critics: int, generator: torch.Generator)
     group = group.cpu()
     shuffled = torch.randperm(len(group), generator=generator)
     by_group = shuffled[torch.argsort(group[shuffled], stable=True)]
-    counts = torch.unique_consecutive(group[by_group], return_counts=True)[1]
     # Dealing goes on from prompt to prompt without starting again at critic 0, which rotates the remainder.
     first = int(torch.randint(num_critics, (), generator=generator))
     assignment = torch.empty(len(group), dtype=torch.int64)
-    assignment[by_group] = (torch.arange(int(counts.sum())) + first) % num_critics
+    assignment[by_group] = (torch.arange(len(group)) + first) % num_critics
     return assignment
