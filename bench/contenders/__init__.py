@@ -1,0 +1,12 @@
+"""The contenders, one module a peer. Importing this imports no peer: each is imported when a contender is built."""
+
+from bench.contenders import (  # noqa: F401  (importing registers)
+    asyppo,
+    cut_cross_entropy,
+    liger,
+    plain,
+    quack,
+    torchrl,
+    trl,
+    verl,
+)

@@ -1,0 +1,82 @@
+"""The critics' value heads, with mean and standard deviation over the critics."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.cases import Case, Inputs, Scale, Sweep, Work
+
+OP = "ensemble_value"
+GRAPH = True
+
+SIZES: dict[Scale, dict[str, int]] = {
+    "gpu": {"K": 2, "N": 65536, "H": 1024},
+    "cpu": {"K": 2, "N": 8192, "H": 512},
+    "quick": {"K": 2, "N": 40, "H": 24},
+}
+SWEEP_SIZES: dict[Scale, dict[str, tuple[int, ...]]] = {
+    "gpu": {"N": (16384, 65536, 262144), "K": (1, 2, 4), "H": (512, 1024, 2048)},
+    "cpu": {"N": (4096, 8192, 16384), "K": (1, 2, 4), "H": (256, 512, 1024)},
+    "quick": {"N": (20, 40), "K": (1,), "H": (24,)},
+}
+
+
+def cases(scale: Scale, device: torch.device) -> list[Case]:
+    """The value pass, and training."""
+    return [
+        _case("forward", SIZES[scale], scale, device, backward=False),
+        _case("forward + backward", SIZES[scale], scale, device),
+    ]
+
+
+def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
+    """Over tokens, critics and width."""
+    return [
+        Sweep(
+            OP,
+            axis,
+            tuple(
+                (x, _case(f"{axis} = {x}", {**SIZES[scale], axis: x}, scale, device)) for x in SWEEP_SIZES[scale][axis]
+            ),
+        )
+        for axis in "NKH"
+    ]
+
+
+def _case(name: str, sizes: dict[str, int], scale: Scale, device: torch.device, *, backward: bool = True) -> Case:
+    dtype = torch.bfloat16 if scale == "gpu" else torch.float32
+    return Case(OP, name, sizes, {"backward": backward}, dtype, device)
+
+
+def inputs(case: Case, generator: torch.Generator) -> Inputs:
+    """Last hidden states, the heads, and an upstream gradient for the values."""
+    k, n, h = (case.sizes[name] for name in "KNH")
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=case.device, generator=generator)
+
+    made = {
+        "hidden": normal(k, n, h).to(case.dtype),
+        "weight": normal(k, h).div_(h**0.5).to(case.dtype),
+        "bias": normal(k).to(case.dtype),
+        "grad_value": normal(k, n),
+    }
+    if case.backward:
+        for name in ("hidden", "weight", "bias"):
+            made[name].requires_grad_()
+    return made
+
+
+def work(case: Case) -> Work:
+    """Every hidden state is read once, and its gradient written once."""
+    k, n, h = (case.sizes[name] for name in "KNH")
+    hidden = k * n * h * case.dtype.itemsize
+    values = 4.0 * (k + 2) * n
+    if not case.backward:
+        return Work(2.0 * k * n * h, hidden + values, "hidden read once")
+    return Work(6.0 * k * n * h, 2.0 * hidden + values + 4.0 * k * n, "hidden read once, its gradient written once")
+
+
+def required(case: Case) -> set[str]:
+    """Outputs a contender has to return."""
+    return {"value", "mean", "std"} | ({"d_hidden", "d_weight", "d_bias"} if case.backward else set())

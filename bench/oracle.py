@@ -1,0 +1,103 @@
+"""The right answer, in float64, and the same computation in a case's own dtype, by whose error others are judged."""
+
+from __future__ import annotations
+
+import torch
+
+from asyppo_kernels.agreement_masks.reference import agreement_masks_reference
+from asyppo_kernels.ensemble_gae.reference import ensemble_gae_reference
+from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
+from asyppo_kernels.linear_logprob.reference import linear_logprob_reference
+from asyppo_kernels.linear_ppo_loss.reference import linear_ppo_loss_reference
+from bench.cases import Case, Inputs, Outputs
+from bench.ops import linear_logprob, linear_ppo_loss
+from bench.ops.policy_head import ROWS
+
+
+def oracle(case: Case, inputs: Inputs) -> Outputs:
+    """Outputs in float64, from the inputs as the contenders get them."""
+    return _EVALUATE[case.op](case, inputs, torch.float64, ROWS)
+
+
+def baseline(case: Case, inputs: Inputs) -> Outputs:
+    """The definition in plain torch, in the case's dtype, all rows at once."""
+    return _EVALUATE[case.op](case, inputs, case.dtype, None)
+
+
+def _policy_head(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:
+    """Rows in parts: each is independent of the others, and d_weight and the loss are sums over them."""
+    n = case.sizes["N"]
+    weight = inputs["weight"].detach().to(dtype).requires_grad_(case.backward)
+    parts: list[Outputs] = []
+    totals: Outputs = {}
+    for start in range(0, n, rows or n):
+        part = {
+            name: x.detach()[start : start + (rows or n)]
+            for name, x in inputs.items()
+            if name not in ("weight", "bias")
+        }
+        if dtype == torch.float64:
+            part = {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
+        hidden = part["hidden"].to(dtype).requires_grad_(case.backward)
+        with torch.set_grad_enabled(case.backward):
+            if case.op == linear_ppo_loss.OP:
+                loss, sums, outputs = _ppo_loss(case, hidden, weight, part)
+            else:
+                loss, sums, outputs = _logprob(case, hidden, weight, part)
+        if case.backward:
+            outputs["d_hidden"], sums["d_weight"] = torch.autograd.grad(loss, (hidden, weight))
+        parts.append({name: x.detach() for name, x in outputs.items()})
+        for name, x in sums.items():
+            totals[name] = totals[name].add_(x.detach()) if name in totals else x.detach().clone()
+    return totals | {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _logprob(
+    case: Case, hidden: torch.Tensor, weight: torch.Tensor, part: Inputs
+) -> tuple[torch.Tensor, Outputs, Outputs]:
+    temperature, entropy = float(case.options["temperature"]), bool(case.options["entropy"])
+    result = linear_logprob_reference(hidden, weight, part["target"], temperature=temperature, entropy=entropy)
+    outputs = {name: x for name, x in result._asdict().items() if x is not None}
+    return linear_logprob.objective(case, outputs, part), {}, outputs
+
+
+def _ppo_loss(
+    case: Case, hidden: torch.Tensor, weight: torch.Tensor, part: Inputs
+) -> tuple[torch.Tensor, Outputs, Outputs]:
+    names = ("target", "old_logprob", "advantage", "token_weight")
+    masks = {name: part[name] for name in ("advantage_keep", "entropy_keep")}
+    result = linear_ppo_loss_reference(
+        hidden, weight, *(part[name] for name in names), **masks, **linear_ppo_loss.options_of(case)
+    )
+    return result.loss, {"loss": result.loss}, {"logprob": result.logprob, "entropy": result.entropy}
+
+
+def _value(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:
+    names = ("hidden", "weight", "bias")
+    arguments = [inputs[name].detach().to(dtype).requires_grad_(case.backward) for name in names]
+    value, mean, std = ensemble_value_reference(*arguments)
+    outputs = {"value": value.detach(), "mean": mean, "std": std}
+    if case.backward:
+        grads = torch.autograd.grad(value, arguments, inputs["grad_value"].to(dtype))
+        outputs |= dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True))
+    return outputs
+
+
+def _gae(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:
+    numbers = {name: float(case.options[name]) for name in ("gamma", "lam", "value_lam")}
+    result = ensemble_gae_reference(inputs["value"].to(dtype), inputs["reward"].to(dtype), inputs["mask"], **numbers)
+    return dict(zip(("advantage", "returns", "mean", "std"), result, strict=True))
+
+
+def _masks(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:
+    advantage_keep, entropy_keep, _, _ = agreement_masks_reference(inputs["std"].to(dtype), inputs["mask"])
+    return {"advantage_keep": advantage_keep, "entropy_keep": entropy_keep}
+
+
+_EVALUATE = {
+    "linear_logprob": _policy_head,
+    "linear_ppo_loss": _policy_head,
+    "ensemble_value": _value,
+    "ensemble_gae": _gae,
+    "agreement_masks": _masks,
+}

@@ -1,0 +1,90 @@
+"""Who takes part. A contender is built for a case, and says why where it cannot take part."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+from bench.cases import Case, Inputs, Outputs
+
+ROOT = Path(__file__).resolve().parent.parent
+# Packages whose pinned dependencies contradict ours: `pip install --no-deps --target .cache/peers verl`.
+PEERS = ROOT / ".cache" / "peers"
+if str(PEERS) not in sys.path:
+    sys.path.append(str(PEERS))  # last: what is installed properly comes first
+
+Run = Callable[[Inputs], Outputs]
+Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # hidden, weight, target -> logprob, entropy
+
+
+class Absent(Exception):
+    """The contender cannot take part here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``build`` makes the function that is measured, or raises Absent."""
+
+    name: str
+    build: Callable[[Case], Run]
+    less: str = ""  # what it leaves out of the work the others do
+    accumulates: tuple[str, ...] = ()  # outputs it accumulates in float32 beside the output itself
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this project's own op."""
+        return self.name.startswith("asyppo")
+
+
+_CONTENDERS: dict[str, list[Contender]] = {}
+
+
+def add(op: str, contender: Contender) -> None:
+    """Let ``contender`` take part in ``op``."""
+    entries = _CONTENDERS.setdefault(op, [])
+    if any(other.name == contender.name for other in entries):
+        raise ValueError(f"{op} already has a contender named {contender.name!r}")
+    entries.append(contender)
+
+
+def contender(
+    op: str, name: str, *, less: str = "", accumulates: tuple[str, ...] = ()
+) -> Callable[[Callable[[Case], Run]], Callable[[Case], Run]]:
+    """Register the decorated builder as a contender of ``op``."""
+
+    def register(build: Callable[[Case], Run]) -> Callable[[Case], Run]:
+        add(op, Contender(name, build, less, accumulates))
+        return build
+
+    return register
+
+
+def contenders(op: str) -> list[Contender]:
+    """All that take part in ``op``, ours first, in the order of registration."""
+    importlib.import_module("bench.contenders")
+    entries = _CONTENDERS.get(op, [])
+    return sorted(entries, key=lambda entry: not entry.ours)
+
+
+def need(module: str) -> ModuleType:
+    """Import a peer, or raise Absent."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        top = module.partition(".")[0]
+        missing = error.name or ""
+        if missing.partition(".")[0] == top and missing in (top, ""):
+            raise Absent(f"{top} is not installed") from error
+        raise Absent(f"cannot import {module}: {error}") from error
+
+
+def need_gpu(case: Case) -> None:
+    """Raise Absent unless the case runs on a GPU."""
+    if case.device.type != "cuda":
+        raise Absent("needs a GPU")

@@ -1,0 +1,70 @@
+"""Result files: one JSON file a run, the same shape on every device."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import site
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.environment import slug
+from bench.registry import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+SCHEMA = 1
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+
+def default_path(result: Result) -> Path:
+    """``2026-01-31-nvidia-h200-0a1b2c3.json``, with ``-quick`` where the times say nothing."""
+    device = slug(result["device"]["name"])
+    quick = "-quick" if result["scale"] == "quick" else ""
+    commit = (result["commit"] or "unknown")[:7]
+    return RESULTS / f"{result['date'][:10]}-{device}-{commit}{quick}.json"
+
+
+def save(result: Result, path: Path) -> None:
+    """Write a result file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+
+
+def load(path: Path) -> Result:
+    """Read a result file; ValueError if it is not one of this version."""
+    result = json.loads(path.read_text())
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name}: not a result file of version {SCHEMA}")
+    return result
+
+
+def rows(result: Result) -> Iterator[tuple[dict[str, Any], Row]]:
+    """All (case, row) of a result, those of the sweeps left out."""
+    for case in result["cases"]:
+        for row in case["rows"]:
+            yield case, row
+
+
+def clean(text: str, most: int = 300) -> str:
+    """First lines of a message, without the paths of this machine."""
+    text = " ".join(str(text).split())
+    for place in {str(ROOT), sys.prefix, sys.base_prefix, str(Path.home()), *site.getsitepackages()} - {"/"}:
+        text = text.replace(place, "…")
+    text = re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+([\w.+-]+)", r"…/\1", text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an error that is infinite becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
