@@ -57,7 +57,7 @@ def compute_rewards(funcs: Sequence[RewardFunc], rows: Sequence[Row], completion
     """
     prompts = [row["prompt"] for row in rows]
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"} if rows else {}
-    return [_checked(func, func(prompts, list(completions), **columns), prompts) for func in funcs]
+    return [_checked(func, func(prompts=prompts, completions=list(completions), **columns), prompts) for func in funcs]
 
 
 def _checked(func: RewardFunc, rewards: Sequence[float | None], prompts: Sequence[str]) -> list[float]:
