@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv/.peers
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test test-slow bench lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
@@ -13,6 +14,16 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Ours beside what others use, on what this machine has; the report is bench/results/README.md.
+bench: $(PEERS)
+	$(BIN)/python -m pytest bench; status=$$?; $(BIN)/python -m bench.report; exit $$status
+
+# verl pins an older transformers than ours, so its files stand apart, without its dependencies.
+$(PEERS): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	-$(BIN)/pip install --quiet --no-deps --upgrade --target .cache/peers verl==0.9.1
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
