@@ -118,8 +118,10 @@ class WarmStartConfig:
     """Solutions a step."""
     learning_rate: float = 3e-3
     """AdamW's peak learning rate, reached after 30 steps and decaying to a tenth."""
-    noise: float = 0.15
+    noise: float = 0.05
     """Probability that a line of a solution is wrong, and everything after it follows from the wrong value."""
+    guess: float = 0.5
+    """Probability that a solution leaves the working out and guesses."""
     seed: int = 0
     """Seed of weights and noise."""
     cache_dir: str = "~/.cache/asyppo"
@@ -190,6 +192,9 @@ class AsyPPOConfig:
 
     learning_rate: float = 1e-6
     """AdamW's learning rate of the policy. The paper's for 14B: 1e-6."""
+    warmup_steps: int = 0
+    """Steps over which the policy's learning rate rises linearly to ``learning_rate``, counted from its first one.
+    Our choice."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay of the policy. Our choice."""
     max_grad_norm: float = 1.0
@@ -253,7 +258,7 @@ class AsyPPOConfig:
         for name in ("num_critics", "num_iterations", "num_mini_batches"):
             got = getattr(self.critic, name)
             _need(got >= 1, f"critic.{name}", got, "an integer of at least 1")
-        for name in ("save_steps", "logging_samples"):
+        for name in ("save_steps", "logging_samples", "warmup_steps"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
         _need(self.critic.warmup_steps >= 0, "critic.warmup_steps", self.critic.warmup_steps, "at least 0")
         for name in ("advantage_mask_fraction", "entropy_filter_fraction"):

@@ -36,28 +36,12 @@ class Critics(nn.Module):
         device: torch.device,
         attn_implementation: str | None = None,
     ) -> Critics:
-        """Load M critics from one checkpoint, each with a value head of its own, drawn anew from torch's global
-        generator where the checkpoint has none.
+        """Load M critics from one checkpoint; where it has no value head, each gets one of its own, drawn from torch's
+        global generator.
 
         Raises ConfigError if it cannot be loaded or its vocabulary is not the policy's ``vocab_size``.
         """
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
-        try:
-            models = [
-                load_pretrained(
-                    AutoModelForTokenClassification,
-                    path,
-                    device,
-                    attn_implementation=attn_implementation,
-                    num_labels=1,
-                    # The class's default of 0.1 would pollute the disagreement. Not every config knows the field.
-                    config_attributes={"classifier_dropout": 0.0},
-                )
-                for _ in range(num_critics)
-            ]
-        finally:
-            transformers_logging.set_verbosity(verbosity)
+        models = [_load_critic(path, device, attn_implementation) for _ in range(num_critics)]
         got = models[0].config.get_text_config().vocab_size
         if got != vocab_size:
             raise ConfigError(
@@ -104,3 +88,26 @@ class Critics(nn.Module):
         """Write one Hugging Face directory a critic: ``critic_0``, ``critic_1``, …"""
         for m, model in enumerate(self.models):
             model.save_pretrained(Path(directory) / f"critic_{m}")
+
+
+def _load_critic(path: str, device: torch.device, attn_implementation: str | None) -> PreTrainedModel:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
+    try:
+        model, report = load_pretrained(
+            AutoModelForTokenClassification,
+            path,
+            device,
+            attn_implementation=attn_implementation,
+            num_labels=1,
+            # The class's default of 0.1 would pollute the disagreement. Not every config knows the field.
+            config_attributes={"classifier_dropout": 0.0},
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if "score.weight" in report["missing_keys"]:
+        # Hidden states have entries of size 1 after the final norm: new values start out around 1 / sqrt(H).
+        torch.nn.init.normal_(model.score.weight, std=1 / model.score.in_features)
+        if model.score.bias is not None:
+            torch.nn.init.zeros_(model.score.bias)
+    return model

@@ -112,7 +112,6 @@ class PolicyUpdates:
             "actor/ppo_kl": log_ratio / max(tokens, 1),
             "actor/pg_clipfrac": clipped / max(tokens, 1),
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
-            "actor/lr": self.config.learning_rate,
             "actor/skipped_updates": float(steps - len(norms)),
         }
         return row | ({"actor/kl_loss": kl} if self.config.beta > 0 else {})

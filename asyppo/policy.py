@@ -36,7 +36,9 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(path, **kwargs)
         for name, value in (config_attributes or {}).items():
             setattr(config, name, value)
-        model = auto_class.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True)
+        model, report = auto_class.from_pretrained(
+            path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path: cannot load {path!r}: {error}") from error
     model = model.to(device)
@@ -45,7 +47,7 @@ def load_pretrained(
 
         if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
             _apply_liger_kernel_to_instance(model=model)
-    return model
+    return model, report
 
 
 class Policy(nn.Module):
@@ -72,7 +74,7 @@ class Policy(nn.Module):
         attn_implementation: str | None = None,
     ) -> Policy:
         """Load a causal language model by directory or hub name. Raises ConfigError."""
-        model = load_pretrained(AutoModelForCausalLM, path, device, attn_implementation=attn_implementation)
+        model, _ = load_pretrained(AutoModelForCausalLM, path, device, attn_implementation=attn_implementation)
         return cls(model, temperature=temperature, dtype=dtype)
 
     @property

@@ -109,13 +109,14 @@ class AsyPPOTrainer:
                     row["timing_s/save_checkpoint"] = time.perf_counter() - start
                 run.log_metrics(row)
                 progress.advance(metrics.summary(row))
+                if last or stop:
+                    plot_curves(run.metrics, run.path / "curves.png")
                 if stop:
                     raise TrainingError(
                         f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them "
                         f"step {step}; weights of before are in {checkpoint}. A lower learning rate may help."
                     )
         assert checkpoint is not None  # the last step saved one
-        plot_curves(run.metrics, run.path / "curves.png")
         return TrainResult(run, checkpoint, before, after)
 
     def step(self, step: int, run: RunDirectory) -> dict[str, float]:
@@ -132,8 +133,10 @@ class AsyPPOTrainer:
             # Log-probs of the policy that sampled, as the trainer computes them.
             with timer.phase("old_log_prob"):
                 old_logprob, entropy = self.policy.logprobs(batch, self._micro_batches(batch))
-            with timer.phase("ref"):
-                ref_logprob = self._reference_logprob(batch)
+            ref_logprob = None
+            if self.reference is not None:
+                with timer.phase("ref"):
+                    ref_logprob, _ = self.reference.logprobs(batch, self._micro_batches(batch))
 
             if self.critics is not None:
                 # Split: each prompt's responses among the critics, disjointly.
@@ -167,8 +170,10 @@ class AsyPPOTrainer:
                     signal = group_signal(batch.reward, batch.mask, batch.group)
 
             # Policy update.
-            if self.critics is None or step > config.critic.warmup_steps:
+            policy_step = step - (config.critic.warmup_steps if self.critics is not None else 0)
+            if policy_step > 0:
                 with timer.phase("update_actor"):
+                    self._set_learning_rate(policy_step)
                     row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator)
         row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
         row |= metrics.of_time(batch, timer.seconds, self.device)
@@ -275,7 +280,7 @@ class AsyPPOTrainer:
                 updates.add(result, arguments)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
-        return updates.row()
+        return updates.row() | {"actor/lr": self.policy_optimizer.param_groups[0]["lr"]}
 
     def evaluate(self, run: RunDirectory, step: int) -> float | None:
         """Accuracy on the held-out prompts, whose samples are logged; None if there are no such prompts."""
@@ -315,6 +320,12 @@ class AsyPPOTrainer:
         rows = torch.arange(len(batch), device=self.device) if rows is None else rows
         return micro_batches(batch, rows, self.config.max_tokens_per_micro_batch, at_least)
 
+    def _set_learning_rate(self, policy_step: int) -> None:
+        """A function of the step alone, so that a run which starts again needs no scheduler's state."""
+        rise = min(1.0, policy_step / max(self.config.warmup_steps, 1))
+        for group in self.policy_optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rise
+
     def _critic_returns(self, batch: Batch, own: Tensor, m: int) -> Tensor:
         """λ-return [B, T] that critic m learns on its own rows; a Monte Carlo return needs no value."""
         assert self.critics is not None
@@ -324,9 +335,6 @@ class AsyPPOTrainer:
         return ensemble_gae(
             value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=self.config.critic.value_lambda
         ).returns
-
-    def _reference_logprob(self, batch: Batch) -> Tensor | None:
-        return None if self.reference is None else self.reference.logprobs(batch, self._micro_batches(batch))[0]
 
 
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -24,16 +24,22 @@ from asyppo.data import Row
 from asyppo.run import ProgressDisplay
 
 
-def worked_solution(expression: str, noise: float, rng: random.Random) -> str:
-    """Return the running totals of ``"4 - 1 + 7"`` as ``"3, <answer>10</answer>"``; each total is off by 1 or 2 with
-    probability ``noise``, and the next goes on from it."""
+def worked_solution(expression: str, noise: float, guess: float, rng: random.Random) -> str:
+    """Return the running totals of ``"4 - 1 + 7"`` as ``"3, <answer>10</answer>"``, with mistakes.
+
+    Each total is off by 1 or 2 with probability ``noise``, and the next goes on from it. With probability ``guess`` the
+    working is left out, and the answer is at most 4 away from the right one.
+    """
     first, *rest = expression.split()
+    guessed = rng.random() < guess
     total, totals = int(first), []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
         total += int(term) if sign == "+" else -int(term)
-        if rng.random() < noise:
+        if not guessed and rng.random() < noise:
             total += rng.choice((-2, -1, 1, 2))
-        totals.append(str(total))
+        totals.append(total)
+    if guessed:
+        totals = [total + rng.randint(-4, 4)]
     return "".join(f"{t}, " for t in totals[:-1]) + f"<answer>{totals[-1]}</answer>"
 
 
@@ -76,7 +82,7 @@ def _make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(0)
-    solutions = [worked_solution(row["entry"]["metadata"]["expression"], 0.0, rng) for row in rows[:2000]]
+    solutions = [worked_solution(row["entry"]["metadata"]["expression"], 0.0, 0.0, rng) for row in rows[:2000]]
     texts = [
         row["prompt"] + solution.replace("<answer>", "").replace("</answer>", "")
         for row, solution in zip(rows[:2000], solutions, strict=True)
@@ -123,7 +129,9 @@ def _teach(
         for _ in range(config.steps):
             chosen = [rng.randrange(len(rows)) for _ in range(config.batch_size)]
             expressions = [rows[i]["entry"]["metadata"]["expression"] for i in chosen]
-            solutions = tokenizer([worked_solution(e, config.noise, rng) for e in expressions])["input_ids"]
+            solutions = tokenizer([worked_solution(e, config.noise, config.guess, rng) for e in expressions])[
+                "input_ids"
+            ]
             responses = [[*s, tokenizer.eos_token_id] for s in solutions]
             tokens = [torch.tensor(prompts[i] + r) for i, r in zip(chosen, responses, strict=True)]
             labels = [torch.tensor([-100] * len(prompts[i]) + r) for i, r in zip(chosen, responses, strict=True)]
