@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from bench import errors, memory, results, timing
 from bench.cases import Case, Inputs, Outputs, Scale, Sweep, dtype_name, nbytes
@@ -128,7 +128,8 @@ def measure(
     if time.monotonic() > deadline:
         return [_row(entry, "skipped", "out of time") for entry in entries]
     module = OPS[case.op]
-    torch._dynamo.reset()  # other cases' graphs would count against the limit of recompilations
+    if "torch._dynamo" in sys.modules:  # other cases' graphs would count against the limit of recompilations
+        torch._dynamo.reset()
 
     def make(number: int) -> Inputs:
         return module.inputs(case, torch.Generator(case.device).manual_seed(seed + number))

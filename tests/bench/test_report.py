@@ -1,0 +1,126 @@
+"""Result files: written without paths, read back, drawn, set side by side, and compared."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare, report, results, run
+from bench.suite import Session
+
+
+@pytest.fixture(scope="module")
+def result() -> results.Result:
+    """A small run: two ops, few contenders."""
+    session = Session(torch.device("cpu"), quick=True, select=lambda entry: entry.name in ("asyppo (torch)", "sort"))
+    for case in session.cases(["agreement_masks", "ensemble_gae"]):
+        session.run_case(case)
+    session.run_sweep(session.sweeps(["agreement_masks"])[0])
+    return session.result
+
+
+@pytest.fixture
+def files(result: results.Result, tmp_path: Path) -> tuple[Path, Path]:
+    """The run, and one of another device on which our masks take twice the time."""
+    other = copy.deepcopy(result)
+    other["device"]["name"] = "Other device"
+    for _, row in results.rows(other):
+        if row["contender"] == "asyppo (torch)":
+            row["seconds"]["median"] *= 2
+            row["floor_multiple"] *= 2
+    paths = tmp_path / "a.json", tmp_path / "b.json"
+    for path, content in zip(paths, (result, other), strict=True):
+        results.save(content, path)
+    return paths
+
+
+def test_result_says_where_it_comes_from(result: results.Result) -> None:
+    """Device, versions, commit, date, shapes; neither a host's name nor a path."""
+    assert result["device"]["name"]
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["date"].endswith("Z")
+    assert result["floors"]["copy"] > 0
+    assert result["cases"][0]["sizes"]
+    text = json.dumps(result)
+    assert str(results.ROOT) not in text
+    assert str(Path.home()) + "/" not in text
+
+
+def test_result_survives_the_file(result: results.Result, tmp_path: Path) -> None:
+    """Infinity, which JSON lacks, becomes null."""
+    result = copy.deepcopy(result)
+    result["cases"][0]["rows"][0]["errors"] = {"x": float("inf")}
+    results.save(result, tmp_path / "r.json")
+    again = results.load(tmp_path / "r.json")
+    assert again["cases"][0]["rows"][0]["errors"] == {"x": None}
+    assert again["floors"] == result["floors"]
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"r\.json"):
+        results.load(tmp_path / "r.json")
+
+
+def test_report_has_tables_and_plots(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """Both runs, and the two side by side."""
+    pytest.importorskip("matplotlib")
+    page = report.write(list(files), tmp_path / "out").read_text()
+    assert "agreement_masks, one batch (N = 1,000, float32)" in page
+    assert "| **asyppo (torch)** |" in page
+    assert "## Side by side" in page
+    assert "Other device" in page
+    assert "growth" in page
+    for name in ("time", "memory", "error", "scaling"):
+        assert (tmp_path / "out" / "plots" / f"a-{name}.png").stat().st_size > 1000
+        assert f"(plots/b-{name}.png)" in page
+
+
+def test_report_shows_failing_and_absent(result: results.Result) -> None:
+    """With their reasons, and without a time."""
+    case = copy.deepcopy(result["cases"][0])
+    case["rows"] = [
+        {"contender": "x", "ours": False, "status": "failing", "reason": "a: error 1 | limit 0", "less": ""},
+        {"contender": "y", "ours": False, "status": "absent", "reason": "y is not installed", "less": ""},
+    ]
+    table = report.case_table(case)
+    assert "| x | fails, not timed | | | | | | a: error 1 \\| limit 0 |" in table
+    assert "Absent: y (y is not installed)." in table
+
+
+def test_compare_exits_non_zero_past_the_ratio(files: tuple[Path, Path]) -> None:
+    """Ours only, unless all are asked for; devices that differ by multiples of their floors."""
+    old, new = (str(path) for path in files)
+    assert compare.main([old, old]) == 0
+    assert compare.main([old, new]) == 2  # two devices
+    assert compare.main([old, new, "--by", "floor"]) == 1
+    assert compare.main([old, new, "--by", "floor", "--ratio", "2.01"]) == 0
+    assert compare.main([new, old, "--by", "floor", "--all"]) == 0
+
+
+def test_compare_notices_what_stopped_working(result: results.Result) -> None:
+    """Failing is worse than slow."""
+    new = copy.deepcopy(result)
+    row = next(row for _, row in results.rows(new) if row["ours"] and row["status"] == "ok")
+    row |= {"status": "failing", "reason": "wrong"}
+    _, worse = compare.compare(result, new, ratio=1e9)
+    assert len(worse) == 1
+    assert "now fails: wrong" in worse[0]
+
+
+def test_run_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command for a machine without pytest."""
+    path = tmp_path / "run.json"
+    arguments = ["--quick", "--device", "cpu", "--op", "agreement_masks", "--contender", "sort, no", "--out", str(path)]
+    assert run.main(arguments) == 0
+    assert "agreement_masks, one batch" in capsys.readouterr().out
+    names = {row["contender"] for _, row in results.rows(results.load(path)) if row["status"] == "ok"}
+    assert names == {"sort, no host sync"}
+
+
+def test_default_path_names_date_device_and_commit(result: results.Result) -> None:
+    """A quick run does not pass for a full one."""
+    name = results.default_path(result).name
+    assert name.startswith(result["date"][:10])
+    assert name.endswith("-quick.json")
