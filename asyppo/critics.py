@@ -22,7 +22,12 @@ class Critics(nn.Module):
 
     def __init__(self, models: list[PreTrainedModel], *, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.models: Any = nn.ModuleList(models)
+        for model in models:
+            if not isinstance(getattr(model, "score", None), nn.Linear):
+                raise ConfigError(
+                    f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
+                )
+        self.models: Any = nn.ModuleList(models).eval()  # dropout would pass for disagreement
         self.dtype = dtype
 
     @classmethod

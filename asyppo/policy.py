@@ -39,8 +39,8 @@ def load_pretrained(
         model, report = auto_class.from_pretrained(
             path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model_name_or_path: cannot load {path!r}: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"model_name_or_path: cannot load {path!r}: {' '.join(str(error).split())}") from error
     model = model.to(device)
     if device.type == "cuda":
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
@@ -59,7 +59,8 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.model, self.temperature, self.dtype = model, temperature, dtype
+        # In eval mode throughout: with dropout the first update's ratio would not be 1.
+        self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._check_head()
 

@@ -1,0 +1,163 @@
+"""The policy: log-probs against full logits, gradients through the ops, and heads that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from asyppo.batch import Batch, micro_batches
+from asyppo.config import ConfigError
+from asyppo.policy import Policy, compute_dtype
+
+CPU = torch.device("cpu")
+TinyLM = Callable[..., Qwen3ForCausalLM]
+SHAPE = {
+    "vocab_size": 19,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 32,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+
+
+def naive(model: Any, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy [B, T] from full logits, one sequence at a time, without padding."""
+    logprob, entropy = torch.zeros_like(batch.reward), torch.zeros_like(batch.reward)
+    for b in range(len(batch)):
+        start, end = int(batch.prompt_length[b]), int(batch.length[b])
+        logits = model(batch.tokens[b : b + 1, :end]).logits[0, start - 1 : end - 1].float()
+        log_p = (logits / temperature).log_softmax(-1)
+        logprob[b, : end - start] = log_p.gather(1, batch.tokens[b, start:end, None])[:, 0]
+        entropy[b, : end - start] = -(log_p.exp() * log_p).sum(-1)
+    return logprob, entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+def test_logprobs_are_those_of_the_full_logits(
+    tiny_lm: TinyLM, ragged_batch: Callable[..., Batch], temperature: float, changes: dict
+) -> None:
+    policy, batch = Policy(tiny_lm(**changes), temperature=temperature), ragged_batch()
+    got = policy.logprobs(batch, micro_batches(batch, torch.arange(len(batch)), 30))
+    with torch.no_grad():
+        expected = naive(policy.model, batch, temperature)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+        assert not one[~batch.mask].any()
+
+
+def test_softcapped_head(ragged_batch: Callable[..., Batch]) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SHAPE, final_logit_softcapping=0.7, query_pre_attn_scalar=8, sliding_window=8)
+    policy, batch = Policy(Gemma2ForCausalLM(config).eval(), temperature=0.8), ragged_batch()
+    assert policy.softcap == 0.7
+    got, _ = policy.logprobs(batch, micro_batches(batch, torch.arange(len(batch)), 30))
+    with torch.no_grad():
+        expected, _ = naive(policy.model, batch, 0.8)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (CohereForCausalLM, CohereConfig(**SHAPE, logit_scale=0.0625)),
+        (GraniteForCausalLM, GraniteConfig(**SHAPE, logits_scaling=4.0)),
+    ],
+)
+def test_a_head_with_a_rule_of_its_own_is_refused(model: Any, config: Any) -> None:
+    with pytest.raises(ConfigError, match=f"policy: the logits of {model.__name__} are not a linear head"):
+        Policy(model(config))
+
+
+def test_a_scale_of_one_is_accepted() -> None:
+    Policy(GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=1.0)))
+    Policy(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+
+
+def test_dropout_is_off(ragged_batch: Callable[..., Batch]) -> None:
+    """A dropout of the model's config would make the first update's ratio other than 1."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5)).train()
+    policy, batch = Policy(model), ragged_batch()
+    micro = next(iter(micro_batches(batch, torch.arange(len(batch)), 1000)))
+    assert torch.equal(policy(micro).logprob, policy(micro).logprob)
+
+
+def test_gradient_of_the_loss_is_that_of_the_full_logits(tiny_lm: TinyLM, ragged_batch: Callable[..., Batch]) -> None:
+    """With ratio 1 and entropy: d loss = -sum w (A d logp + c dH)."""
+    batch = ragged_batch()
+    policy, other = Policy(tiny_lm(), temperature=0.9), tiny_lm()
+    old, _ = policy.logprobs(batch, micro_batches(batch, torch.arange(len(batch)), 1000))
+    advantage, weight = torch.randn_like(batch.reward), torch.rand_like(batch.reward)
+    for micro in micro_batches(batch, torch.arange(len(batch)), 30):
+        arguments = {"old_logprob": old, "advantage": advantage, "token_weight": weight}
+        policy(micro, {k: v[micro.grid] for k, v in arguments.items()} | {"entropy_coef": 0.3}).loss.backward()
+    logprob, entropy = naive(other, batch, 0.9)
+    (-(weight * (advantage * logprob + 0.3 * entropy))[batch.mask].sum()).backward()
+    for (name, one), (_, two) in zip(policy.model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_bfloat16_compute_stays_near_float32(tiny_lm: TinyLM, ragged_batch: Callable[..., Batch]) -> None:
+    batch = ragged_batch()
+    low, full = Policy(tiny_lm(), dtype=torch.bfloat16), Policy(tiny_lm())
+    got, expected = (p.logprobs(batch, micro_batches(batch, torch.arange(len(batch)), 99))[0] for p in (low, full))
+    assert got.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in low.parameters())
+    difference = (got - expected).abs().max()
+    assert 1e-4 < difference < 0.5  # bfloat16 was at work, and no more than that
+
+
+def test_compute_dtype() -> None:
+    assert compute_dtype("auto", CPU) == torch.float32
+    assert compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert compute_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_from_pretrained_has_float32_masters(tiny_lm: TinyLM, tmp_path: Path) -> None:
+    tiny_lm().bfloat16().save_pretrained(tmp_path)
+    policy = Policy.from_pretrained(str(tmp_path), temperature=0.7, dtype=torch.bfloat16, device=CPU)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert (policy.dtype, policy.temperature) == (torch.bfloat16, 0.7)
+    assert not policy.model.training
+
+
+@pytest.mark.parametrize("path", ["/no/such/directory", "empty"])
+def test_a_directory_without_a_model(path: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    path = path if path.startswith("/") else str(tmp_path / path)
+    with pytest.raises(ConfigError, match=f"model_name_or_path: cannot load '{path}'") as error:
+        Policy.from_pretrained(path, temperature=1.0, dtype=torch.float32, device=CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_an_attention_implementation_that_is_not_there(tiny_lm: TinyLM, tmp_path: Path) -> None:
+    tiny_lm().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="cannot load"):
+        Policy.from_pretrained(
+            str(tmp_path),
+            temperature=1.0,
+            dtype=torch.float32,
+            device=CPU,
+            attn_implementation="flash_attention_2",
+        )
