@@ -28,10 +28,10 @@ def load_pretrained(
     *,
     config_attributes: dict[str, Any] | None = None,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """``from_pretrained`` in float32 (masters of whatever is computed in), from safetensors, with Liger's kernels
-    where the model is on a GPU and Liger knows it. ``config_attributes`` are set on the model's config, ``kwargs`` go
-    to its ``from_pretrained``. Raises ConfigError with the path."""
+    where the model is on a GPU and Liger knows it; and its report of missing weights. ``config_attributes`` are set on
+    the model's config, ``kwargs`` go to its ``from_pretrained``. Raises ConfigError with the path."""
     try:
         config = AutoConfig.from_pretrained(path, **kwargs)
         for name, value in (config_attributes or {}).items():
