@@ -17,6 +17,11 @@ from asyppo.trainer import AsyPPOTrainer
 
 def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     """Load what ``config`` names and return a trainer of it. Raises ConfigError."""
+    if (config.policy.model_name_or_path is None) == (config.warm_start is None):
+        raise ConfigError(
+            f"policy.model_name_or_path: got {config.policy.model_name_or_path!r}, needs a model, or else "
+            "a warm_start; one of the two"
+        )
     device = choose_device(config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
     train_rows = load_train_rows(config.data, eval_rows)
@@ -24,7 +29,7 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     if config.warm_start is not None:
         made = warm_start.build(config.warm_start, config.data, train_rows, device)
         policy_path, critic_path = str(made[0]), str(made[1])
-    assert policy_path is not None  # validated
+    assert policy_path is not None
     if config.algorithm == "ppo" or critic_path is None:
         critic_path = policy_path
 
@@ -39,10 +44,16 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     if config.num_critics:
         vocab_size = policy.model.config.get_text_config().vocab_size
         critics = Critics.from_pretrained(critic_path, config.num_critics, vocab_size=vocab_size, **shared)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model_name_or_path: {policy_path!r} has no tokenizer: {' '.join(str(error).split())}"
+        ) from error
     return AsyPPOTrainer(
         policy=policy,
         critics=critics,
-        tokenizer=AutoTokenizer.from_pretrained(policy_path),
+        tokenizer=tokenizer,
         reward_funcs=config.reward_funcs,
         train_dataset=train_rows,
         eval_dataset=eval_rows,

@@ -32,7 +32,11 @@ Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 def _state(trained: Trained) -> dict[str, Any]:
     state = {}
     for name, (model, optimizer) in trained.items():
+        fresh = not optimizer.state
         weights, moments = get_state_dict(model, optimizer)
+        if fresh:  # get_state_dict has filled it by a step at rate 0, which is not to count
+            for of_parameter in optimizer.state.values():
+                of_parameter["step"].zero_()
         state[name] = {"model": weights, "optimizer": moments}
     return state
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from asyppo.config import AsyPPOConfig, ConfigError
 
@@ -18,25 +18,30 @@ DEFAULT_CONFIG = Path(str(files("asyppo") / "default.yaml"))
 def parser() -> ArgumentParser:
     """Build the parser of ``asyppo``: fields, defaults and help come from the configuration's dataclasses."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    train = ArgumentParser(description="Train a policy.")
+    train = ArgumentParser(description="Train a policy.", exit_on_error=False)
     train.add_argument(
         "--config",
         action="config",
         help="YAML file; without one, the embedded default runs. Further options override it.",
     )
     train.add_class_arguments(AsyPPOConfig)
-    top = ArgumentParser(prog="asyppo", description="PPO with mini-critics for language models (AsyPPO).")
+    top = ArgumentParser(
+        prog="asyppo", description="PPO with mini-critics for language models (AsyPPO).", exit_on_error=False
+    )
     top.add_subcommands(required=True).add_subcommand("train", train)
     return top
 
 
 def parse(argv: Sequence[str]) -> AsyPPOConfig:
-    """Return the validated configuration of ``asyppo train …``. Raises ConfigError; a usage error exits with 2."""
+    """Return the validated configuration of ``asyppo train …``. Raises ConfigError."""
     arguments = list(argv)
     if arguments[:1] == ["train"] and not any(a.split("=")[0] == "--config" for a in arguments):
         arguments[1:1] = ["--config", str(DEFAULT_CONFIG)]
     top = parser()
-    namespace = top.instantiate(top.parse_args(arguments)).train
+    try:
+        namespace = top.instantiate(top.parse_args(arguments)).train
+    except ArgumentError as error:
+        raise ConfigError(f"{' '.join(str(error).split())}; see asyppo train --help") from error
     config = AsyPPOConfig(**{field.name: namespace[field.name] for field in fields(AsyPPOConfig)})
     config.validate()
     return config

@@ -258,9 +258,19 @@ class AsyPPOConfig:
         for name in ("num_critics", "num_iterations", "num_mini_batches"):
             got = getattr(self.critic, name)
             _need(got >= 1, f"critic.{name}", got, "an integer of at least 1")
+        for name, got in (
+            ("data.train_size", self.data.train_size),
+            ("eval.num_generations", self.eval.num_generations),
+        ):
+            _need(got >= 1, name, got, "an integer of at least 1")
         for name in ("save_steps", "logging_samples", "warmup_steps"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
-        _need(self.critic.warmup_steps >= 0, "critic.warmup_steps", self.critic.warmup_steps, "at least 0")
+        for name, got in (
+            ("critic.warmup_steps", self.critic.warmup_steps),
+            ("data.eval_size", self.data.eval_size),
+            ("eval.every", self.eval.every),
+        ):
+            _need(got >= 0, name, got, "an integer of at least 0")
         for name in ("advantage_mask_fraction", "entropy_filter_fraction"):
             _need(0 <= getattr(self, name) < 1, name, getattr(self, name), "a fraction in [0, 1)")
         for name, got in (("gamma", self.gamma), ("lam", self.lam), ("critic.value_lambda", self.critic.value_lambda)):
@@ -271,8 +281,9 @@ class AsyPPOConfig:
             _need(got > 0, name, got, "a positive number")
         for name, got in (("temperature", self.temperature), ("eval.temperature", self.eval.temperature)):
             _need(got > 0, name, got, "a positive number")
-        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta"):
+        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta", "weight_decay"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+        _need(self.critic.weight_decay >= 0, "critic.weight_decay", self.critic.weight_decay, "a number of at least 0")
         _need(self.epsilon < 1, "epsilon", self.epsilon, "a number below 1")
         _need(len(self.reward_funcs) > 0, "reward_funcs", self.reward_funcs, "at least one reward function")
         _need(
@@ -294,8 +305,8 @@ class AsyPPOConfig:
             "at most prompts_per_step * num_generations",
         )
         _need(
-            (self.policy.model_name_or_path is None) != (self.warm_start is None),
-            "policy.model_name_or_path",
-            self.policy.model_name_or_path,
-            "a model, or else a warm_start; one of the two",
+            self.eval.min_gain is None or self.data.eval_size > 0,
+            "data.eval_size",
+            self.data.eval_size,
+            "at least 1 held-out prompt for eval.min_gain",
         )

@@ -17,7 +17,7 @@ from asyppo import metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
 from asyppo.batch import Batch, make_batch, micro_batches, split_responses
 from asyppo.checkpoint import Trained, save_checkpoint
-from asyppo.config import AsyPPOConfig
+from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
 from asyppo.data import PromptSchedule, Row
 from asyppo.evaluate import evaluate
@@ -63,6 +63,14 @@ class AsyPPOTrainer:
         sampler: Sampler | None = None,
     ):
         config.validate()
+        num_critics = 0 if critics is None else len(critics)
+        if num_critics != config.num_critics:
+            raise ConfigError(
+                f"critics: got {num_critics}, needs {config.num_critics} for algorithm {config.algorithm}, "
+                f"critic.num_critics {config.critic.num_critics}"
+            )
+        if policy.temperature != config.temperature:
+            raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
         self.reward_funcs = resolve_reward_funcs(reward_funcs)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -314,7 +322,11 @@ class AsyPPOTrainer:
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
-        return [torch.tensor(ids) for ids in self.tokenizer(list(prompts), padding=False)["input_ids"]]
+        tokens = self.tokenizer(list(prompts), padding=False)["input_ids"]
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            if not ids:
+                raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, needs at least one")
+        return [torch.tensor(ids) for ids in tokens]
 
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
         rows = torch.arange(len(batch), device=self.device) if rows is None else rows

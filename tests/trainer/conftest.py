@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
 
 from asyppo.batch import Batch, make_batch
-from asyppo.config import AsyPPOConfig, CriticConfig, EvalConfig, PolicyConfig
+from asyppo.config import AsyPPOConfig, CriticConfig, EvalConfig
 from asyppo.critics import Critics
 from asyppo.data import Row
 from asyppo.policy import Policy
@@ -95,7 +95,6 @@ def tiny_config(tmp_path: Path) -> Callable[..., AsyPPOConfig]:
             "max_steps": 1,
             "output_dir": str(tmp_path / "runs"),
             "run_name": "run",
-            "policy": PolicyConfig(model_name_or_path="made in the test"),
             "critic": CriticConfig(**({"learning_rate": 1e-2} | (critic or {}))),
             "eval": EvalConfig(**(evaluation or {})),
             "prompts_per_step": 3,
