@@ -9,8 +9,10 @@ import torch
 from bench.cases import Outputs
 
 # What is allowed on top of the error of the same-precision plain-torch computation, relative to the oracle's norm.
-# For the low-precision dtypes it is one rounding of the result (half a unit in the last place is 2**-9 and 2**-12).
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# float32: logits near 30, computed again in the backward, differ by 2e-6 from those of the forward, and where the
+# target is nearly certain its gradient, 1 - p, is a small difference. Low precision: one rounding of the result (half a
+# unit in the last place is 2**-9 and 2**-12).
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

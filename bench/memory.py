@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,20 @@ class Footprint:
 
 def footprint(run: Callable[[], Outputs], device: torch.device, *, launches: bool = True) -> Footprint:
     """Run twice on a GPU (memory, then launches), once on a CPU. The caller has warmed ``run`` up."""
-    gc.collect()
-    return _on_gpu(run, device, launches) if device.type == "cuda" else _on_cpu(run, launches)
+    with no_collection():
+        return _on_gpu(run, device, launches) if device.type == "cuda" else _on_cpu(run, launches)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the garbage of earlier calls out of what is measured: it is neither freed here nor waited for."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def storage_bytes(outputs: Outputs) -> int:

@@ -87,8 +87,10 @@ def _curves(sweeps: list[dict[str, Any]], title: str, path: Path) -> bool:
                 if row["contender"] == name and row["status"] == "ok"
             ]
             if line:
-                axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
+                ours = name.startswith("asyppo")
+                axis.plot(*zip(*line, strict=True), "o-" if ours else "s:", markersize=3, label=name)
         axis.set_xscale("log", base=2)
+        axis.set_xticks([p["x"] for p in points], [f"{p['x']:,}" for p in points])
         axis.set_yscale("log")
         axis.set_ylabel("seconds", fontsize=7)
         axis.set_title(f"{sweep['op']} against {sweep['axis']}", fontsize=9)

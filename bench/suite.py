@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -136,11 +135,11 @@ def measure(
 
     inputs = make(0)
     rows, running = _check(case, entries, inputs, deadline)
-    gc.collect()
 
     for row, run, seconds in running.values():
         try:
-            count = launches and (case.device.type == "cpu" or seconds < LAUNCHES_COUNTED)
+            wanted = launches or (module.GRAPH and case.device.type == "cuda")  # how long a graph would be
+            count = wanted and (case.device.type == "cpu" or seconds < LAUNCHES_COUNTED)
             found = memory.footprint(lambda run=run: run(inputs), case.device, launches=count)
         except Exception as error:
             row |= {"status": "failing", "reason": _message(error)}
@@ -155,13 +154,19 @@ def measure(
             continue
         try:
             samplers[entry.name], methods[entry.name] = timing.sampler(
-                run, sets, case.device, graph=module.GRAPH, launches=row["launches"] or timing.LAUNCHES_PER_GRAPH
+                run,
+                sets,
+                case.device,
+                graph=module.GRAPH and row["launches"] is not None,
+                launches=row["launches"] or 0,
             )
         except Exception as error:
             row |= {"status": "failing", "reason": _message(error)}
-    samples = timing.interleave(samplers, budget, min_rounds=min_rounds)
+    samples, failed = timing.interleave(samplers, budget, min_rounds=min_rounds)
     for entry, (row, _, _) in running.items():
-        if entry.name in samples:
+        if entry.name in failed:
+            row |= {"status": "failing", "reason": _message(failed[entry.name])}
+        elif entry.name in samples:
             taken = timing.Timing(tuple(samples[entry.name]), methods[entry.name])
             low, high = taken.spread()
             row["seconds"] = {
@@ -184,15 +189,20 @@ def _check(
     want = oracle(case, inputs)
     limit = errors.limits(baseline(case, inputs), want, case.dtype)
     required = OPS[case.op].required(case)
-    rows, running = [], {}
-    for entry in entries:
+    rows = [_row(entry, "ok") for entry in entries]
+    built, running = {}, {}
+    for entry, row in zip(entries, rows, strict=True):
+        try:  # all before the first is run: importing a library can undo what another has compiled
+            built[entry] = row, entry.build(case)
+        except Absent as reason:
+            row |= {"status": "absent", "reason": results.clean(str(reason))}
+        except Exception as error:
+            row |= {"status": "failing", "reason": _message(error)}
+    for entry, (row, run) in built.items():
         if time.monotonic() > deadline:
-            rows.append(_row(entry, "skipped", "out of time"))
+            row |= {"status": "skipped", "reason": "out of time"}
             continue
-        row = _row(entry, "ok")
-        rows.append(row)
         try:
-            run = entry.build(case)
             run(inputs)  # compiles what there is to compile
             memory.poison(case.device, POISON[case.device.type])
             _synchronise(case)
@@ -202,8 +212,6 @@ def _check(
             seconds = time.perf_counter() - begin
             row["errors"], complaint = errors.verdict(got, want, limit, required)
             row["limits"] = {name: limit[name] for name in row["errors"]}
-        except Absent as reason:
-            row |= {"status": "absent", "reason": results.clean(str(reason))}
         except Exception as error:
             row |= {"status": "failing", "reason": _message(error)}
         else:

@@ -11,11 +11,13 @@ from statistics import median, quantiles
 import torch
 
 from bench.cases import Inputs
+from bench.memory import no_collection
 from bench.registry import Run
 
 LAUNCHES_PER_GRAPH = 4000  # more take longer to capture than they are worth
 SAMPLE_SECONDS = 2e-3  # a sample is at least this long on a GPU, else it is made of several calls
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+SLOW = 1.0  # seconds a call
 
 Sampler = Callable[[], float]  # seconds of one call
 
@@ -57,35 +59,42 @@ def sampler(run: Run, sets: list[Inputs], device: torch.device, *, graph: bool, 
 
 def interleave(
     samplers: Mapping[str, Sampler], budget: float, *, min_rounds: int = MIN_ROUNDS
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Sample all contenders in turn, so that a drift of the machine meets all of them.
 
-    Each gets about the same share of ``budget`` seconds and at least ``min_rounds`` samples; the slow ones sit out
-    rounds, spread evenly. The order rotates from round to round.
+    Each gets about the same share of ``budget`` seconds and at least ``min_rounds`` samples, or two if one takes longer
+    than a second; the slow ones sit out rounds, spread evenly. The order rotates from round to round. What a contender
+    raises ends its part, and is returned beside the samples.
     """
-    names = list(samplers)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    failed: dict[str, Exception] = {}
+
+    def sample(name: str) -> float | None:
+        try:
+            return samplers[name]()
+        except Exception as error:
+            failed[name] = error
+            return None
+
     rounds = {}
-    for name in names:
-        samplers[name]()  # warm-up: caches, allocator, clocks
+    for name in samplers:
         begin = time.perf_counter()
-        samplers[name]()
+        sample(name)  # warm-up: caches, allocator, clocks
         cost = time.perf_counter() - begin
-        rounds[name] = min(MAX_ROUNDS, max(min_rounds, int(budget / len(names) / max(cost, 1e-9))))
-    total = max(rounds.values(), default=0)
+        least = min_rounds if cost < SLOW else 2
+        rounds[name] = min(MAX_ROUNDS, max(least, int(budget / len(samplers) / max(cost, 1e-9))))
+    names = [name for name in samplers if name not in failed]
+    total = max((rounds[name] for name in names), default=0)
     gc.collect()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         for r in range(total):
             for i in range(len(names)):
                 name = names[(i + r) % len(names)]
-                if (r + 1) * rounds[name] // total > r * rounds[name] // total:
-                    samples[name].append(samplers[name]())
-    finally:
-        if collecting:
-            gc.enable()
-    return samples
+                if name not in failed and (r + 1) * rounds[name] // total > r * rounds[name] // total:
+                    seconds = sample(name)
+                    if seconds is not None:
+                        samples[name].append(seconds)
+    return {name: taken for name, taken in samples.items() if name not in failed}, failed
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -173,11 +173,23 @@ def test_oracle_is_float64_and_does_not_depend_on_its_chunks(monkeypatch: pytest
 def test_contenders_take_turns() -> None:
     """A slow one sits out rounds, and all are sampled to the end."""
     order: list[str] = []
-    samples = timing.interleave(
+    samples, failed = timing.interleave(
         {name: lambda name=name: float(order.append(name) is None) for name in "abc"}, 1e-9, min_rounds=3
     )
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 3, "b": 3, "c": 3}
     assert order[-9:] == list("abcbcacab")
+    assert not failed
+
+
+def test_what_fails_when_timed_is_left_out() -> None:
+    """The others are timed on."""
+
+    def broken() -> float:
+        raise RuntimeError("out of memory")
+
+    samples, failed = timing.interleave({"broken": broken, "right": lambda: 1.0}, 1e-9, min_rounds=2)
+    assert samples == {"right": [1.0, 1.0]}
+    assert "out of memory" in str(failed["broken"])
 
 
 def test_spread_and_rotation() -> None:
