@@ -32,7 +32,8 @@ def of_batch(
         "actor/entropy": masked_mean(entropy, mask),
         "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, mask),
         "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, mask),
-        "critic/vf_explained_var": 1 - error_variance / return_variance.clamp(min=1e-8),
+        # Not defined where returns do not vary.
+        "critic/vf_explained_var": 1 - error_variance / torch.where(return_variance > 1e-8, return_variance, math.nan),
         "critic/std/mean": masked_mean(signal.std, mask),
         "critic/std/low": signal.low,
         "critic/std/high": signal.high,

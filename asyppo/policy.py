@@ -63,6 +63,11 @@ class Policy(nn.Module):
         self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
         self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._check_head()
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            # Some checkpoints have a temperature but no do_sample; transformers loads that, and refuses to save it.
+            model.generation_config.do_sample = True
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,124 @@
+"""Checkpoints: models that load anywhere, and a state from which training goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from asyppo.checkpoint import load_checkpoint
+from asyppo.policy import Policy
+from asyppo.run import RunDirectory
+from asyppo.trainer import AsyPPOTrainer
+
+Make = Callable[..., Any]
+
+
+def score(completions: list[str], **_: Any) -> list[float]:
+    """Number of a's."""
+    return [float(c.count("a")) for c in completions]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal bit for bit, through dictionaries and lists."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+def state_of(trainer: AsyPPOTrainer) -> dict[str, Any]:
+    """Weights and optimizers of everything that is trained."""
+    return {name: [m.state_dict(), o.state_dict()] for name, (m, o) in trainer.trained().items()}
+
+
+def test_what_a_checkpoint_holds(tiny_config: Make, tiny_trainer: Make) -> None:
+    config = tiny_config()
+    trainer, run = tiny_trainer(config, score), RunDirectory(config)
+    trainer.step(1, run)
+    checkpoint = trainer.save(run, 1)
+    assert checkpoint == run.path / "checkpoint-1"
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "policy",
+        "critic_0",
+        "critic_1",
+        "state",
+        "trainer_state.json",
+    }
+    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
+    assert json.loads((checkpoint / "trainer_state.json").read_text()) == {"step": 1}
+    policy = AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
+    assert_same(policy.state_dict(), trainer.policy.model.state_dict())
+    for m in range(2):
+        critic = AutoModelForTokenClassification.from_pretrained(checkpoint / f"critic_{m}")
+        assert_same(critic.state_dict(), trainer.critics.models[m].state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "policy")
+    assert tokenizer("abp")["input_ids"] == trainer.tokenizer("abp")["input_ids"]
+    assert tokenizer.decode(tokenizer("abp")["input_ids"]) == "abp"
+
+
+@pytest.mark.parametrize("algorithm", ["asyppo", "grpo"])
+def test_training_goes_on_from_a_checkpoint(tiny_config: Make, tiny_trainer: Make, algorithm: Any) -> None:
+    config = tiny_config(algorithm=algorithm)
+    first, run = tiny_trainer(config, score), RunDirectory(config)
+    for step in (1, 2):
+        first.step(step, run)
+    checkpoint = first.save(run, 2)
+    second = tiny_trainer(config, score)
+    assert load_checkpoint(checkpoint, second.trained()) == 2
+    assert_same(state_of(second), state_of(first))
+    for trainer in (first, second):
+        trainer.step(3, run)
+    assert_same(state_of(second), state_of(first))
+
+
+def test_a_checkpoint_before_the_first_update(tiny_config: Make, tiny_trainer: Make) -> None:
+    """It is that of an optimizer that has not stepped: afterwards as before."""
+    config = tiny_config()
+    plain, saved, loaded = (tiny_trainer(config, score) for _ in range(3))
+    run = RunDirectory(config)
+    load_checkpoint(saved.save(run, 0), loaded.trained())
+    for trainer in (plain, saved, loaded):
+        trainer.step(1, run)
+    assert_same(state_of(saved), state_of(plain))
+    assert_same(state_of(loaded), state_of(plain))
+
+
+def test_a_checkpoint_replaces_one_of_the_same_step(tiny_config: Make, tiny_trainer: Make) -> None:
+    config = tiny_config()
+    trainer, run = tiny_trainer(config, score), RunDirectory(config)
+    (run.path / ".checkpoint-1.partial" / "junk").mkdir(parents=True)  # of a run that was killed
+    (run.path / "checkpoint-1" / "old").mkdir(parents=True)
+    checkpoint = trainer.save(run, 1)
+    assert not (checkpoint / "junk").exists()
+    assert not (checkpoint / "old").exists()
+
+
+def test_a_policy_with_contradictory_generation_settings_is_saved(
+    tiny_config: Make, tiny_trainer: Make, tiny_lm: Make, tmp_path: Path
+) -> None:
+    """Some published checkpoints have settings that transformers loads but refuses to save."""
+    tiny_lm().save_pretrained(tmp_path)
+    settings = {"eos_token_id": [1, 4], "do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    policy = Policy.from_pretrained(str(tmp_path), temperature=1.0, dtype=torch.float32, device=torch.device("cpu"))
+    config = tiny_config()
+    trainer = tiny_trainer(config, score, policy=policy)
+    checkpoint = trainer.save(RunDirectory(config), 1)
+    saved = AutoModelForCausalLM.from_pretrained(checkpoint / "policy").generation_config
+    assert (saved.eos_token_id, saved.temperature, saved.top_p) == ([1, 4], 0.6, 0.9)
+    assert trainer.sampler.eos_token_ids == [1, 4]
