@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,6 +52,16 @@ class Sweep:
     op: str
     axis: str
     cases: tuple[tuple[float, Case], ...]
+
+
+def sweep_sizes(
+    op: str, sizes: Mapping[str, int], axes: Mapping[str, Sequence[int]], make: Callable[[str, dict[str, int]], Case]
+) -> list[Sweep]:
+    """Vary one size at a time, the others as in ``sizes``; ``make`` gets a name and the sizes."""
+    return [
+        Sweep(op, axis, tuple((x, make(f"{axis} = {x}", {**sizes, axis: x})) for x in values))
+        for axis, values in axes.items()
+    ]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

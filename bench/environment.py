@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -31,11 +32,11 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe this run."""
+    """Describe this run. A copy of the tree without its history is told its commit by ``BENCH_COMMIT``."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": os.environ.get("BENCH_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "bench", "kernels")),
         "device": _device(device),
         "versions": {"python": platform.python_version(), **_versions()},
     }

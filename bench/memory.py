@@ -64,8 +64,8 @@ def _on_gpu(run: Callable[[], Outputs], device: torch.device, launches: bool) ->
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         run()
         torch.cuda.synchronize(device)
-    on_device = [e for e in _raw_events(record) if "CUDA" in str(e.device_type()) and not _is_memory(e)]
-    return Footprint(peak, size, len(on_device))
+    on_device = [e for e in _raw_events(record) if "CUDA" in str(e.device_type())]
+    return Footprint(peak, size, sum(not (_is_memory(e) or _is_annotation(e)) for e in on_device))
 
 
 def _on_cpu(run: Callable[[], Outputs], launches: bool) -> Footprint:
@@ -95,6 +95,10 @@ def _outermost(record: profile) -> int:
 
 def _raw_events(record: profile) -> list[Any]:
     return record.profiler.kineto_results.events()
+
+
+def _is_annotation(event: Any) -> bool:
+    return hasattr(event, "is_user_annotation") and event.is_user_annotation()
 
 
 def _is_memory(event: Any) -> bool:

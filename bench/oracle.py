@@ -10,7 +10,7 @@ from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
 from asyppo_kernels.linear_logprob.reference import linear_logprob_reference
 from asyppo_kernels.linear_ppo_loss.reference import linear_ppo_loss_reference
 from bench.cases import Case, Inputs, Outputs
-from bench.ops import linear_logprob, linear_ppo_loss
+from bench.ops import ensemble_value, linear_logprob, linear_ppo_loss
 from bench.ops.policy_head import ROWS
 
 
@@ -74,13 +74,8 @@ def _ppo_loss(
 
 def _value(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:
     names = ("hidden", "weight", "bias")
-    arguments = [inputs[name].detach().to(dtype).requires_grad_(case.backward) for name in names]
-    value, mean, std = ensemble_value_reference(*arguments)
-    outputs = {"value": value.detach(), "mean": mean, "std": std}
-    if case.backward:
-        grads = torch.autograd.grad(value, arguments, inputs["grad_value"].to(dtype))
-        outputs |= dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True))
-    return outputs
+    cast = inputs | {name: inputs[name].detach().to(dtype).requires_grad_(case.backward) for name in names}
+    return ensemble_value.outputs_of(case, cast, *ensemble_value_reference(*(cast[name] for name in names)))
 
 
 def _gae(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:

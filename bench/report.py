@@ -29,8 +29,9 @@ def environment_lines(result: Result) -> list[str]:
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in device.items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     changed = " with uncommitted changes" if result["modified"] else ""
+    commit = result["commit"] or "unknown"
     return [
-        f"{result['device']['name']} ({facts}), {result['date']}, commit {result['commit']}{changed}.",
+        f"{result['device']['name']} ({facts}), {result['date']}, commit {commit}{changed}.",
         f"{versions}.",
         floors_line(result),
     ]

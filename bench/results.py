@@ -22,11 +22,10 @@ Row = dict[str, Any]
 
 
 def default_path(result: Result) -> Path:
-    """``2026-01-31-nvidia-h200-0a1b2c3.json``, with ``-quick`` where the times say nothing."""
-    device = slug(result["device"]["name"])
-    quick = "-quick" if result["scale"] == "quick" else ""
+    """``bench/results/2026-01-31-nvidia-h200-0a1b2c3.json``; a quick run goes where git does not look."""
+    folder = ROOT / ".benchmarks" if result["scale"] == "quick" else RESULTS
     commit = (result["commit"] or "unknown")[:7]
-    return RESULTS / f"{result['date'][:10]}-{device}-{commit}{quick}.json"
+    return folder / f"{result['date'][:10]}-{slug(result['device']['name'])}-{commit}.json"
 
 
 def save(result: Result, path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 import asyppo_kernels
 from bench.cases import Case, Inputs, Outputs
 from bench.contenders.heads import wants_entropy
-from bench.ops import OPS, linear_logprob, linear_ppo_loss
+from bench.ops import OPS, ensemble_value, linear_logprob, linear_ppo_loss
 from bench.ops.agreement_masks import FRACTION
 from bench.registry import Absent, Contender, Head, Run, add, need_gpu
 
@@ -52,13 +52,8 @@ def _linear_ppo_loss(case: Case, backend: str) -> Run:
 
 def _ensemble_value(case: Case, backend: str) -> Run:
     def run(inputs: Inputs) -> Outputs:
-        arguments = [inputs[name] for name in ("hidden", "weight", "bias")]
-        result = asyppo_kernels.ensemble_value(*arguments, backend=backend)
-        outputs = {"value": result.value.detach(), "mean": result.mean, "std": result.std}
-        if case.backward:
-            grads = torch.autograd.grad(result.value, arguments, inputs["grad_value"])
-            outputs |= dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True))
-        return outputs
+        result = asyppo_kernels.ensemble_value(inputs["hidden"], inputs["weight"], inputs["bias"], backend=backend)
+        return ensemble_value.outputs_of(case, inputs, *result)
 
     return run
 

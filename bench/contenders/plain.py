@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from bench.cases import Case, Inputs, Outputs
 from bench.contenders.heads import compiler, policy_head, wants_entropy
+from bench.ops import ensemble_value
 from bench.ops.agreement_masks import FRACTION
 from bench.registry import Absent, Head, Run, contender
 
@@ -45,29 +46,17 @@ def _values(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return value, scores.mean(0), scores.std(0, correction=0)
 
 
-def _value_run(case: Case, forward) -> Run:
-    def run(inputs: Inputs) -> Outputs:
-        value, mean, std = forward(inputs)
-        outputs = {"value": value.detach(), "mean": mean, "std": std}
-        if case.backward:
-            arguments = [inputs[name] for name in ("hidden", "weight", "bias")]
-            grads = torch.autograd.grad(value, arguments, inputs["grad_value"])
-            outputs |= dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True))
-        return outputs
-
-    return run
-
-
 @contender("ensemble_value", "plain torch")
 def plain_value(case: Case) -> Run:
     """A linear layer a critic, stacked."""
-    return _value_run(case, _values)
+    return lambda inputs: ensemble_value.outputs_of(case, inputs, *_values(inputs))
 
 
 @contender("ensemble_value", "torch.compile")
 def compiled_value(case: Case) -> Run:
     """The same, compiled."""
-    return _value_run(case, compiler(case)(_values))
+    compiled = compiler(case)(_values)
+    return lambda inputs: ensemble_value.outputs_of(case, inputs, *compiled(inputs))
 
 
 def _gae_loop(inputs: Inputs, gamma: float, lam: float, value_lam: float) -> Outputs:

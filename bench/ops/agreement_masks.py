@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Case, Inputs, Scale, Sweep, Work
+from bench.cases import Case, Inputs, Scale, Sweep, Work, sweep_sizes
 
 OP = "agreement_masks"
 GRAPH = True
@@ -30,11 +30,9 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
 
 def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
     """Over tokens."""
-    return [
-        Sweep(
-            OP, "N", tuple((n, Case(OP, f"N = {n}", {"N": n}, {}, torch.float32, device)) for n in SWEEP_TOKENS[scale])
-        )
-    ]
+    return sweep_sizes(
+        OP, {}, {"N": SWEEP_TOKENS[scale]}, lambda name, sizes: Case(OP, name, sizes, {}, torch.float32, device)
+    )
 
 
 def inputs(case: Case, generator: torch.Generator) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Case, Inputs, Scale, Sweep, Work
+from bench.cases import Case, Inputs, Scale, Sweep, Work, sweep_sizes
 
 OP = "ensemble_gae"
 GRAPH = True
@@ -32,17 +32,9 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
 
 def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
     """Over steps, responses and critics."""
-    return [
-        Sweep(
-            OP,
-            axis,
-            tuple(
-                (x, _case(f"{axis} = {x}", {**SIZES[scale], axis: x}, device, value_lam=1.0))
-                for x in SWEEP_SIZES[scale][axis]
-            ),
-        )
-        for axis in "TBK"
-    ]
+    return sweep_sizes(
+        OP, SIZES[scale], SWEEP_SIZES[scale], lambda name, sizes: _case(name, sizes, device, value_lam=1.0)
+    )
 
 
 def _case(name: str, sizes: dict[str, int], device: torch.device, *, value_lam: float, holes: bool = False) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import Case, Inputs, Scale, Sweep, Work
+from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work, sweep_sizes
 
 OP = "ensemble_value"
 GRAPH = True
@@ -31,16 +31,7 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
 
 def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
     """Over tokens, critics and width."""
-    return [
-        Sweep(
-            OP,
-            axis,
-            tuple(
-                (x, _case(f"{axis} = {x}", {**SIZES[scale], axis: x}, scale, device)) for x in SWEEP_SIZES[scale][axis]
-            ),
-        )
-        for axis in "NKH"
-    ]
+    return sweep_sizes(OP, SIZES[scale], SWEEP_SIZES[scale], lambda name, sizes: _case(name, sizes, scale, device))
 
 
 def _case(name: str, sizes: dict[str, int], scale: Scale, device: torch.device, *, backward: bool = True) -> Case:
@@ -80,3 +71,13 @@ def work(case: Case) -> Work:
 def required(case: Case) -> set[str]:
     """Outputs a contender has to return."""
     return {"value", "mean", "std"} | ({"d_hidden", "d_weight", "d_bias"} if case.backward else set())
+
+
+def outputs_of(case: Case, inputs: Inputs, value: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Outputs:
+    """Return the outputs under their names, with the gradients where the case has them."""
+    outputs = {"value": value.detach(), "mean": mean, "std": std}
+    if case.backward:
+        arguments = [inputs[name] for name in ("hidden", "weight", "bias")]
+        grads = torch.autograd.grad(value, arguments, inputs["grad_value"].to(value.dtype))
+        outputs |= dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True))
+    return outputs

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work
+from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work, sweep_sizes
 from bench.ops.policy_head import DTYPE, SIZES, SWEEP_BASE, SWEEP_SIZES, head_bytes, head_inputs, product_flops
 from bench.registry import Head, Run
 
@@ -31,17 +31,12 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
 def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
     """Forward and backward over rows, vocabulary and width."""
     options = {"entropy": True, "backward": True, "temperature": 1.0, "logits": "peaked"}
-    return [
-        Sweep(
-            OP,
-            axis,
-            tuple(
-                (x, Case(OP, f"{axis} = {x}", {**SWEEP_BASE[scale], axis: x}, options, DTYPE[scale], device))
-                for x in SWEEP_SIZES[scale][axis]
-            ),
-        )
-        for axis in "NVH"
-    ]
+    return sweep_sizes(
+        OP,
+        SWEEP_BASE[scale],
+        SWEEP_SIZES[scale],
+        lambda name, sizes: Case(OP, name, sizes, options, DTYPE[scale], device),
+    )
 
 
 def inputs(case: Case, generator: torch.Generator) -> Inputs:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work
+from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work, sweep_sizes
 from bench.ops.policy_head import DTYPE, SIZES, SWEEP_BASE, SWEEP_SIZES, head_bytes, head_inputs, product_flops
 from bench.registry import Head, Run
 
@@ -29,17 +29,12 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
 def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
     """Over rows, vocabulary and width, and over the share of rows whose advantage the mask keeps."""
     base = SWEEP_BASE[scale]
-    found = [
-        Sweep(
-            OP,
-            axis,
-            tuple(
-                (x, _case(f"{axis} = {x}", {**base, axis: x}, scale, device, entropy_coef=0.01))
-                for x in SWEEP_SIZES[scale][axis]
-            ),
-        )
-        for axis in "NVH"
-    ]
+    found = sweep_sizes(
+        OP,
+        base,
+        SWEEP_SIZES[scale],
+        lambda name, sizes: _case(name, sizes, scale, device, entropy_coef=0.01),
+    )
     live = tuple((x, _case(f"live fraction {x}", base, scale, device, live=x)) for x in LIVE_FRACTIONS)
     return [*found, Sweep(OP, "live fraction", live)]
 

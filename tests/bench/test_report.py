@@ -120,7 +120,9 @@ def test_run_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_default_path_names_date_device_and_commit(result: results.Result) -> None:
-    """A quick run does not pass for a full one."""
-    name = results.default_path(result).name
-    assert name.startswith(result["date"][:10])
-    assert name.endswith("-quick.json")
+    """A quick run does not land among the full ones."""
+    full = results.default_path(result | {"scale": "cpu", "commit": "0123456789ab"})
+    assert full.parent == results.RESULTS
+    assert full.name.startswith(result["date"][:10])
+    assert full.name.endswith("-0123456.json")
+    assert results.default_path(result).parent != results.RESULTS
