@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases import Case, Inputs, Outputs
-from bench.contenders.heads import policy_head, wants_entropy
+from bench.contenders.heads import compiler, policy_head, wants_entropy
 from bench.registry import Absent, Head, Run, contender, need_gpu
 
 
@@ -78,7 +78,8 @@ def logits_path(case: Case) -> Head:
         ("logprobs_from_logits_v2", "entropy_from_logits"),
         {"torch": torch, "F": F},
     )
-    logprobs, entropies = functions["logprobs_from_logits_v2"], functions["entropy_from_logits"]
+    logprobs = functions["logprobs_from_logits_v2"]
+    entropies = compiler(case)(functions["entropy_from_logits"])  # as its actor does
     temperature, entropy = float(case.options["temperature"]), wants_entropy(case)
 
     def head(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
