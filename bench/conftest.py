@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--quick", action="store_true", help="bench: tiny shapes; the times say nothing")
     group.addoption("--device", default="auto", help="bench: auto, cuda or cpu")
-    group.addoption("--minutes", type=float, default=9.0, help="bench: what has not begun by then is left out")
+    group.addoption("--minutes", type=float, default=8.5, help="bench: what has not begun by then is left out")
     group.addoption("--out", type=Path, help="bench: the result file; default: bench/results/DATE-DEVICE-COMMIT.json")
 
 

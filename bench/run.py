@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run? The times say nothing")
     parser.add_argument("--no-sweeps", action="store_true", help="leave the scaling curves out")
-    parser.add_argument("--minutes", type=float, default=9.0, help="what has not begun by then is left out")
+    parser.add_argument("--minutes", type=float, default=8.5, help="what has not begun by then is left out")
     parser.add_argument("--out", type=Path, help="the result file; default: bench/results/DATE-DEVICE-COMMIT.json")
     chosen = parser.parse_args(arguments)
 

@@ -41,7 +41,7 @@ class Session:
         device: torch.device,
         *,
         quick: bool = False,
-        minutes: float = 9.0,
+        minutes: float = 8.5,
         select: Callable[[Contender], bool] | None = None,
     ) -> None:
         self.device = device

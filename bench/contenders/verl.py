@@ -70,21 +70,23 @@ def _module(name: str) -> ModuleType:
         raise Absent(f"cannot import {name}: {error}") from error
 
 
-@policy_head("verl logits path", less="entropy in the dtype of the logits; as installed without flash-attn")
+@policy_head("verl logits path", less="as installed without flash-attn")
 def logits_path(case: Case) -> Head:
-    """What its actor does with the model's logits by default."""
+    """What its actor does with the model's logits by default, under autocast and with the entropy compiled."""
     functions = _functions(
         "utils/torch_functional.py",
         ("logprobs_from_logits_v2", "entropy_from_logits"),
         {"torch": torch, "F": F},
     )
     logprobs = functions["logprobs_from_logits_v2"]
-    entropies = compiler(case)(functions["entropy_from_logits"])  # as its actor does
+    entropies = compiler(case)(functions["entropy_from_logits"])
+    low_precision = case.dtype != torch.float32
     temperature, entropy = float(case.options["temperature"]), wants_entropy(case)
 
     def head(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = F.linear(hidden, weight).div_(temperature)
-        return logprobs(logits, target), entropies(logits) if entropy else None
+        with torch.autocast(hidden.device.type, dtype=case.dtype if low_precision else None, enabled=low_precision):
+            logits = F.linear(hidden, weight).div_(temperature)
+            return logprobs(logits, target), entropies(logits) if entropy else None
 
     return head
 
