@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.results import Result, Row
 
@@ -62,8 +65,9 @@ def _bars(
         axis.bar_label(drawn, labels=[f"{x:.3g}" for x, _ in bars], padding=3, fontsize=7)
         axis.invert_yaxis()
         axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
         low, high = min(x for x, _ in bars), max(x for x, _ in bars)
-        axis.set_xlim(min(low, 1.0 if mark else low) / 1.5, high * 4)
+        axis.set_xlim(min(low, 1.0 if mark else low) / 1.5, max(high * 4, 1.5 if mark else 0.0))
         if mark:
             axis.axvline(1.0, color=LIMIT, linewidth=1, linestyle="--")
         axis.set_title(f"{case['op']}: {case['name']}", fontsize=9)
@@ -78,10 +82,10 @@ def _curves(sweeps: list[dict[str, Any]], title: str, path: Path) -> bool:
     axes = _grid(len(sweeps), title, height=2.6)
     for axis, sweep in zip(axes, sweeps, strict=True):
         points = sweep["points"]
-        axis.plot([p["x"] for p in points], [p["floor_seconds"] for p in points], color=LIMIT, linestyle="--")
+        axis.plot([p["x"] for p in points], [1e3 * p["floor_seconds"] for p in points], color=LIMIT, linestyle="--")
         for name in dict.fromkeys(row["contender"] for p in points for row in p["rows"]):
             line = [
-                (p["x"], row["seconds"]["median"])
+                (p["x"], 1e3 * row["seconds"]["median"])
                 for p in points
                 for row in p["rows"]
                 if row["contender"] == name and row["status"] == "ok"
@@ -91,12 +95,27 @@ def _curves(sweeps: list[dict[str, Any]], title: str, path: Path) -> bool:
                 axis.plot(*zip(*line, strict=True), "o-" if ours else "s:", markersize=3, label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks([p["x"] for p in points], [f"{p['x']:,}" for p in points])
+        axis.minorticks_off()
         axis.set_yscale("log")
-        axis.set_ylabel("seconds", fontsize=7)
+        _plain_ticks(axis.yaxis)
+        axis.set_ylabel("milliseconds", fontsize=7)
         axis.set_title(f"{sweep['op']} against {sweep['axis']}", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=6)
     return _save(path)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Label 1, 2 and 5 of few decades, or the decades of many, in plain figures."""
+
+    def label(x: float, _: int) -> str:
+        low, high = sorted(axis.get_view_interval())
+        few = math.log10(high / low) < 2.5
+        return f"{x:g}" if few or f"{x:e}".startswith("1.0") else ""
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(label))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _grid(count: int, title: str, height: float) -> list[Axes]:

@@ -13,8 +13,8 @@ MOST = 4  # newest results shown unless files are named
 
 
 def title(result: Result) -> str:
-    """Device and day."""
-    return f"{result['device']['name']}, {result['date'][:10]}"
+    """Device, day and commit."""
+    return f"{result['device']['name']}, {result['date'][:10]}, {(result['commit'] or 'unknown')[:7]}"
 
 
 def floors_line(result: Result) -> str:
@@ -166,8 +166,8 @@ def _side_cell(case: dict[str, Any] | None, contender: str) -> str:
     return f"{row['floor_multiple']:.2f}× ({_time(row['seconds']['median'])})"
 
 
-def page(shown: list[Result], plots: dict[str, list[str]]) -> str:
-    """Return the whole report. ``plots``: for each title the files to show."""
+def page(shown: list[Result], plots: list[list[str]]) -> str:
+    """Return the whole report. ``plots``: for each result the files to show."""
     lines = [
         "# Benchmarks",
         "",
@@ -182,13 +182,13 @@ def page(shown: list[Result], plots: dict[str, list[str]]) -> str:
         "accumulators the float32 sums a contender states it keeps for them; both are in the peak only while they",
         "live. Launches are a GPU's kernels, copies and fills, or a CPU's aten operators. Ours are in bold.",
     ]
-    for result in shown:
+    for result, drawn in zip(shown, plots, strict=True):
         lines += ["", f"## {title(result)}", ""]
         for line in environment_lines(result):
             lines += [line, ""]
         if result["scale"] == "quick":
             lines += ["A quick run on tiny shapes: its times say nothing.", ""]
-        lines += [f"![{Path(plot).stem}]({plot})" for plot in plots.get(title(result), [])]
+        lines += [f"![{Path(plot).stem}]({plot})" for plot in drawn]
         for case in result["cases"]:
             lines += ["", case_table(case)]
         for sweep in result["sweeps"]:
@@ -216,15 +216,14 @@ def write(paths: list[Path], folder: Path) -> Path:
     """Write README.md and its plots into ``folder``."""
     shown = [results.load(path) for path in paths]
     folder.mkdir(parents=True, exist_ok=True)
-    plots: dict[str, list[str]] = {}
+    plots: list[list[str]] = [[] for _ in shown]
     try:
         from bench import plots as drawing
     except ImportError:
         print("matplotlib is not installed: tables only")
     else:
-        for path, result in zip(paths, shown, strict=True):
-            drawn = drawing.draw(result, folder / "plots", path.stem)
-            plots[title(result)] = [str(plot.relative_to(folder)) for plot in drawn]
+        drawn = [drawing.draw(result, folder / "plots", path.stem) for path, result in zip(paths, shown, strict=True)]
+        plots = [[str(plot.relative_to(folder)) for plot in run] for run in drawn]
     target = folder / "README.md"
     target.write_text(page(shown, plots))
     return target
