@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
 from asyppo.data import load_eval_rows, load_train_rows
 from asyppo.policy import Policy, compute_dtype
+from asyppo.rewards import resolve_reward_funcs
+from asyppo.run import new_run_path
 from asyppo.trainer import AsyPPOTrainer
 
 
@@ -22,6 +24,14 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
             f"policy.model_name_or_path: got {config.policy.model_name_or_path!r}, needs a model, or else "
             "a warm_start; one of the two"
         )
+    if config.warm_start is not None and config.critic.model_name_or_path is not None:
+        raise ConfigError(
+            f"critic.model_name_or_path: got {config.critic.model_name_or_path!r}, needs none where a warm_start makes "
+            "the critics"
+        )
+    # What cannot work shows before the work, not after it.
+    new_run_path(config)
+    resolve_reward_funcs(config.reward_funcs)
     device = choose_device(config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
     train_rows = load_train_rows(config.data, eval_rows)
@@ -44,21 +54,26 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     if config.num_critics:
         vocab_size = policy.model.config.get_text_config().vocab_size
         critics = Critics.from_pretrained(critic_path, config.num_critics, vocab_size=vocab_size, **shared)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(policy_path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"model_name_or_path: {policy_path!r} has no tokenizer: {' '.join(str(error).split())}"
-        ) from error
     return AsyPPOTrainer(
         policy=policy,
         critics=critics,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(policy_path),
         reward_funcs=config.reward_funcs,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         config=config,
     )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model. Raises ConfigError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model_name_or_path: {path!r} has no tokenizer: {' '.join(str(error).split())}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one up
+        raise ConfigError(f"model_name_or_path: {path!r} has no tokenizer, needs one beside the model")
+    return tokenizer
 
 
 def choose_device(config: AsyPPOConfig) -> torch.device:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def save_checkpoint(
     tokenizer.save_pretrained(partial / "policy")
     if critics is not None:
         critics.save_pretrained(partial)
-    dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
+        dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=True)
     (partial / "trainer_state.json").write_text(json.dumps({"step": step}))
     if final.exists():
         shutil.rmtree(final)

@@ -22,16 +22,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from asyppo.config import AsyPPOConfig, ConfigError
 
 
+def new_run_path(config: AsyPPOConfig) -> Path:
+    """Return where a run will write. Raises ConfigError if its name is taken."""
+    name = config.run_name or f"{config.algorithm}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    path = Path(config.output_dir).expanduser() / name
+    if path.exists():
+        raise ConfigError(f"run_name: {path} exists, needs a new name")
+    return path
+
+
 class RunDirectory:
     """``config.yaml``, ``metrics.jsonl`` and ``samples.jsonl`` of one run; curves and checkpoints lie beside them."""
 
     def __init__(self, config: AsyPPOConfig):
-        name = config.run_name or f"{config.algorithm}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-        self.path = Path(config.output_dir).expanduser() / name
+        self.path = new_run_path(config)
         try:
             self.path.mkdir(parents=True)
-        except FileExistsError as error:
-            raise ConfigError(f"run_name: {self.path} exists, needs a new name") from error
         except OSError as error:
             raise ConfigError(f"output_dir: cannot make {self.path}: {error.strerror}") from error
         with open(self.path / "config.yaml", "w") as file:

@@ -1,0 +1,63 @@
+"""The warm start: solutions, tokenizer, cache."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from asyppo import warm_start
+from asyppo.config import ConfigError, DataConfig, ModelShape, TaskConfig, WarmStartConfig
+from asyppo.data import load_train_rows
+from asyppo.rewards import reasoning_gym
+
+CPU = torch.device("cpu")
+DATA = DataConfig(task=TaskConfig("chain_sum", {"min_digits": 1, "max_digits": 2}), train_size=200)
+SHAPE = ModelShape(16, 1, 2, 1, 32)
+
+
+def test_solutions_without_noise_are_right() -> None:
+    rng = random.Random(0)
+    assert warm_start.worked_solution("4 - 1 + 7", noise=0.0, guess=0.0, rng=rng) == "3, <answer>10</answer>"
+    rows = load_train_rows(DATA, [])
+    solutions = [
+        warm_start.worked_solution(r["entry"]["metadata"]["expression"], noise=0.0, guess=0.0, rng=rng) for r in rows
+    ]
+    assert reasoning_gym([], solutions, entry=[r["entry"] for r in rows]) == [1.0] * len(rows)
+
+
+def test_solutions_with_noise_or_a_guess_are_often_wrong_but_well_formed() -> None:
+    rng = random.Random(0)
+    for settings in ({"noise": 0.5, "guess": 0.0}, {"noise": 0.0, "guess": 1.0}):
+        solutions = [warm_start.worked_solution("4 - 1 + 7", **settings, rng=rng) for _ in range(300)]
+        right = sum("<answer>10</answer>" in s for s in solutions) / 300
+        assert 0.02 < right < 0.6
+        assert all(s.count("<answer>") == s.count("</answer>") == 1 for s in solutions)
+
+
+def test_build_and_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = load_train_rows(DATA, [])
+    config = WarmStartConfig(SHAPE, ModelShape(8, 1, 2, 1, 16), steps=3, batch_size=4, cache_dir=str(tmp_path))
+    policy_path, critic_path = warm_start.build(config, DATA, rows, CPU)
+    assert "teach the policy" in capsys.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    policy, critic = (AutoModelForCausalLM.from_pretrained(path) for path in (policy_path, critic_path))
+    assert policy.config.vocab_size == critic.config.vocab_size == len(tokenizer)
+    assert (policy.config.hidden_size, critic.config.hidden_size) == (16, 8)
+    assert policy.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+    for row in rows[:20]:
+        text = row["prompt"] + "-3, <answer>42</answer>"
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert warm_start.build(config, DATA, rows, CPU) == (policy_path, critic_path)
+    assert "teach" not in capsys.readouterr().err
+    other = WarmStartConfig(SHAPE, SHAPE, steps=4, batch_size=4, cache_dir=str(tmp_path))
+    assert warm_start.build(other, DATA, rows, CPU)[0] != policy_path
+
+
+def test_another_task_is_refused(tmp_path: Path) -> None:
+    config, data = WarmStartConfig(cache_dir=str(tmp_path)), DataConfig(task=TaskConfig("leg_counting"))
+    with pytest.raises(ConfigError, match=r"data\.task\.name: got 'leg_counting', needs chain_sum"):
+        warm_start.build(config, data, [], CPU)
