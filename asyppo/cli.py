@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -26,7 +27,10 @@ def parser() -> ArgumentParser:
     )
     train.add_class_arguments(AsyPPOConfig)
     top = ArgumentParser(
-        prog="asyppo", description="PPO with mini-critics for language models (AsyPPO).", exit_on_error=False
+        prog="asyppo",
+        description="PPO with mini-critics for language models (AsyPPO).",
+        exit_on_error=False,
+        allow_abbrev=False,  # a mistyped name must not be taken for another
     )
     top.add_subcommands(required=True).add_subcommand("train", train)
     return top
@@ -59,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: AsyPPOConfig) -> int:
     """Train as configured, print what came of it, and return the exit status."""
+    # Threads of torch's OpenMP pool that spin while they wait make small models crawl on a machine that is busy with
+    # something else. It reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Here, since `asyppo --help` needs none of them and they take seconds.
     from transformers.utils import logging as transformers_logging
 

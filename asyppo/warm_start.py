@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import shutil
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -54,14 +55,19 @@ def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], devi
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
-        partial = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         tokenizer = _make_tokenizer(train_rows)
         for name, shape in (("policy", config.policy), ("critic", config.critic)):
             model = _teach(name, shape, tokenizer, train_rows, config, device)
             model.save_pretrained(partial / name)
             tokenizer.save_pretrained(partial / name)
-        partial.rename(directory)
+        try:
+            partial.rename(directory)
+        except OSError:
+            if not directory.exists():
+                raise
+            shutil.rmtree(partial)  # another run made the same at the same time
     return directory / "policy", directory / "critic"
 
 
