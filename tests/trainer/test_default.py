@@ -15,7 +15,7 @@ def test_a_smaller_default_learns(tmp_path: Path) -> None:
     config = parse(["train"])
     config.output_dir = str(tmp_path / "runs")
     config.max_steps, config.eval.every = 60, 0
-    config.prompts_per_step, config.num_generations, config.learning_rate = 64, 8, 5e-4
+    config.prompts_per_step, config.num_generations, config.learning_rate = 64, 8, 3e-4
     config.data.task.params = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}
     config.data.train_size, config.data.eval_size = 2000, 128
     assert config.warm_start is not None
