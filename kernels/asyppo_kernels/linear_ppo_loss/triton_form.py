@@ -38,7 +38,7 @@ def forward(
     need_gradient = any(needed)
 
     w = operand(weight)
-    w_for_gradient = gradient_operand(w)
+    w_for_gradient = gradient_operand(w) if need_hidden else w
     bias = None if bias is None else bias.contiguous()
     shown = rows.counted if dead_row_stats else rows.live
     entropy_on = rows.entropy_on.view(torch.uint8)
