@@ -31,6 +31,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 SECONDS = 570.0
 REPEATS = 20
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU, in its own tests only
 LIMITS = {"repeats": 60.0, "large": 60.0, "tests": 150.0, "memcheck": 60.0, "racecheck": 60.0}
 
 
@@ -38,18 +39,17 @@ def policy_loss(n: int, h: int, v: int, dtype: torch.dtype, **options: Any) -> C
     """A call of ``linear_ppo_loss`` and its gradients, on inputs made once."""
     from asyppo_kernels import linear_ppo_loss
 
-    device = torch.device("cuda")
-    hidden = torch.randn(n, h, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(v, h, device=device) * 4 / h**0.5).to(dtype).requires_grad_()
-    bias = torch.randn(v, device=device).to(dtype).requires_grad_() if options.pop("bias", False) else None
+    hidden = torch.randn(n, h, device=DEVICE).to(dtype).requires_grad_()
+    weight = (torch.randn(v, h, device=DEVICE) * 4 / h**0.5).to(dtype).requires_grad_()
+    bias = torch.randn(v, device=DEVICE).to(dtype).requires_grad_() if options.pop("bias", False) else None
     rows = {
-        "target": torch.randint(v, (n,), device=device),
-        "old_logprob": -12 + torch.randn(n, device=device),
-        "advantage": torch.randn(n, device=device),
-        "token_weight": torch.rand(n, device=device).where(torch.rand(n, device=device) < 0.8, 0.0) / n,
-        "advantage_keep": torch.rand(n, device=device) < 0.8,
-        "entropy_keep": torch.rand(n, device=device) < 0.8,
-        "ref_logprob": -12 + torch.randn(n, device=device),
+        "target": torch.randint(v, (n,), device=DEVICE),
+        "old_logprob": -12 + torch.randn(n, device=DEVICE),
+        "advantage": torch.randn(n, device=DEVICE),
+        "token_weight": torch.rand(n, device=DEVICE).where(torch.rand(n, device=DEVICE) < 0.8, 0.0) / n,
+        "advantage_keep": torch.rand(n, device=DEVICE) < 0.8,
+        "entropy_keep": torch.rand(n, device=DEVICE) < 0.8,
+        "ref_logprob": -12 + torch.randn(n, device=DEVICE),
     }
     numbers = {"clip_high": 0.28, "entropy_coef": 0.01, "kl_coef": 0.01, "dual_clip": 3.0}
     leaves = [x for x in (hidden, weight, bias) if x is not None]
@@ -65,12 +65,11 @@ def logprob(n: int, h: int, v: int, dtype: torch.dtype, **options: Any) -> Calla
     """A call of ``linear_logprob`` and its gradients, on inputs made once."""
     from asyppo_kernels import linear_logprob
 
-    device = torch.device("cuda")
-    hidden = torch.randn(n, h, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(v, h, device=device) * 4 / h**0.5).to(dtype).requires_grad_()
-    target = torch.randint(v, (n,), device=device)
+    hidden = torch.randn(n, h, device=DEVICE).to(dtype).requires_grad_()
+    weight = (torch.randn(v, h, device=DEVICE) * 4 / h**0.5).to(dtype).requires_grad_()
+    target = torch.randint(v, (n,), device=DEVICE)
     target[::7] = -100
-    upstream = torch.randn(2, n, device=device)
+    upstream = torch.randn(2, n, device=DEVICE)
 
     def run() -> list[Tensor]:
         out = linear_logprob(hidden, weight, target, **options, backend="triton")
@@ -84,10 +83,9 @@ def ensemble(k: int, b: int, t: int, h: int) -> Callable[[], list[Tensor]]:
     """Values of critics, their advantages, and the masks."""
     from asyppo_kernels import agreement_masks, ensemble_gae, ensemble_value
 
-    device = torch.device("cuda")
-    hidden = torch.randn(k, b * t, h, device=device).bfloat16().requires_grad_()
-    weight = torch.randn(k, h, device=device).bfloat16().requires_grad_()
-    reward, mask = torch.randn(b, t, device=device), torch.rand(b, t, device=device) < 0.8
+    hidden = torch.randn(k, b * t, h, device=DEVICE).bfloat16().requires_grad_()
+    weight = torch.randn(k, h, device=DEVICE).bfloat16().requires_grad_()
+    reward, mask = torch.randn(b, t, device=DEVICE), torch.rand(b, t, device=DEVICE) < 0.8
 
     def run() -> list[Tensor]:
         values = ensemble_value(hidden, weight, backend="triton")
@@ -154,7 +152,7 @@ def large() -> None:
     importlib.import_module("asyppo_kernels._policy_head").GPU_WORKSPACE_BYTES = 2**34
     both = linear_logprob(hidden, weight, target, backend="triton")
     near(both.logprob[tail], want.logprob.detach(), 1e-5)
-    near(torch.autograd.grad(both.logprob[tail].sum(), hidden)[0][tail], gradient, 2.0**-6)
+    near(torch.autograd.grad(both.logprob.sum(), hidden)[0][tail], gradient, 2.0**-6)
     print(f"{n} x {v} logits in one chunk: right to the last row", flush=True)
 
 
@@ -182,7 +180,7 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
         if importlib.util.find_spec("pytest") is None:
             return None
         workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-        chosen = "triton and not dtensor and not anything"
+        chosen = "(triton or policy_head_kernels) and not dtensor and not errors_name and not anything"
         return _python("-m", "pytest", "tests/ops", "-q", "-m", "not slow", "-k", chosen, *workers)
 
     def sanitizer(tool: str) -> list[str] | None:

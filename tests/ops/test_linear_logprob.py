@@ -441,7 +441,8 @@ def test_logits_never_exist_at_once(
     whole = linear_logprob(**data, temperature=0.8, softcap=4.0, backend=backend)
     whole_grads = gradients(whole, upstream, leaves(data))
     head = importlib.import_module("asyppo_kernels._policy_head")
-    monkeypatch.setattr(head, "CPU_WORKSPACE_BYTES", 12 * 211 * 7)
+    for name in ("CPU_WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
+        monkeypatch.setattr(head, name, 12 * 211 * 7)
     chunked: list[LinearLogprob] = []
     forward = count_gemms(lambda: chunked.append(linear_logprob(**data, temperature=0.8, softcap=4.0, backend=backend)))
     assert len(forward) > 1
@@ -457,7 +458,8 @@ def test_hidden_gradient_accumulates_in_float32(backend: str, monkeypatch: pytes
     """Over a hundred slices of the vocabulary, a bfloat16 sum would be off by tens of roundings."""
     data = make(4, 8, 4001, torch.bfloat16, ignored=0.0)
     head = importlib.import_module("asyppo_kernels._policy_head")
-    monkeypatch.setattr(head, "CPU_WORKSPACE_BYTES", 12 * 4 * 16)
+    for name in ("CPU_WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
+        monkeypatch.setattr(head, name, 12 * 4 * 16)
     with torch.no_grad():
         data["weight"].abs_()  # so that the slices add up
     exact_data = doubled(data)
