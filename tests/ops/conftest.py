@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding_to_nearest() -> None:
+    """Let Triton's interpreter round float32 to bfloat16 as GPUs do, to nearest; of itself it cuts the digits off."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def rounded(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(x, source, target, mode)
+        return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = rounded
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +40,45 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture(scope="session", autouse=True)
+def on_the_device() -> None:
+    """Make tensors where ASYPPO_TEST_DEVICE says."""
+    device = os.environ.get("ASYPPO_TEST_DEVICE", "cpu")
+    if device != "cpu":
+        torch.set_default_device(device)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Give every test the same random numbers whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a vocabulary of a hundred tokens take several blocks of a kernel."""
+    monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head_kernels"), "MAX_BLOCK", 128)
+
+
+@pytest.fixture
+def count_launches() -> Callable[[Callable[[], object]], list[tuple[str, tuple[int, ...]]]]:
+    """Run a function and return, of each launch of a Triton kernel in it, the kernel's name and its grid."""
+
+    def count(function: Callable[[], object]) -> list[tuple[str, tuple[int, ...]]]:
+        launches = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name, kind in (("jit", "JITFunction"), ("interpreter", "InterpretedFunction")):
+                owner = getattr(importlib.import_module(f"triton.runtime.{name}"), kind)
+
+                def run(self: Any, *args: Any, grid: Any, real: Any = owner.run, **kwargs: Any) -> Any:
+                    launches.append((self.fn.__name__, tuple(grid)))
+                    return real(self, *args, grid=grid, **kwargs)
+
+                patch.setattr(owner, "run", run)
+            function()
+        return launches
+
+    return count
 
 
 @pytest.fixture
