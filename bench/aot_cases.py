@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench import aot_ensemble
 from bench.aot import Case
 
-CASES: list[Case] = []
+CASES: list[Case] = [*aot_ensemble.CASES]

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
+# Before Triton is imported: its kernels run on CPU, in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rounding_to_nearest() -> None:
+    """Let Triton's interpreter round float32 to bfloat16 as GPUs do, to nearest; of itself it cuts the digits off."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def rounded(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert(x, source, target, mode)
+        return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = rounded
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,19 @@ from torch import Tensor
 
 from asyppo_kernels import AgreementMasks, agreement_masks
 from asyppo_kernels.agreement_masks import torch_form
-from asyppo_kernels.agreement_masks.op import _apply_op, _count_op, _descend_op
+from asyppo_kernels.agreement_masks.op import (
+    TRITON_LEVELS,
+    TRITON_WIDTHS,
+    _apply_op,
+    _count_op,
+    _descend_op,
+    _triton_apply_op,
+    _triton_count_op,
+    _triton_op,
+)
 from asyppo_kernels.agreement_masks.reference import agreement_masks_reference
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
 FRACTIONS = [(0.2, 0.2), (0.0, 0.0), (0.5, 0.1), (0.1, 0.999999), (1 / 3, 2 / 3)]
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -207,6 +216,22 @@ def test_strided_inputs(backend):
     assert equal(out, run(std.T.contiguous().requires_grad_(), mask.T, 0.2, 0.2, backend))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_launch_geometry(backend, kind, monkeypatch):
+    """Programs that walk several blocks, and one block for all: the same bits."""
+    if backend != "triton":
+        pytest.skip("the torch form has none")
+    from asyppo_kernels.agreement_masks import triton_form
+
+    assert (triton_form.LEVELS, tuple(map(triton_form.width, range(4)))) == (TRITON_LEVELS, TRITON_WIDTHS)
+    std, mask = make(kind, 1500), torch.rand(1500) < 0.7
+    want = run(std, mask, 0.2, 0.3, backend)
+    for blocks, programs in (((64, 128, 32, 256), 3), ((16,) * 4, 1056), ((2048,) * 4, 1)):
+        monkeypatch.setattr(triton_form, "BLOCKS", blocks)
+        monkeypatch.setattr(triton_form, "PROGRAMS", programs)
+        assert equal(run(std, mask, 0.2, 0.3, backend), want)
+
+
 STD = st.one_of(st.floats(0, width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 0.25, 1.0, float("inf")]))
 TOKENS = st.lists(st.tuples(STD, st.booleans()), max_size=60)
 FRACTION = st.one_of(st.integers(0, 999_999).map(lambda ppm: ppm / 1e6), st.integers(0, 19).map(lambda i: i / 20))
@@ -244,6 +269,15 @@ def test_compiles_to_one_graph(backend, dynamic):
 
 def test_opcheck(backend):
     std, mask = make("uniform", 6, 9), torch.rand(6, 9) < 0.5
+    if backend == "triton":
+        torch.library.opcheck(_triton_op, (std, mask, 200_000, 100_000))
+        torch.library.opcheck(_triton_op, (std.bfloat16(), mask.T.contiguous().T, 0, 0))
+        counts = state = torch.zeros(4, dtype=torch.int64)
+        for level in range(TRITON_LEVELS):
+            torch.library.opcheck(_triton_count_op, (std, mask, counts, state, level, 200_000, 100_000))
+            counts, state = _triton_count_op(std, mask, counts, state, level, 200_000, 100_000)
+        torch.library.opcheck(_triton_apply_op, (std, mask, counts, state, 200_000, 100_000))
+        return
     state = torch.zeros(2, 2, dtype=torch.int64)
     for level in range(len(torch_form.SHIFTS)):
         torch.library.opcheck(_count_op, (std, mask, state, level))
@@ -314,7 +348,7 @@ def test_ranks_agree_on_the_whole_batch(backend, world, tmp_path):
                 shards = list(zip(std.split(sizes), mask.split(sizes), strict=True))
                 fractions = {"advantage_fraction": k, "entropy_fraction": h}
                 shards = [tuple(x.clone() for x in shard) for shard in shards]
-                cases.append({"shards": shards, "fractions": fractions, "compiled": k == 0.2})
+                cases.append({"shards": shards, "fractions": fractions, "compiled": k == 0.2, "backend": backend})
     torch.save(cases, tmp_path / "cases.pt")
     script = str(Path(__file__).with_name("agreement_rank.py"))
     ranks = [subprocess.Popen([sys.executable, script, str(r), str(world), str(tmp_path)]) for r in range(world)]

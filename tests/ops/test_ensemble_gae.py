@@ -15,7 +15,7 @@ from asyppo_kernels.ensemble_gae.op import _op
 from asyppo_kernels.ensemble_gae.reference import ensemble_gae_reference
 from asyppo_kernels.ensemble_gae.torch_form import BLOCK
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
 NUMBERS = [(1.0, 0.95, 1.0), (0.99, 0.95, 0.9), (1.0, 1.0, 1.0), (1.0, 0.0, 0.5), (0.01, 0.3, 0.01), (0.0, 1.0, 1.0)]
 RAGGED = sorted({1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5, BLOCK**2, BLOCK**2 + 1})
 POISON = [float("nan"), float("inf"), -float("inf"), 3e38]
@@ -89,6 +89,29 @@ def test_reference_matches_the_oracle(backend, numbers):
     for x, want in zip(got, oracle(value, reward, mask, *numbers), strict=True):
         assert x.dtype == torch.float64
         np.testing.assert_allclose(x.numpy(), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("few_rows", [0, 64])  # with 64, the rows are cut into chunks
+@pytest.mark.parametrize("t", [63, 64, 65, 127, 129, 200, 257])
+def test_rows_walked_in_blocks(backend, t, few_rows, monkeypatch):
+    """Holes and paddings that end a block, are longer than one, or fill it."""
+    if backend == "triton":
+        from asyppo_kernels.ensemble_gae import triton_form
+
+        monkeypatch.setattr(triton_form, "BLOCK", 16)
+        monkeypatch.setattr(triton_form, "FEW_ROWS", few_rows)
+        monkeypatch.setattr(triton_form, "MOST_CHUNKS", 5)
+        assert (triton_form.chunks_of(5, t) > 3) == (few_rows > 0)
+    value, reward, mask = make(3, 5, t)
+    mask[0] = True
+    mask[1, 13:50] = False
+    mask[2, 20:] = False
+    mask[3, :33] = False
+    mask[4] = False
+    numbers = (0.99, 0.9, 1.0)
+    value, reward = value.masked_fill(~mask, torch.nan), reward.masked_fill(~mask, torch.nan)
+    out = ensemble_gae(value, reward, mask, gamma=0.99, lam=0.9, value_lam=1.0, backend=backend)
+    check(out, oracle(value, reward, mask, *numbers), mask)
 
 
 def test_worked_by_hand(backend):

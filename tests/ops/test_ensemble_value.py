@@ -13,7 +13,7 @@ from asyppo_kernels import EnsembleValue, ensemble_value
 from asyppo_kernels.ensemble_value.op import _backward_op, _forward_op
 from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half a unit in the last place, relative: what rounding the exact result once costs.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -51,14 +51,13 @@ def ensemble_gae(
         gamma: discount, in [0, 1].
         lam: lambda of the advantage, in [0, 1].
         value_lam: lambda of the returns, in [0, 1]; 1 is the discounted sum of the rewards.
-        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+        backend: "torch", "triton" (on CPU: under TRITON_INTERPRET=1 only), or "auto": Triton on a GPU, torch elsewhere.
 
     Returns:
         ``EnsembleGAE(advantage, returns, mean, std)``, all [B, T] float32, computed in float32 and detached.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout, or a number lies outside [0, 1].
-        NotImplementedError: ``backend="triton"``.
     """
     check_tensor("value", value, shape=(None, None, None), needs="[K, B, T]", dtypes=FLOATS)
     k, b, t = value.shape
@@ -68,20 +67,25 @@ def ensemble_gae(
     check_tensor("mask", mask, shape=(b, t), needs="[B, T] of value", dtypes=(torch.bool,), device=value.device)
     for name, number in (("gamma", gamma), ("lam", lam), ("value_lam", value_lam)):
         check_number(name, number, "a number in [0, 1]", low=0.0, high=1.0)
-    choose_backend("ensemble_gae", backend, value.device, has_triton=False)
-    return EnsembleGAE(*_op(value.detach(), reward.detach(), mask, float(gamma), float(lam), float(value_lam)))
+    triton = choose_backend("ensemble_gae", backend, value.device, has_triton=True) == "triton"
+    numbers = float(gamma), float(lam), float(value_lam)
+    return EnsembleGAE(*_op(value.detach(), reward.detach(), mask, *numbers, triton))
 
 
 @torch.library.custom_op("asyppo::ensemble_gae", mutates_args=())
 def _op(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float, triton: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if triton:
+        from asyppo_kernels.ensemble_gae import triton_form  # here, since Triton is not built for every platform
+
+        return triton_form.forward(value, reward, mask, gamma, lam, value_lam)
     return torch_form.forward(value, reward, mask, gamma, lam, value_lam)
 
 
 @_op.register_fake
 def _(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float, triton: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def empty() -> Tensor:
         return value.new_empty(mask.shape, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def ensemble_value(
             one that holds NaN makes weight's gradient NaN even where its own upstream gradient is 0.
         weight: [K, H], in any of these dtypes.
         bias: [K], in any of these dtypes.
-        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+        backend: "torch", "triton" (on CPU: under TRITON_INTERPRET=1 only), or "auto": Triton on a GPU, torch elsewhere.
 
     Returns:
         ``EnsembleValue(value, mean, std)``, float32. ``value`` [K, N] is differentiable in hidden, weight and bias,
@@ -44,7 +45,6 @@ def ensemble_value(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout.
-        NotImplementedError: ``backend="triton"``.
     """
     check_tensor("hidden", hidden, shape=(None, None, None), needs="[K, N, H]", dtypes=FLOATS)
     k, _, h = hidden.shape
@@ -53,18 +53,28 @@ def ensemble_value(
     check_tensor("weight", weight, shape=(k, h), needs="[K, H] of hidden", dtypes=FLOATS, device=hidden.device)
     if bias is not None:
         check_tensor("bias", bias, shape=(k,), needs="[K] of hidden", dtypes=FLOATS, device=hidden.device)
-    choose_backend("ensemble_value", backend, hidden.device, has_triton=False)
-    value, mean, std = _forward_op(hidden, weight, bias)
+    chosen = choose_backend("ensemble_value", backend, hidden.device, has_triton=True)
+    value, mean, std = _forward_op(hidden, weight, bias, chosen == "triton")
     return EnsembleValue(value, mean.detach(), std.detach())
 
 
+def _form(triton: bool) -> ModuleType:
+    if not triton:
+        return torch_form
+    from asyppo_kernels.ensemble_value import triton_form  # here, since Triton is not built for every platform
+
+    return triton_form
+
+
 @torch.library.custom_op("asyppo::ensemble_value", mutates_args=())
-def _forward_op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_form.forward(hidden, weight, bias)
+def _forward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, triton: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _form(triton).forward(hidden, weight, bias)
 
 
 @_forward_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, triton: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     k, n, _ = hidden.shape
     value = hidden.new_empty((k, n), dtype=torch.float32)
     return value, value.new_empty(n), value.new_empty(n)
@@ -79,8 +89,9 @@ def _backward_op(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_form.backward(grad, hidden, weight, bias_dtype, (needs_hidden, needs_weight, needs_bias))
+    return _form(triton).backward(grad, hidden, weight, bias_dtype, (needs_hidden, needs_weight, needs_bias))
 
 
 @_backward_op.register_fake
@@ -92,6 +103,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    triton: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
@@ -100,17 +112,17 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, ctx.triton = inputs
     ctx.save_for_backward(hidden, weight)
     ctx.bias_dtype = torch.float32 if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight = ctx.saved_tensors
-    needs = tuple(ctx.needs_input_grad)
-    grads = _backward_op(grad, hidden, weight, ctx.bias_dtype, *needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    needs = tuple(ctx.needs_input_grad[:3])
+    grads = _backward_op(grad, hidden, weight, ctx.bias_dtype, *needs, ctx.triton)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
 torch.library.register_autograd("asyppo::ensemble_value", _backward, setup_context=_setup_context)
