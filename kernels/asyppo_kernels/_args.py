@@ -6,14 +6,18 @@ synchronisation and traces under ``torch.compile(fullgraph=True)``.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # then Triton kernels run on CPU tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,4 +85,13 @@ def choose_backend(op: str, backend: str, device: torch.device, *, has_triton: b
         return "triton" if has_triton and device.type == "cuda" else "torch"
     if backend == "triton" and not has_triton:
         raise NotImplementedError(f"backend: got 'triton', but {op} has no Triton form yet; needs 'auto' or 'torch'")
+    if backend == "triton" and device.type == "cpu" and not INTERPRETED:
+        raise ValueError(
+            "backend: got 'triton' for tensors on cpu, needs a GPU, or TRITON_INTERPRET=1 in the environment"
+        )
     return "triton" if backend == "triton" else "torch"
+
+
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a Triton launch finds the device of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

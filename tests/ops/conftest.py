@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import importlib
 from collections.abc import Callable, Iterator
-
-# Before Triton is imported: its kernels run on CPU, in its interpreter.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +43,27 @@ def poisoned_memory() -> Iterator[None]:
 def seeded() -> None:
     """Give every test the same random numbers whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def count_launches() -> Callable[[Callable[[], object]], list[tuple[str, tuple[int, ...]]]]:
+    """Run a function and return, of each launch of a Triton kernel in it, the kernel's name and its grid."""
+
+    def count(function: Callable[[], object]) -> list[tuple[str, tuple[int, ...]]]:
+        launches = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name, kind in (("jit", "JITFunction"), ("interpreter", "InterpretedFunction")):
+                owner = getattr(importlib.import_module(f"triton.runtime.{name}"), kind)
+
+                def run(self: Any, *args: Any, grid: Any, real: Any = owner.run, **kwargs: Any) -> Any:
+                    launches.append((self.fn.__name__, tuple(grid)))
+                    return real(self, *args, grid=grid, **kwargs)
+
+                patch.setattr(owner, "run", run)
+            function()
+        return launches
+
+    return count
 
 
 @pytest.fixture

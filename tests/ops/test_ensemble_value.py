@@ -91,7 +91,7 @@ def test_reference_matches_the_oracle(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_accumulate_in_float32(backend, dtype):
-    hidden, weight, bias = make(2, 3000, 2048, dtype)
+    hidden, weight, bias = make(2, 300 if backend == "triton" else 3000, 2048, dtype)
     out = ensemble_value(hidden, weight, bias, backend=backend)
     error = np.abs(f64(out.value) - oracle_value(hidden, weight, bias)).max()
     plain = torch.einsum("knh,kh->kn", hidden, weight) + bias[:, None]
@@ -205,6 +205,39 @@ def test_repeats_to_the_bit(backend):
         out = ensemble_value(hidden, weight, bias, backend=backend)
         runs.append([*out, *torch.autograd.grad(out.value.square().sum(), [hidden, weight, bias])])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("n", [1, 300])
+def test_launches(backend, k, n, count_launches):
+    if backend == "torch":
+        pytest.skip("kernels of Triton are counted")
+    for wanted in ((), (0,), (0, 1, 2), (1, 2), (1,), (2,)):
+        inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(make(k, n, 65))]
+        out = []
+
+        def forward(inputs: list[Tensor] = inputs, out: list[EnsembleValue] = out) -> None:
+            out.append(ensemble_value(*inputs, backend=backend))
+
+        assert [name for name, _ in count_launches(forward)] == ["forward_kernel"]
+        if wanted:
+            names = [name for name, _ in count_launches(out[0].value.sum().backward)]
+            assert names == ["backward_kernel"] if wanted == (0,) else ["backward_kernel", "add_parts_kernel"]
+
+
+@pytest.mark.parametrize("programs", [1, 7, 64])
+def test_rows_cut_into_parts(backend, programs, monkeypatch):
+    """Parts of several blocks, a last one that is shorter, and one part."""
+    if backend == "triton":
+        from asyppo_kernels.ensemble_value import triton_form
+
+        monkeypatch.setattr(triton_form, "PROGRAMS", programs)
+        monkeypatch.setattr(triton_form, "BACKWARD_TILE", 256)
+    inputs = make(3, 130, 67)
+    upstream = torch.randn(3, 130)
+    grads = torch.autograd.grad(ensemble_value(*inputs, backend=backend).value, inputs, upstream)
+    for got, want in zip(grads, oracle_grads(f64(upstream), *inputs[:2]), strict=True):
+        np.testing.assert_allclose(f64(got), want, rtol=1e-5, atol=2e-5)
 
 
 @given(

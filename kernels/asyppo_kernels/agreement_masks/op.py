@@ -55,7 +55,7 @@ def agreement_masks(
         entropy_fraction: share dropped from the entropy term, in [0, 1).
         group: take the order statistics over the tokens of all ranks in this process group, each of which calls this
             with its own tokens, possibly none. The result does not depend on how the tokens are divided.
-        backend: "torch", "triton" (on CPU: under TRITON_INTERPRET=1 only), or "auto": Triton on a GPU, torch elsewhere.
+        backend: "torch", "triton" (a GPU's, but for Triton's interpreter), or "auto": Triton on a GPU, torch elsewhere.
 
     Returns:
         ``AgreementMasks(advantage_keep, entropy_keep, low, high)``, on std's device, without a host synchronisation.

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from asyppo_kernels._args import device_guard
 from asyppo_kernels.agreement_masks import kernels
 
 SHIFTS = (24, 18, 9, 0)  # of the four digits; bit 31 is the sign
@@ -61,7 +62,7 @@ def _count(
     high_ppm: int,
 ) -> None:
     n = std.numel()
-    with torch.cuda.device_of(std):
+    with device_guard(std):
         kernels.count_kernel[_grid(n, BLOCKS[level])](
             std,
             mask.view(torch.uint8),
@@ -91,7 +92,7 @@ def apply(
     advantage_keep, entropy_keep = torch.empty_like(mask), torch.empty_like(mask)
     low, high = std.new_empty((), dtype=torch.float32), std.new_empty((), dtype=torch.float32)
     n = std.numel()
-    with torch.cuda.device_of(std):
+    with device_guard(std):
         kernels.apply_kernel[_grid(n, BLOCKS[0])](
             std,
             mask.view(torch.uint8),

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from asyppo_kernels._args import device_guard
 from asyppo_kernels.ensemble_gae import kernels
 
 BLOCK = 1024  # steps that a program holds at once, of one row or of several short ones
@@ -46,7 +47,7 @@ def forward(
     numbers = (lam, 1 - lam, gamma * lam, value_lam, 1 - value_lam, gamma * value_lam)
     inputs = (value, reward, mask.view(torch.uint8))
     summary = value.new_empty((b, chunks, 4), dtype=torch.float32) if chunks > 1 else None
-    with torch.cuda.device_of(value):
+    with device_guard(value):
         if chunks > 1:
             kernels.summary_kernel[(b * (chunks - 1),)](
                 *inputs, summary, b, t, span, *strides, *numbers, K=k, BLOCK_T=block

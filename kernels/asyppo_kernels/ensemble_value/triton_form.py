@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from asyppo_kernels._args import device_guard
 from asyppo_kernels.ensemble_value import kernels
 
 TILE = 8192  # elements of hidden that a program of the forward has in flight, per critic
@@ -27,7 +28,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     block_h = _power_of_two(h, 1024)
     block_n = min(TILE // block_h, 128, _power_of_two(n))
     if n:
-        with torch.cuda.device_of(hidden):
+        with device_guard(hidden):
             kernels.forward_kernel[(triton.cdiv(n, block_n),)](
                 hidden,
                 weight,
@@ -62,7 +63,7 @@ def backward(
     parts = triton.cdiv(n, part_rows)
     sums = needs[1] or needs[2]
     partial = grad.new_empty((parts, k, h + 1)) if sums else None
-    with torch.cuda.device_of(hidden):
+    with device_guard(hidden):
         if n:
             kernels.backward_kernel[(parts, k, slices)](
                 grad,
