@@ -67,6 +67,7 @@ class Compiled:
 
     op: str
     name: str
+    kernel: str
     target: str
     num_warps: int
     registers: int  # a thread: the vector registers, on AMD
@@ -118,6 +119,7 @@ def compile_case(case: Case, target: str) -> Compiled:
     return Compiled(
         op=case.op,
         name=case.name,
+        kernel=case.kernel.__name__,
         target=target,
         num_warps=case.num_warps,
         registers=registers,

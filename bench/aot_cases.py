@@ -2,7 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+from asyppo_kernels._policy_head_kernels import launch_shape
+from asyppo_kernels.linear_logprob import kernels as linear_logprob
+from asyppo_kernels.linear_ppo_loss import kernels as linear_ppo_loss
 from bench import aot_ensemble
 from bench.aot import Case
 
-CASES: list[Case] = [*aot_ensemble.CASES]
+VOCABULARY = 151_936
+
+
+def policy_head() -> Iterator[Case]:
+    """Both ops with float32 and bfloat16 logits of bfloat16 inputs, plain; and with all there is to them."""
+    block, num_warps = launch_shape(VOCABULARY)
+    head: dict[str, Any] = dict.fromkeys(("inv_temperature", "softcap", "inv_softcap"), "fp32")
+    shape = {"n_columns": "i32", "pitch": "i32"}
+    rows = {"index_ptr": "*i64", "target_ptr": "*i64"}
+    stats = dict.fromkeys(("entropy_ptr", "row_max_ptr", "log_sum_ptr"), "*fp32")
+    # One program of all of a multiprocessor's registers: a row is read and its gradient written while little else is
+    # in the cache. Shared memory holds the reductions, and a block where loads and stores differ in width.
+    budget = {"num_warps": num_warps, "max_registers": 128, "max_shared": 4 * block}
+    for logits, full, divisible in (
+        ("fp32", False, True),
+        ("bf16", False, True),
+        ("fp32", True, True),
+        ("fp32", False, False),
+    ):
+        name = f"{logits} logits" + (", bias, softcap" if full else "") + ("" if divisible else ", odd V")
+        pitches = ("n_columns", "pitch") if divisible else ("pitch",)
+        bias: dict[str, Any] = {"bias_ptr": "*bf16"} if full else {}
+        constants: dict[str, Any] = {"SOFTCAP": full, "BLOCK": block} | ({} if full else {"bias_ptr": None})
+        gradient = {"z_ptr": f"*{logits}", "grad_ptr": "*bf16", "grad_pitch": "i32"}
+        yield Case(
+            op="linear_logprob",
+            name=f"statistics, {name}",
+            kernel=linear_logprob.statistics_kernel,
+            signature={"z_ptr": f"*{logits}", **rows, **bias, "logprob_ptr": "*fp32", **stats, **shape, **head}
+            | {"first_row": "i32"},
+            constants=constants,
+            divisible=pitches,
+            **budget,
+        )
+        yield Case(
+            op="linear_logprob",
+            name=f"gradient, {name}",
+            kernel=linear_logprob.gradient_kernel,
+            signature={**gradient, **rows, **bias, **stats, **shape, **head}
+            | {"grad_logprob_ptr": "*fp32", "grad_entropy_ptr": "*fp32", "first_column": "i32"},
+            constants=constants | {"OVERLAPS": logits == "fp32"},
+            divisible=(*pitches, "grad_pitch"),
+            wide=("load", "store"),
+            **budget,
+        )
+        numbers = ("old_logprob_ptr", "ref_logprob_ptr", "advantage_ptr", "rollout_weight_ptr", "token_weight_ptr")
+        outputs = ("loss_ptr", "logprob_ptr", "entropy_ptr", "ratio_ptr")
+        yield Case(
+            op="linear_ppo_loss",
+            name=f"loss, {name}" + (", dual clip, KL" if full else ""),
+            kernel=linear_ppo_loss.loss_kernel,
+            signature={**gradient, **rows, **bias, **shape, **head, "first_row": "i32"}
+            | dict.fromkeys((*numbers, *outputs), "*fp32")
+            | {"entropy_on_ptr": "*u8", "clipped_ptr": "*u8"}
+            | dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "entropy_coef", "kl_coef"), "fp32"),
+            constants=constants
+            | {"OVERLAPS": logits == "fp32", "DUAL_CLIP": full, "KL": full, "DEAD_ROW_STATS": True, "GRADIENT": True},
+            divisible=(*pitches, "grad_pitch"),
+            wide=("load", "store"),
+            **budget,
+        )
+
+
+CASES: list[Case] = [*policy_head(), *aot_ensemble.CASES]

@@ -6,6 +6,9 @@ the loop over chunks: that is what ``operand`` and ``gradient_operand`` are for.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,6 +31,39 @@ def mm_f32(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = a @ b``, accumulated in float32 and rounded once to the dtype of ``out``."""
+    if out.dtype == a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif a.is_cuda and out.dtype == a.dtype:
+        with _partial_sums_in_float32():
+            torch.mm(a, b, out=out)
+    else:
+        out.copy_(mm_f32(a, b))
+
+
+@contextlib.contextmanager
+def _partial_sums_in_float32() -> Iterator[None]:
+    """Keep cuBLAS from adding up the parts of a split product in bfloat16, which it may by default."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def accumulate_f32(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``total = a @ b`` the first time, when ``total`` holds nothing yet, and ``total += a @ b`` after that."""
+    if first:
+        mm_into(total, a, b)
+    else:
+        addmm_f32_(total, a, b)
 
 
 def addmm_f32_(total: Tensor, a: Tensor, b: Tensor) -> None:

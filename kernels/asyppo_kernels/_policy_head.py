@@ -5,7 +5,7 @@ The functions work in place on one float32 block of logits [n, V], so a chunk of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from asyppo_kernels._args import FLOATS, check_number, check_tensor
 from asyppo_kernels._gemm import mm_f32
 
 IGNORE_TARGET = -100
+TILE = 128  # rows or columns of a tile of a matrix product
 BLOCKS = 3  # float32 blocks of logits alive at once below: z, a product of its size, and the slope of the softcap
 GPU_WORKSPACE_BYTES = 5 * 2**29  # 2.5 GiB
 CPU_WORKSPACE_BYTES = 2**25  # a block that stays near the cache is faster than a larger one
@@ -73,26 +74,46 @@ def gradient_buffers(
     need_weight: bool,
     need_bias: bool,
     dtype: torch.dtype | None = None,
+    *,
+    empty: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros for (d_hidden, d_weight, d_bias), empty where not needed: a custom op returns no optional tensor."""
+    """Zeros (or, with ``empty``, memory as it comes) for (d_hidden, d_weight, d_bias); a gradient not needed has no
+    elements, since a custom op returns no optional tensor."""
 
     def buffer(x: Tensor | None, need: bool) -> Tensor:
         like = x if need and x is not None else hidden.new_empty(0)
-        return torch.zeros_like(like, dtype=dtype)
+        return torch.empty_like(like, dtype=dtype) if empty else torch.zeros_like(like, dtype=dtype)
 
     return buffer(hidden, need_hidden), buffer(weight, need_weight), buffer(bias, need_bias)
 
 
-def lines_per_block(length: int, device: torch.device, workspace_bytes: int | None = None) -> int:
+def lines_per_block(
+    length: int,
+    device: torch.device,
+    workspace_bytes: int | None = None,
+    *,
+    bytes_per_element: int = 4 * BLOCKS,
+) -> int:
     """How many rows of ``length`` logits (or columns of ``length`` rows) fit the workspace; at least one."""
     if workspace_bytes is None:
         workspace_bytes = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
-    return max(1, workspace_bytes // (4 * BLOCKS * max(1, length)))
+    return max(1, workspace_bytes // (bytes_per_element * max(1, length)))
 
 
-def split_rows(rows: Tensor, size: int) -> Sequence[Tensor]:
-    """``rows`` in parts of at most ``size``; none, rather than an empty one, of no rows."""
-    return rows.split(size) if len(rows) else ()
+def even_size(count: int, limit: int) -> int:
+    """The size of as few parts of ``count`` as a limit allows, all of about one size; whole tiles where they fit."""
+    parts = -(-count // limit)
+    size = -(-count // max(1, parts))
+    whole_tiles = -(-size // TILE) * TILE
+    return max(1, min(count, whole_tiles if whole_tiles <= limit else size))
+
+
+def row_spans(rows: Tensor, n: int, limit: int) -> Iterator[Tensor | slice]:
+    """Sorted ``rows`` of ``n`` in parts of at most ``limit``: indices, or slices where they are all rows."""
+    size = even_size(len(rows), limit)
+    for start in range(0, len(rows), size):
+        part = slice(start, min(start + size, len(rows)))
+        yield part if len(rows) == n else rows[part]
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,10 +40,24 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture(scope="session", autouse=True)
+def on_the_device() -> None:
+    """Make tensors where ASYPPO_TEST_DEVICE says."""
+    device = os.environ.get("ASYPPO_TEST_DEVICE", "cpu")
+    if device != "cpu":
+        torch.set_default_device(device)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Give every test the same random numbers whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a vocabulary of a hundred tokens take several blocks of a kernel."""
+    monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head_kernels"), "MAX_BLOCK", 128)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from asyppo_kernels import EnsembleGAE, ensemble_gae
+from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels.ensemble_gae.op import _op
 from asyppo_kernels.ensemble_gae.reference import ensemble_gae_reference
 from asyppo_kernels.ensemble_gae.torch_form import BLOCK
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def f64(x: Tensor) -> np.ndarray:
-    return x.double().numpy()
+    return x.double().cpu().numpy()
 
 
 def make(k: int, b: int, t: int, dtype: torch.dtype = torch.float32, keep: float = 0.7):
@@ -35,7 +36,7 @@ def make(k: int, b: int, t: int, dtype: torch.dtype = torch.float32, keep: float
 def oracle(value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float):
     """Row by row on the valid steps alone: the advantage is the sum of (gamma lam)^(j - i) delta_j over j >= i."""
     outputs = np.zeros((4, *mask.shape))
-    for row, valid in enumerate(mask.numpy()):
+    for row, valid in enumerate(mask.cpu().numpy()):
         v, r = f64(value[:, row])[:, valid], f64(reward[row])[valid]
         n = len(r)
         if n == 0:
@@ -65,7 +66,7 @@ def check(out: EnsembleGAE, want: np.ndarray, mask: Tensor, tolerance: float = 2
 @pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("t", RAGGED)
 def test_matches_the_oracle(backend, t, numbers):
-    if backend == "triton" and t > 1000 and numbers != NUMBERS[1]:
+    if backend == "triton" and INTERPRETED and t > 1000 and numbers != NUMBERS[1]:
         pytest.skip("takes seconds in Triton's interpreter")
     gamma, lam, value_lam = numbers
     value, reward, mask = make(2, 3, t)
@@ -90,7 +91,7 @@ def test_reference_matches_the_oracle(backend, numbers):
     got = ensemble_gae_reference(value, reward, mask, gamma=gamma, lam=lam, value_lam=value_lam)
     for x, want in zip(got, oracle(value, reward, mask, *numbers), strict=True):
         assert x.dtype == torch.float64
-        np.testing.assert_allclose(x.numpy(), want, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(x.cpu().numpy(), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("few_rows", [0, 64])  # with 64, the rows are cut into chunks
@@ -210,26 +211,26 @@ def test_dtypes_may_differ(backend):
 def test_long_rows(backend, numbers):
     gamma, lam, value_lam = numbers
     t = 131_072
-    if backend == "triton":
-        t = 4097 if numbers[0] == 1.0 else 1500  # in Triton's interpreter; five chunks, and two blocks
+    if backend == "triton" and INTERPRETED:
+        t = 4097 if numbers[0] == 1.0 else 1500  # five chunks, and two blocks
     value, reward, mask = make(2, 1, t, keep=0.9)
     out = ensemble_gae(value, reward, mask, gamma=gamma, lam=lam, value_lam=value_lam, backend=backend)
     mean, r = f64(value).mean(0)[0], f64(reward)[0]
     want = np.zeros((4, 1, t))
     advantage = residual = next_value = 0.0
-    for i in np.flatnonzero(mask[0].numpy())[::-1]:
+    for i in np.flatnonzero(mask[0].cpu().numpy())[::-1]:
         delta = r[i] + gamma * next_value - mean[i]
         advantage = delta + gamma * lam * advantage
         residual = delta + gamma * value_lam * residual
         next_value = mean[i]
         want[:2, 0, i] = advantage, residual + mean[i]
-    want[2], want[3] = f64(value).mean(0) * mask.numpy(), f64(value).std(0) * mask.numpy()
+    want[2], want[3] = f64(value).mean(0) * mask.cpu().numpy(), f64(value).std(0) * mask.cpu().numpy()
     check(out, want, mask, tolerance=2e-6)
 
 
 def test_no_worse_than_a_float32_loop(backend):
     """With gamma lam = 1 the error of a sum of a thousand terms shows."""
-    value, reward, mask = make(2, 4 if backend == "triton" else 16, 1200, keep=1.0)
+    value, reward, mask = make(2, 4 if backend == "triton" and INTERPRETED else 16, 1200, keep=1.0)
     want = oracle(value, reward, mask, 1.0, 1.0, 1.0)
     ours = ensemble_gae(value, reward, mask, lam=1.0, backend=backend)
     loop = ensemble_gae_reference(value, reward, mask, lam=1.0)
@@ -299,7 +300,7 @@ def rows(max_t: int) -> st.SearchStrategy[np.ndarray]:
 def check_any(backend: str, k: int, mask: np.ndarray, numbers: tuple[float, float, float], seed: int) -> None:
     torch.manual_seed(seed)
     value, reward, _ = make(k, *mask.shape)
-    mask = torch.from_numpy(mask)
+    mask = torch.tensor(mask)
     gamma, lam, value_lam = numbers
     out = ensemble_gae(value, reward, mask, gamma=gamma, lam=lam, value_lam=value_lam, backend=backend)
     check(out, oracle(value, reward, mask, *numbers), mask)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asyppo_kernels import EnsembleValue, ensemble_value
+from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels.ensemble_value.op import _backward_op, _forward_op
 from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def f64(x: Tensor) -> np.ndarray:
-    return x.detach().double().numpy()
+    return x.detach().double().cpu().numpy()
 
 
 def make(k: int, n: int, h: int, dtype: torch.dtype = torch.float32, *, bias: bool = True):
@@ -86,12 +87,12 @@ def test_reference_matches_the_oracle(backend):
     value, mean, std = ensemble_value_reference(hidden, weight, bias)
     want = oracle_value(hidden, weight, bias)
     for got, expected in ((value, want), (mean, want.mean(0)), (std, want.std(0))):
-        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(got.cpu().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_accumulate_in_float32(backend, dtype):
-    hidden, weight, bias = make(2, 300 if backend == "triton" else 3000, 2048, dtype)
+    hidden, weight, bias = make(2, 300 if backend == "triton" and INTERPRETED else 3000, 2048, dtype)
     out = ensemble_value(hidden, weight, bias, backend=backend)
     error = np.abs(f64(out.value) - oracle_value(hidden, weight, bias)).max()
     plain = torch.einsum("knh,kh->kn", hidden, weight) + bias[:, None]
@@ -120,7 +121,7 @@ def test_dtypes_may_differ(backend):
 def test_autocast_does_not_round_the_value(backend):
     hidden, weight, bias = make(2, 9, 64)
     plain = ensemble_value(hidden, weight, bias, backend=backend).value
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         cast = ensemble_value(hidden, weight, bias, backend=backend).value
         grads = torch.autograd.grad(cast.sum(), [hidden, weight, bias])
     assert torch.equal(plain, cast)
@@ -153,7 +154,7 @@ def test_only_wanted_gradients_are_formed(backend, wanted):
     double = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     ensemble_value_reference(*double)[0].square().sum().backward()
     for i in wanted:
-        np.testing.assert_allclose(f64(inputs[i].grad), double[i].grad.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(f64(inputs[i].grad), double[i].grad.cpu().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_any_gradient(backend):
@@ -222,7 +223,7 @@ def test_launches(backend, k, n, count_launches):
         assert [name for name, _ in count_launches(forward)] == ["forward_kernel"]
         if wanted:
             names = [name for name, _ in count_launches(out[0].value.sum().backward)]
-            assert names == ["backward_kernel"] if wanted == (0,) else ["backward_kernel", "add_parts_kernel"]
+            assert names == ["backward_kernel", "add_parts_kernel"][: 1 if wanted == (0,) else 2]
 
 
 @pytest.mark.parametrize("programs", [1, 7, 64])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor
 
 from asyppo_kernels._args import Backend, choose_backend
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
-from asyppo_kernels.linear_logprob import torch_form
 
 
 class LinearLogprob(NamedTuple):
@@ -56,18 +57,23 @@ def linear_logprob(
         backend: "auto", "triton" or "torch".
 
     Raises:
-        ValueError: naming the argument, what it got and what it needs.
-        NotImplementedError: ``backend="triton"`` is asked for; there is no Triton form yet.
+        ValueError: naming the argument, what it got and what it needs; also for backend "triton" on a CPU, unless
+            TRITON_INTERPRET=1 was in the environment when the package was imported.
     """
     check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype)
-    choose_backend("linear_logprob", backend, hidden.device, has_triton=False)
+    form = choose_backend("linear_logprob", backend, hidden.device, has_triton=True)
     logprob, row_entropy, _, _ = _forward(
-        hidden, weight, target, bias, float(temperature), softcap, entropy, logits_dtype
+        hidden, weight, target, bias, float(temperature), softcap, entropy, logits_dtype, form
     )
     return LinearLogprob(logprob, row_entropy if entropy else None)
 
 
-@torch.library.custom_op("asyppo::linear_logprob", mutates_args=())
+def _form(form: str) -> ModuleType:
+    """The module that computes; Triton is imported when it is used, since not every platform has it."""
+    return importlib.import_module(f"asyppo_kernels.linear_logprob.{form}_form")
+
+
+@torch.library.custom_op("asyppo::linear_logprob", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -77,11 +83,12 @@ def _forward(
     softcap: float | None,
     entropy: bool,
     logits_dtype: torch.dtype,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, row_max, log_sum); the last two are for the backward, an entropy not wanted is empty."""
     with torch.autocast(hidden.device.type, enabled=False):
         options = HeadOptions(temperature, softcap, logits_dtype)
-        return torch_form.forward(hidden, weight, target, bias, options, entropy=entropy)
+        return _form(form).forward(hidden, weight, target, bias, options, entropy=entropy)
 
 
 @_forward.register_fake
@@ -94,6 +101,7 @@ def _(
     softcap: float | None,
     entropy: bool,
     logits_dtype: torch.dtype,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def row() -> Tensor:
         return hidden.new_empty(target.shape, dtype=torch.float32)
@@ -101,7 +109,7 @@ def _(
     return row(), row() if entropy else hidden.new_empty(0, dtype=torch.float32), row(), row()
 
 
-@torch.library.custom_op("asyppo::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("asyppo::linear_logprob_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _backward(
     hidden: Tensor,
     weight: Tensor,
@@ -115,13 +123,14 @@ def _backward(
     temperature: float,
     softcap: float | None,
     logits_dtype: torch.dtype,
+    form: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden, d_weight, d_bias), empty where not needed."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return torch_form.backward(
+        return _form(form).backward(
             hidden,
             weight,
             target,
@@ -152,6 +161,7 @@ def _(
     temperature: float,
     softcap: float | None,
     logits_dtype: torch.dtype,
+    form: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -167,17 +177,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    temperature, softcap, entropy, logits_dtype = ctx.options
+    temperature, softcap, entropy, logits_dtype, form = ctx.options
     saved = ctx.saved_tensors
     if grad_logprob is None:
         grad_logprob = torch.zeros_like(saved[-1])
     need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
     needed = need_hidden, need_weight, need_bias
     grads = _backward(
-        *saved, grad_logprob, grad_entropy if entropy else None, temperature, softcap, logits_dtype, *needed
+        *saved, grad_logprob, grad_entropy if entropy else None, temperature, softcap, logits_dtype, form, *needed
     )
     d_hidden, d_weight, d_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return d_hidden, d_weight, None, d_bias, None, None, None, None
+    return d_hidden, d_weight, None, d_bias, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

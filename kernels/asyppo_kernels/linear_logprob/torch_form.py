@@ -14,8 +14,8 @@ from asyppo_kernels._policy_head import (
     lines_per_block,
     logits,
     product_gradient_,
+    row_spans,
     row_stats_,
-    split_rows,
     subtract_max_,
 )
 
@@ -29,7 +29,7 @@ def forward(
     row_entropy = hidden.new_zeros(n if entropy else 0, dtype=torch.float32)
     weight = operand(weight)
     rows = (target != IGNORE_TARGET).nonzero().squeeze(1)
-    for chunk in split_rows(rows, lines_per_block(len(weight), hidden.device)):
+    for chunk in row_spans(rows, n, lines_per_block(len(weight), hidden.device)):
         z = logits(operand(hidden[chunk]), weight, bias, options)
         stats = row_stats_(z, target[chunk], entropy=entropy)
         logprob[chunk] = stats.logprob

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
-from asyppo_kernels.linear_ppo_loss import torch_form
-from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions
+from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions, read_rows
 
 
 class LinearPPOLoss(NamedTuple):
@@ -110,8 +110,8 @@ def linear_ppo_loss(
         clamp of the log-ratio binds.
 
     Raises:
-        ValueError: naming the argument, what it got and what it needs.
-        NotImplementedError: ``backend="triton"`` is asked for; there is no Triton form yet.
+        ValueError: naming the argument, what it got and what it needs; also for backend "triton" on a CPU, unless
+            TRITON_INTERPRET=1 was in the environment when the package was imported.
     """
     check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype)
     n, device = hidden.shape[0], hidden.device
@@ -141,7 +141,7 @@ def linear_ppo_loss(
         raise ValueError(f"ref_logprob: got None, needs [N] = [{n}], since kl_coef is {kl_coef}")
     if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
         raise ValueError(f"workspace_bytes: got {workspace_bytes!r}, needs a positive int, or None")
-    choose_backend("linear_ppo_loss", backend, device, has_triton=False)
+    form = choose_backend("linear_ppo_loss", backend, device, has_triton=True)
 
     grad = torch.is_grad_enabled()
     loss, *stats = _forward(
@@ -167,6 +167,7 @@ def linear_ppo_loss(
         compact,
         dead_row_stats,
         workspace_bytes,
+        form,
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
@@ -174,7 +175,7 @@ def linear_ppo_loss(
     return LinearPPOLoss(loss, *(value.detach() for value in stats))
 
 
-@torch.library.custom_op("asyppo::linear_ppo_loss", mutates_args=())
+@torch.library.custom_op("asyppo::linear_ppo_loss", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -198,6 +199,7 @@ def _forward(
     compact: bool,
     dead_row_stats: bool,
     workspace_bytes: int | None,
+    form: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -205,7 +207,7 @@ def _forward(
     """(loss, logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias), a gradient not needed being empty."""
     ppo = PPOOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = torch_form.read_rows(
+        rows = read_rows(
             target,
             old_logprob,
             advantage,
@@ -216,7 +218,8 @@ def _forward(
             rollout_weight,
             ppo,
         )
-        return torch_form.forward(
+        # Triton is imported when it is used, since not every platform has it.
+        return importlib.import_module(f"asyppo_kernels.linear_ppo_loss.{form}_form").forward(
             hidden,
             weight,
             bias,

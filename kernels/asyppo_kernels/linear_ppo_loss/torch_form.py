@@ -12,12 +12,13 @@ from asyppo_kernels._gemm import addmm_f32_, gradient_operand, mm_f32, operand
 from asyppo_kernels._policy_head import (
     IGNORE_TARGET,
     HeadOptions,
+    even_size,
     gradient_buffers,
     lines_per_block,
     logits,
     product_gradient_,
+    row_spans,
     row_stats_,
-    split_rows,
 )
 
 LOG_RATIO_LIMIT = 20.0
@@ -142,18 +143,19 @@ def token_loss(rows: Rows, logprob: Tensor, entropy: Tensor, ppo: PPOOptions) ->
     return TokenLoss(w * loss, ratio, clipped, w * grad_logprob, grad_entropy)
 
 
-def chunks(rows: Rows, size: int, *, compact: bool, dead_row_stats: bool) -> Iterator[tuple[Tensor | slice, bool]]:
+def chunks(rows: Rows, limit: int, *, compact: bool, dead_row_stats: bool) -> Iterator[tuple[Tensor | slice, bool]]:
     """Yield (rows of a chunk, whether gradients can differ from 0 there), compacted at the cost of one host sync."""
+    n = len(rows.live)
     if not compact:
-        n = len(rows.live)
-        yield from ((slice(start, start + size), True) for start in range(0, n, size))
+        even = even_size(n, limit)
+        yield from ((slice(start, min(start + even, n)), True) for start in range(0, n, even))
         return
     dead = rows.counted & ~rows.live
     order = torch.where(rows.live, 0, torch.where(dead, 1, 2)).argsort(stable=True)
     n_live, n_dead = torch.stack([rows.live.sum(), dead.sum()]).tolist()
-    yield from ((index, True) for index in split_rows(order[:n_live], size))
+    yield from ((index, True) for index in row_spans(order[:n_live], n, limit))
     if dead_row_stats:
-        yield from ((index, False) for index in split_rows(order[n_live : n_live + n_dead], size))
+        yield from ((index, False) for index in row_spans(order[n_live : n_live + n_dead], n, limit))
 
 
 def forward(

@@ -1,0 +1,151 @@
+"""The Triton kernel: from a chunk of logits to losses, statistics and the gradient of the logits, in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from asyppo_kernels._policy_head_kernels import row_statistics, write_gradient, write_zeros
+
+LOG_RATIO_LIMIT = tl.constexpr(20.0)
+
+
+@triton.jit
+def bounded_log_ratio(x):
+    """``x`` in [-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT]; NaN stays NaN."""
+    return tl.where(x > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, tl.where(x < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, x))
+
+
+@triton.jit
+def exp_minus_line(x):
+    """exp(x) - x - 1, to a few roundings of itself where x is near 0."""
+    series = 0.5 + x * (
+        1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880))))))
+    )
+    return tl.where(tl.abs(x) < 0.5, x * x * series, tl.exp(x) - x - 1.0)
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def loss_kernel(
+    z_ptr,  # [programs, pitch]
+    grad_ptr,  # [programs, grad_pitch], over z or elsewhere
+    index_ptr,  # [programs] int64: the row of each program; None: first_row and on
+    target_ptr,  # [N], as all numbers of a row; cleared where they do not count
+    old_logprob_ptr,
+    ref_logprob_ptr,
+    advantage_ptr,
+    rollout_weight_ptr,
+    token_weight_ptr,
+    entropy_on_ptr,
+    bias_ptr,
+    loss_ptr,  # [N], as all outputs; zero where no program writes
+    logprob_ptr,
+    entropy_ptr,
+    ratio_ptr,
+    clipped_ptr,
+    first_row,
+    n_columns,
+    pitch,
+    grad_pitch,
+    inv_temperature,
+    softcap,
+    inv_softcap,
+    ratio_low,
+    ratio_high,
+    dual_clip,
+    entropy_coef,
+    kl_coef,
+    SOFTCAP: tl.constexpr,
+    DUAL_CLIP: tl.constexpr,
+    KL: tl.constexpr,
+    DEAD_ROW_STATS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A row a program: statistics, share of the loss, and with GRADIENT the gradient of that in hidden weight^T."""
+    program = tl.program_id(0).to(tl.int64)
+    row = first_row + program
+    if index_ptr is not None:
+        row = tl.load(index_ptr + program)
+    z_row = z_ptr + program * pitch
+    grad_row = grad_ptr + program * grad_pitch
+
+    w = tl.load(token_weight_ptr + row)
+    a = tl.load(advantage_ptr + row)
+    u = tl.load(rollout_weight_ptr + row)
+    target = tl.load(target_ptr + row)
+    entropy_on = tl.load(entropy_on_ptr + row) != 0
+    surrogate_on = a * u != 0.0
+    computed = w != 0.0
+    if not DEAD_ROW_STATS and not KL:
+        computed = surrogate_on | entropy_on
+
+    grad_logprob = 0.0 * w
+    grad_entropy = 0.0 * w
+    row_max = 0.0 * w
+    log_sum = 0.0 * w
+    entropy = 0.0 * w
+    if computed:
+        logprob, entropy, row_max, log_sum = row_statistics(
+            z_row,
+            bias_ptr,
+            target,
+            n_columns,
+            pitch,
+            inv_temperature,
+            softcap,
+            inv_softcap,
+            ENTROPY=True,
+            SOFTCAP=SOFTCAP,
+            BLOCK=BLOCK,
+        )
+        log_ratio = logprob - tl.load(old_logprob_ptr + row)
+        ratio = tl.exp(bounded_log_ratio(log_ratio))
+        inside = tl.where(ratio > ratio_high, ratio_high, tl.where(ratio < ratio_low, ratio_low, ratio))
+        surrogate = tl.minimum(ratio * a, inside * a, propagate_nan=tl.PropagateNan.ALL)
+        clipped = tl.where(a > 0.0, ratio > ratio_high, ratio < ratio_low)
+        if DUAL_CLIP:
+            surrogate = tl.where((a < 0.0) & (surrogate < dual_clip * a), dual_clip * a, surrogate)
+            clipped = clipped | ((a < 0.0) & (ratio > dual_clip))
+        clipped = (clipped | (tl.abs(log_ratio) > LOG_RATIO_LIMIT)) & (a != 0.0)
+
+        loss = tl.where(surrogate_on, -u * surrogate, 0.0) - tl.where(entropy_on, entropy_coef * entropy, 0.0)
+        grad_logprob = tl.where(surrogate_on & (clipped == 0), -u * a * ratio, 0.0)
+        grad_entropy = tl.where(entropy_on, -entropy_coef * w, 0.0)
+        if KL:
+            log_ref_ratio = tl.load(ref_logprob_ptr + row) - logprob
+            bounded = bounded_log_ratio(log_ref_ratio)
+            k3 = exp_minus_line(bounded)
+            loss += kl_coef * k3
+            grad_logprob -= tl.where(tl.abs(log_ref_ratio) <= LOG_RATIO_LIMIT, kl_coef * (k3 + bounded), 0.0)
+        grad_logprob *= w
+        tl.store(loss_ptr + row, w * loss)
+        tl.store(logprob_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(ratio_ptr + row, ratio)
+        tl.store(clipped_ptr + row, clipped.to(tl.uint8))
+
+    if GRADIENT:
+        if (grad_logprob != 0.0) | (grad_entropy != 0.0):
+            write_gradient(
+                z_row,
+                grad_row,
+                bias_ptr,
+                target,
+                n_columns,
+                pitch,
+                row_max,
+                log_sum,
+                entropy,
+                grad_logprob,
+                grad_entropy,
+                inv_temperature,
+                softcap,
+                inv_softcap,
+                SOFTCAP=SOFTCAP,
+                OVERLAPS=OVERLAPS,
+                BLOCK=BLOCK,
+            )
+        else:
+            write_zeros(grad_row, n_columns, pitch, BLOCK=BLOCK)

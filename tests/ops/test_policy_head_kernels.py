@@ -1,0 +1,158 @@
+"""What the Triton forms of the policy head promise beyond right results: launches, 64-bit offsets, memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from asyppo_kernels import linear_logprob, linear_ppo_loss
+from asyppo_kernels._args import INTERPRETED
+from asyppo_kernels._policy_head import HeadOptions, even_size
+from asyppo_kernels._policy_head_kernels import Workspace, launch_shape, padded
+from asyppo_kernels.linear_logprob.kernels import gradient_kernel, statistics_kernel
+
+Count = Callable[[Callable[[], object]], list]
+
+
+def head(n: int, h: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, weight = torch.randn(n, h).to(dtype), torch.randn(v, h).to(dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(v, (n,))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_loss_launches_one_kernel_a_chunk(compact: bool, count_launches: Count, count_gemms: Count) -> None:
+    """And three matrix products; a chunk of rows that are not live has one of each."""
+    n, v = 20, 37
+    row = torch.ones(n)
+    keep = torch.arange(n) < 12
+    inputs = (*head(n, 4, v), -row, row, row.where(torch.arange(n) < 16, 0.0))
+    out = []
+
+    def run() -> None:
+        workspace = 4 * padded(v) * 5  # five rows
+        out.append(linear_ppo_loss(*inputs, advantage_keep=keep, compact=compact, workspace_bytes=workspace, **triton))
+
+    triton = {"backend": "triton"}
+    launches = count_launches(run)
+    sizes = [(4,), (4,), (4,), (4,)] if compact else [(5,)] * 4  # 12 live rows in 3 chunks, 4 that only count
+    assert launches == [("loss_kernel", size) for size in sizes]
+    assert len(count_gemms(run)) == (3 * 3 + 1 if compact else 4 * 3)
+    assert count_launches(lambda: out[0].loss.backward()) == []
+    with torch.no_grad():
+        assert len(count_launches(run)) == len(sizes)
+        assert len(count_gemms(run)) == len(sizes)
+
+
+def test_logprob_launches_one_kernel_a_chunk_and_one_a_slice(
+    count_launches: Count, count_gemms: Count, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one matrix product a chunk, three a slice."""
+    n, v = 20, 300
+    inputs = head(n, 4, v)
+    for name in ("CPU_WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
+        monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head"), name, 4 * n * 128)
+    out = []
+
+    def forward() -> None:
+        out.append(linear_logprob(*inputs, backend="triton"))
+
+    assert count_launches(forward) == [("statistics_kernel", (size,)) for size in (7, 7, 6)]
+    assert len(count_gemms(forward)) == 3
+    loss = out[0].logprob.sum() + out[0].entropy.sum()
+    assert count_launches(lambda: loss.backward(retain_graph=True)) == [("gradient_kernel", (n,))] * 3
+    assert len(count_gemms(lambda: loss.backward())) == 3 * 3
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="reserves 9 GB that only the pages touched take")
+def test_offsets_are_of_64_bits() -> None:
+    """Program 2 starts at logit 2^31."""
+    v, pitch = 100, 2**30
+    z = torch.from_numpy(np.empty(2 * pitch + 128, dtype=np.float32))
+    rows, logits = torch.arange(3), torch.randn(3, v)
+    for r in range(3):
+        z[r * pitch : r * pitch + v] = logits[r]
+    target, bias = torch.tensor([3, 99, 50]), torch.zeros(v)
+    logprob, entropy, row_max, log_sum = torch.empty(4, 3).unbind()
+    numbers = {"SOFTCAP": False, "BLOCK": 64}
+    statistics_kernel[(3,)](
+        z, rows, target, bias, logprob, entropy, row_max, log_sum, 0, v, pitch, 1.0, 1.0, 1.0, **numbers
+    )
+    want = logits.log_softmax(1)
+    torch.testing.assert_close(logprob, want.gather(1, target[:, None])[:, 0])
+    grads = torch.ones(3), torch.zeros(3)
+    stats = entropy, row_max, log_sum
+    gradient_kernel[(3,)](
+        z, z, rows, target, bias, *stats, *grads, 0, v, pitch, pitch, 1.0, 1.0, 1.0, OVERLAPS=False, **numbers
+    )
+    for r in range(3):
+        one_hot = torch.nn.functional.one_hot(target[r], v)
+        torch.testing.assert_close(z[r * pitch : r * pitch + v], one_hot - want[r].exp())
+
+
+@pytest.mark.parametrize("v", [1, 15, 16, 100, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+def test_gradient_overwrites_only_what_is_read(dtype: torch.dtype, logits_dtype: torch.dtype, v: int) -> None:
+    """Walking the row backwards in blocks, bytes written for a block lie within its row and not below its own logits,
+    unless the gradient has memory of its own."""
+    workspace = Workspace(torch.empty(2, 3, dtype=dtype), HeadOptions(1.0, None, logits_dtype), 2, v, gradient=True)
+    z, grad = workspace.buffer[:, :v], workspace.gradient_buffer[:, :v]
+    assert z.stride(0) * z.element_size() % 16 == grad.stride(0) * grad.element_size() % 16 == 0
+    assert z.data_ptr() % 16 == grad.data_ptr() % 16 == 0
+    if grad.untyped_storage().data_ptr() != z.untyped_storage().data_ptr():
+        return
+    block, _ = launch_shape(v)
+    for r in range(2):
+        row_end = z[r].data_ptr() + workspace.pitch * z.element_size()
+        for start in range(0, v, block):
+            assert grad[r, start:].data_ptr() >= z[r, start:].data_ptr()
+        assert grad[r].data_ptr() + workspace.pitch * grad.element_size() <= row_end
+    assert workspace.overlaps == (z.element_size() != grad.element_size())
+
+
+@pytest.mark.parametrize(("count", "limit"), [(0, 5), (1, 1), (8192, 4417), (4418, 4417), (130, 129), (1000, 300)])
+def test_parts_are_few_and_even(count: int, limit: int) -> None:
+    size = even_size(count, limit)
+    assert 1 <= size <= limit
+    assert -(-count // size) == -(-count // limit)
+    if limit >= 2 * 128 and count:
+        assert count - (-(-count // size) - 1) * size > size - 2 * 128  # the last is not a sliver
+
+
+def test_default_chunk_keeps_products_full() -> None:
+    head_module = importlib.import_module("asyppo_kernels._policy_head")
+    limit = head_module.lines_per_block(151_936, torch.device("cuda"), bytes_per_element=4)
+    assert even_size(8192, limit) == 4096
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_activation_checkpointing(backend: str) -> None:
+    """Inside a recomputed region the ops do their work twice, with the same result."""
+    row = torch.ones(9)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        out = linear_ppo_loss(hidden.tanh(), weight, target, -3 * row, row, row, entropy_coef=0.1, backend=backend)
+        both = linear_logprob(hidden.tanh(), weight, target, backend=backend)
+        return out.loss + both.logprob.sum() + both.entropy.square().sum()
+
+    inputs = head(9, 4, 21)
+    want = torch.autograd.grad(loss(*inputs), inputs[:2])
+    got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False), inputs[:2])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_marked_unsafe_for_graph_capture() -> None:
+    for name in ("linear_ppo_loss", "linear_logprob", "linear_logprob_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.asyppo, name).default.tags
+
+
+def test_triton_on_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("asyppo_kernels._args"), "INTERPRETED", False)
+    inputs = [x.detach().cpu() for x in head(2, 3, 4)]
+    with pytest.raises(ValueError, match="backend: got 'triton' for tensors on cpu, needs a GPU, or TRITON_INTERPRET"):
+        linear_logprob(*inputs, backend="triton")
