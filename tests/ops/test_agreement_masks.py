@@ -223,7 +223,7 @@ def test_strided_inputs(backend):
 
 
 def test_launches(backend, world_of_one, count_launches):
-    """Beside them, one launch of torch's zeroes the counts, or one a level (two at the first) with a group."""
+    """Beside them, one launch of torch's zeroes the counts; with a group, one a level."""
     if backend == "torch":
         pytest.skip("kernels of Triton are counted")
     for n in (0, 1, 5000):

@@ -92,6 +92,8 @@ def count_kernel(
             tl.store(state + 3, high_rank)
         low = (low >> SHIFT).to(tl.int32)
         high = (high >> SHIFT).to(tl.int32)
+    elif tl.program_id(0) == 0:
+        tl.store(state + tl.arange(0, 4), tl.zeros((4,), tl.int64))
     WIDTH: tl.constexpr = BINS if LEVEL == 0 else 2 * BINS
     total = tl.zeros((WIDTH,), tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK

@@ -86,8 +86,7 @@ def _by_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if group is None:
         return _triton_op(std, mask, low_ppm, high_ppm)
-    state = torch.zeros(4, dtype=torch.int64, device=std.device)
-    counts = state
+    counts = state = std.new_empty(4, dtype=torch.int64)  # of no level before the first: not read
     for level in range(TRITON_LEVELS):
         counts, state = _triton_count_op(std, mask, counts, state, level, low_ppm, high_ppm)
         counts = _all_reduce(counts, group)

@@ -32,9 +32,9 @@ def width(level: int) -> int:
 def forward(std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return advantage_keep, entropy_keep, low and high."""
     std, mask = std.contiguous(), mask.contiguous()
-    buffer = torch.zeros(sum(map(width, range(LEVELS))) + 4 * LEVELS, dtype=torch.int64, device=std.device)
-    counts = buffer[4 * LEVELS :].split([width(level) for level in range(LEVELS)])
-    states = buffer[: 4 * LEVELS].split(4)
+    widths = [width(level) for level in range(LEVELS)]
+    counts = torch.zeros(sum(widths), dtype=torch.int64, device=std.device).split(widths)
+    states = std.new_empty((LEVELS, 4), dtype=torch.int64)
     for level in range(LEVELS):
         _count(std, mask, counts[level - 1], states[level - 1], counts[level], states[level], level, low_ppm, high_ppm)
     return apply(std, mask, counts[-1], states[-1], low_ppm, high_ppm)
@@ -45,7 +45,7 @@ def count(
 ) -> tuple[Tensor, Tensor]:
     """Return the counts [width] of ``level`` and the state [4], given those of the level before, over all ranks."""
     counts = torch.zeros(width(level), dtype=torch.int64, device=std.device)
-    state = torch.zeros_like(state_before)
+    state = torch.empty_like(state_before)
     _count(std.contiguous(), mask.contiguous(), counts_before, state_before, counts, state, level, low_ppm, high_ppm)
     return counts, state
 
