@@ -175,8 +175,8 @@ def table(compiled: Sequence[Compiled]) -> str:
     """Markdown: a row per kernel, a column per target."""
     targets = list(dict.fromkeys(c.target for c in compiled))
     lines = [
-        "Registers a thread / bytes of shared memory a program / loads and stores of 16 bytes a lane or more, of all. "
-        "None spills.",
+        "Registers a thread / bytes of shared memory a program / loads and stores of 16 bytes a lane or more, of all."
+        + ("" if any(c.spills for c in compiled) else " None spills."),
         "",
         "| op | kernel | warps | " + " | ".join(targets) + " |",
         "|---|---|---|" + "---|" * len(targets),

@@ -8,7 +8,8 @@ one that fails stops no other, and the exit status is 1 if any did.
     large      rows beyond logit number 2^31, in one chunk
     tests      tests/ops with the Triton forms on the device
     bench      python -m bench.run, for what is left of the time
-    memcheck   small shapes under compute-sanitizer, if there is one
+    small      every kernel on small shapes, compiled here so that the next two only run them
+    memcheck   the same under compute-sanitizer, if there is one
     racecheck  the same for shared memory
 """
 
@@ -33,7 +34,15 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 570.0
 REPEATS = 20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU, in its own tests only
-LIMITS = {"repeats": 60.0, "capture": 60.0, "large": 60.0, "tests": 150.0, "memcheck": 60.0, "racecheck": 60.0}
+LIMITS = {
+    "repeats": 60.0,
+    "capture": 60.0,
+    "large": 60.0,
+    "tests": 150.0,
+    "small": 60.0,
+    "memcheck": 60.0,
+    "racecheck": 60.0,
+}
 
 
 def policy_loss(n: int, h: int, v: int, dtype: torch.dtype, **options: Any) -> Callable[[], list[Tensor]]:
@@ -214,7 +223,7 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
         return [found, "--tool", tool, "--error-exitcode", "1", *here, "small"] if Path(found).exists() else None
 
     def bench() -> list[str]:
-        minutes = max(0.5, (left() - 130) / 60)
+        minutes = max(0.5, (left() - 160) / 60)
         return _python("-m", "bench.run", "--no-sweeps", "--minutes", f"{minutes:.1f}")
 
     return [
@@ -223,6 +232,7 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
         ("large", lambda: [*here, "large"]),
         ("tests", tests),
         ("bench", bench),
+        ("small", lambda: [*here, "small"]),
         ("memcheck", lambda: sanitizer("memcheck")),
         ("racecheck", lambda: sanitizer("racecheck")),
     ]
