@@ -4,10 +4,12 @@ Runs from the tree with nothing installed (PYTHONPATH=kernels:.). Each step is a
 one that fails stops no other, and the exit status is 1 if any did.
 
     repeats    twenty runs of every op, bit-identical
+    capture    the ensemble ops replayed from a CUDA graph
     large      rows beyond logit number 2^31, in one chunk
     tests      tests/ops with the Triton forms on the device
     bench      python -m bench.run, for what is left of the time
-    memcheck   small shapes under compute-sanitizer, if there is one
+    small      every kernel on small shapes, compiled here so that the next two only run them
+    memcheck   the same under compute-sanitizer, if there is one
     racecheck  the same for shared memory
 """
 
@@ -32,7 +34,15 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 570.0
 REPEATS = 20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU, in its own tests only
-LIMITS = {"repeats": 60.0, "large": 60.0, "tests": 150.0, "memcheck": 60.0, "racecheck": 60.0}
+LIMITS = {
+    "repeats": 60.0,
+    "capture": 60.0,
+    "large": 60.0,
+    "tests": 150.0,
+    "small": 60.0,
+    "memcheck": 60.0,
+    "racecheck": 60.0,
+}
 
 
 def policy_loss(n: int, h: int, v: int, dtype: torch.dtype, **options: Any) -> Callable[[], list[Tensor]]:
@@ -95,6 +105,31 @@ def ensemble(k: int, b: int, t: int, h: int) -> Callable[[], list[Tensor]]:
         return [*values, *grads, *gae, *masks]
 
     return run
+
+
+def capture() -> None:
+    """The chain from hidden states to masks replays from a CUDA graph; raises AssertionError otherwise."""
+    torch.manual_seed(0)
+    for shape in ((2, 64, 1024, 256), (5, 3, 5000, 96)):
+        run = ensemble(*shape)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            want = [x.clone() for x in run()]
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), shape
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(REPEATS):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        print(f"ensemble ops {shape}: captured, {begin.elapsed_time(end) / REPEATS:.3f} ms a replay", flush=True)
 
 
 def repeats() -> None:
@@ -188,14 +223,16 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
         return [found, "--tool", tool, "--error-exitcode", "1", *here, "small"] if Path(found).exists() else None
 
     def bench() -> list[str]:
-        minutes = max(0.5, (left() - 130) / 60)
+        minutes = max(0.5, (left() - 160) / 60)
         return _python("-m", "bench.run", "--no-sweeps", "--minutes", f"{minutes:.1f}")
 
     return [
         ("repeats", lambda: [*here, "repeats"]),
+        ("capture", lambda: [*here, "capture"]),
         ("large", lambda: [*here, "large"]),
         ("tests", tests),
         ("bench", bench),
+        ("small", lambda: [*here, "small"]),
         ("memcheck", lambda: sanitizer("memcheck")),
         ("racecheck", lambda: sanitizer("racecheck")),
     ]
@@ -204,14 +241,16 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
 def main(arguments: list[str] | None = None) -> int:
     """Run all steps, or one in this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument("--step", choices=["repeats", "large", "small"], help="this one only, in this process")
+    parser.add_argument(
+        "--step", choices=["repeats", "capture", "large", "small"], help="this one only, in this process"
+    )
     parser.add_argument("--only", action="append", default=[], help="of the list, this step (may be repeated)")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no GPU")
         return 1
     if chosen.step:
-        {"repeats": repeats, "large": large, "small": small}[chosen.step]()
+        {"repeats": repeats, "capture": capture, "large": large, "small": small}[chosen.step]()
         return 0
 
     end = time.monotonic() + SECONDS

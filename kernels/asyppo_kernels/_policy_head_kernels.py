@@ -1,6 +1,7 @@
 """What the Triton kernels of the policy head share: one program owns one row of logits and passes over it twice.
 
-A row is read in blocks, the next block ahead of the arithmetic on this one. Rows lie ``pitch`` elements apart, a
+A row is read in blocks, two ahead of the arithmetic: the assembler moves a load to the end of its iteration, so that
+one block ahead would have nothing to wait behind. Rows lie ``pitch`` elements apart, a
 multiple of 16, so that every access is 16 bytes wide whatever the size of the vocabulary; what lies between
 ``n_columns`` and ``pitch`` is loaded and stored with the rest, and counts for nothing.
 """
@@ -141,10 +142,12 @@ def row_statistics(
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     ahead = tl.load(z_row + lane, mask=lane < pitch, other=0.0)
+    further = tl.load(z_row + BLOCK + lane, mask=BLOCK + lane < pitch, other=0.0)
     for start in range(0, n_columns, BLOCK):
         columns = start + lane
         raw = ahead
-        ahead = tl.load(z_row + columns + BLOCK, mask=columns + BLOCK < pitch, other=0.0)
+        ahead = further
+        further = tl.load(z_row + columns + 2 * BLOCK, mask=columns + 2 * BLOCK < pitch, other=0.0)
         z, _ = logit(raw, bias_ptr, columns, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP)
         # Either the sums shrink to a higher peak, or the new term is below the peak: one exponential.
         gap = z - peak
@@ -200,10 +203,12 @@ def write_gradient(
     n_blocks = tl.cdiv(n_columns, BLOCK)
     last = (n_blocks - 1) * BLOCK
     ahead = tl.load(z_row + last + lane, mask=last + lane < pitch, other=0.0)
+    further = tl.load(z_row + last - BLOCK + lane, mask=last + lane >= BLOCK, other=0.0)
     for i in range(n_blocks):
         columns = last - i * BLOCK + lane
         raw = ahead
-        ahead = tl.load(z_row + columns - BLOCK, mask=columns >= BLOCK, other=0.0)
+        ahead = further
+        further = tl.load(z_row + columns - 2 * BLOCK, mask=columns >= 2 * BLOCK, other=0.0)
         if OVERLAPS:
             tl.debug_barrier()
         z, slope = logit(raw, bias_ptr, columns, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP)
