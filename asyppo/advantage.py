@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asyppo.reduce import masked_moments, sum_over_ranks
+from asyppo.reduce import sum_over_ranks
 from asyppo_kernels import agreement_masks, ensemble_gae
 
 
@@ -107,15 +107,18 @@ def whiten(advantage: Tensor, mask: Tensor, group: Tensor, scope: Literal["none"
     """Give the advantages [B, T] of the response tokens of the batch, or of each prompt, mean 0 and deviation 1."""
     if scope == "none":
         return advantage
+    advantage = torch.where(mask, advantage, 0.0)
     if scope == "batch":
-        mean, variance = masked_moments(advantage, mask)
+        count, total = sum_over_ranks(torch.stack([mask.sum(), advantage.sum()])).unbind()
+        count = count.clamp(min=1)
+        deviation = torch.where(mask, advantage - total / count, 0.0)
+        variance = sum_over_ranks(deviation.square().sum()) / count
     else:
-        masked = torch.where(mask, advantage, 0.0)
         count = _sum_by_group(mask.sum(dim=1).float(), group).clamp(min=1)
-        mean = (_sum_by_group(masked.sum(dim=1), group) / count)[:, None]
+        mean = (_sum_by_group(advantage.sum(dim=1), group) / count)[:, None]
         deviation = torch.where(mask, advantage - mean, 0.0)
         variance = (_sum_by_group(deviation.square().sum(dim=1), group) / count)[:, None]
-    return torch.where(mask, (advantage - mean) / (variance + 1e-8).sqrt(), 0.0)
+    return deviation * (variance + 1e-8).rsqrt()
 
 
 def _sum_by_group(value: Tensor, group: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Runs from the tree with nothing installed (PYTHONPATH=kernels:.). Each step is a
 one that fails stops no other, and the exit status is 1 if any did.
 
     repeats    twenty runs of every op, bit-identical
+    capture    the ensemble ops, and the loss without compaction, replayed from a CUDA graph
     large      rows beyond logit number 2^31, in one chunk
     tests      tests/ops with the Triton forms on the device
     bench      python -m bench.run, for what is left of the time
@@ -33,7 +34,8 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 570.0
 REPEATS = 20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU, in its own tests only
-LIMITS = {"repeats": 60.0, "large": 60.0, "tests": 150.0, "small": 60.0, "memcheck": 60.0, "racecheck": 60.0}
+LIMITS = {"repeats": 60.0, "capture": 60.0, "large": 60.0, "tests": 150.0}
+LIMITS |= {"small": 60.0, "memcheck": 60.0, "racecheck": 60.0}
 
 
 def policy_loss(n: int, h: int, v: int, dtype: torch.dtype, **options: Any) -> Callable[[], list[Tensor]]:
@@ -96,6 +98,32 @@ def ensemble(k: int, b: int, t: int, h: int) -> Callable[[], list[Tensor]]:
         return [*values, *grads, *gae, *masks]
 
     return run
+
+
+def capture() -> None:
+    """What can be captured replays from a CUDA graph to the same bits; raises AssertionError otherwise."""
+    torch.manual_seed(0)
+    runs = {f"ensemble ops {shape}": ensemble(*shape) for shape in ((2, 64, 1024, 256), (5, 3, 5000, 96))}
+    runs["linear_ppo_loss, not compact"] = policy_loss(1000, 256, 50_257, torch.bfloat16, compact=False)
+    for name, run in runs.items():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            want = [x.clone() for x in run()]
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(REPEATS):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        print(f"{name}: captured, {begin.elapsed_time(end) / REPEATS:.3f} ms a replay", flush=True)
 
 
 def repeats() -> None:
@@ -194,6 +222,7 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
 
     return [
         ("repeats", lambda: [*here, "repeats"]),
+        ("capture", lambda: [*here, "capture"]),
         ("large", lambda: [*here, "large"]),
         ("tests", tests),
         ("bench", bench),
@@ -206,14 +235,16 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
 def main(arguments: list[str] | None = None) -> int:
     """Run all steps, or one in this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument("--step", choices=["repeats", "large", "small"], help="this one only, in this process")
+    parser.add_argument(
+        "--step", choices=["repeats", "capture", "large", "small"], help="this one only, in this process"
+    )
     parser.add_argument("--only", action="append", default=[], help="of the list, this step (may be repeated)")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no GPU")
         return 1
     if chosen.step:
-        {"repeats": repeats, "large": large, "small": small}[chosen.step]()
+        {"repeats": repeats, "capture": capture, "large": large, "small": small}[chosen.step]()
         return 0
 
     end = time.monotonic() + SECONDS

@@ -18,9 +18,10 @@ def main(rank: int, world: int, folder: Path) -> None:
     compiled = torch.compile(agreement_masks, fullgraph=True, backend="aot_eager")
     for case in torch.load(folder / "cases.pt"):
         std, mask = case["shards"][rank]
-        out = agreement_masks(std, mask, **case["fractions"], group=dist.group.WORLD)
+        settings = {**case["fractions"], "group": dist.group.WORLD, "backend": case["backend"]}
+        out = agreement_masks(std, mask, **settings)
         if case["compiled"]:
-            again = compiled(std, mask, **case["fractions"], group=dist.group.WORLD)
+            again = compiled(std, mask, **settings)
             assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
         results.append(tuple(out))
     torch.save(results, folder / f"rank{rank}.pt")

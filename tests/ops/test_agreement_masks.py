@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,28 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asyppo_kernels import AgreementMasks, agreement_masks
+from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels.agreement_masks import torch_form
-from asyppo_kernels.agreement_masks.op import _apply_op, _count_op, _descend_op
+from asyppo_kernels.agreement_masks.op import (
+    TRITON_LEVELS,
+    TRITON_WIDTHS,
+    _apply_op,
+    _count_op,
+    _descend_op,
+    _triton_apply_op,
+    _triton_count_op,
+    _triton_op,
+)
 from asyppo_kernels.agreement_masks.reference import agreement_masks_reference
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
 FRACTIONS = [(0.2, 0.2), (0.0, 0.0), (0.5, 0.1), (0.1, 0.999999), (1 / 3, 2 / 3)]
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def oracle(std: Tensor, mask: Tensor, k: float, h: float) -> tuple[np.ndarray, np.ndarray, float, float]:
-    values, valid = std.double().numpy(), mask.numpy()
+    values, valid = std.double().cpu().numpy(), mask.cpu().numpy()
     ordered = sorted(values[valid].tolist())
     n = len(ordered)
     if n == 0:
@@ -41,8 +52,8 @@ def oracle(std: Tensor, mask: Tensor, k: float, h: float) -> tuple[np.ndarray, n
 def check(out: AgreementMasks, want: tuple[np.ndarray, np.ndarray, float, float]) -> None:
     assert [x.dtype for x in out] == [torch.bool, torch.bool, torch.float32, torch.float32]
     assert out.low.shape == out.high.shape == ()
-    np.testing.assert_array_equal(out.advantage_keep.numpy(), want[0])
-    np.testing.assert_array_equal(out.entropy_keep.numpy(), want[1])
+    np.testing.assert_array_equal(out.advantage_keep.cpu().numpy(), want[0])
+    np.testing.assert_array_equal(out.entropy_keep.cpu().numpy(), want[1])
     assert (out.low.item(), out.high.item()) == want[2:]
 
 
@@ -88,8 +99,8 @@ def test_reference_in_float64(backend):
     std, mask = make("close", 999).double() + torch.rand(999, dtype=torch.float64) * 1e-12, torch.rand(999) < 0.7
     keep, entropy_keep, low, high = agreement_masks_reference(std, mask)
     want = oracle(std, mask, 0.2, 0.2)
-    np.testing.assert_array_equal(keep.numpy(), want[0])
-    np.testing.assert_array_equal(entropy_keep.numpy(), want[1])
+    np.testing.assert_array_equal(keep.cpu().numpy(), want[0])
+    np.testing.assert_array_equal(entropy_keep.cpu().numpy(), want[1])
     assert (low.item(), high.item()) == want[2:]
 
 
@@ -104,6 +115,8 @@ def test_the_shares_are_those_asked_for(backend):
 @pytest.mark.parametrize(("fraction", "n"), [(0.29, 100), (0.57, 100), (0.07, 300), (0.000001, 10**6), (0.1 + 0.2, 10)])
 def test_the_rank_is_exact(backend, fraction, n):
     """0.29 * 100 is 28.999999999999996 in float64, and 0.1 + 0.2 is more than 0.3."""
+    if backend == "triton" and INTERPRETED and n > 1000:
+        pytest.skip("takes seconds in Triton's interpreter")
     std, mask = torch.arange(n).float(), torch.ones(n, dtype=torch.bool)
     out = run(std, mask, fraction, fraction, backend)
     rank = int(Fraction(f"{fraction:.6f}") * n)
@@ -113,6 +126,8 @@ def test_the_rank_is_exact(backend, fraction, n):
 
 def test_ranks_past_two_to_the_24(backend):
     """More tokens than torch.quantile takes, and ranks that go wrong if taken in float32."""
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("takes minutes in Triton's interpreter")
     n = 2**24 + 7
     std, mask = torch.arange(n, dtype=torch.int32).view(torch.float32), torch.ones(n, dtype=torch.bool)
     for k, h in ((0, 0), (999_999, 700_001)):  # millionths
@@ -207,6 +222,35 @@ def test_strided_inputs(backend):
     assert equal(out, run(std.T.contiguous().requires_grad_(), mask.T, 0.2, 0.2, backend))
 
 
+def test_launches(backend, world_of_one, count_launches):
+    """Beside them, one launch of torch's zeroes the counts; with a group, one a level."""
+    if backend == "torch":
+        pytest.skip("kernels of Triton are counted")
+    for n in (0, 1, 5000):
+        std, mask = torch.rand(n), torch.rand(n) < 0.5
+        names = [name for name, _ in count_launches(partial(run, std, mask, 0.2, 0.3, backend))]
+        assert names == ["count_kernel"] * TRITON_LEVELS + ["apply_kernel"]
+        launches = count_launches(partial(run, std, mask, 0.2, 0.3, backend, group=world_of_one))
+        assert [name for name, _ in launches] == names
+    assert [grid for _, grid in launches] == [(2,), (2,), (3,), (3,), (2,)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_launch_geometry(backend, kind, monkeypatch):
+    """Programs that walk several blocks, and one block for all: the same bits."""
+    if backend != "triton":
+        pytest.skip("the torch form has none")
+    from asyppo_kernels.agreement_masks import triton_form
+
+    assert (triton_form.LEVELS, tuple(map(triton_form.width, range(4)))) == (TRITON_LEVELS, TRITON_WIDTHS)
+    std, mask = make(kind, 1500), torch.rand(1500) < 0.7
+    want = run(std, mask, 0.2, 0.3, backend)
+    for blocks, programs in (((64, 128, 32, 256), 3), ((256,) * 4, 1056), ((2048,) * 4, 1)):
+        monkeypatch.setattr(triton_form, "BLOCKS", blocks)
+        monkeypatch.setattr(triton_form, "PROGRAMS", programs)
+        assert equal(run(std, mask, 0.2, 0.3, backend), want)
+
+
 STD = st.one_of(st.floats(0, width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 0.25, 1.0, float("inf")]))
 TOKENS = st.lists(st.tuples(STD, st.booleans()), max_size=60)
 FRACTION = st.one_of(st.integers(0, 999_999).map(lambda ppm: ppm / 1e6), st.integers(0, 19).map(lambda i: i / 20))
@@ -244,6 +288,15 @@ def test_compiles_to_one_graph(backend, dynamic):
 
 def test_opcheck(backend):
     std, mask = make("uniform", 6, 9), torch.rand(6, 9) < 0.5
+    if backend == "triton":
+        torch.library.opcheck(_triton_op, (std, mask, 200_000, 100_000))
+        torch.library.opcheck(_triton_op, (std.bfloat16(), mask.T.contiguous().T, 0, 0))
+        counts = state = torch.zeros(4, dtype=torch.int64)
+        for level in range(TRITON_LEVELS):
+            torch.library.opcheck(_triton_count_op, (std, mask, counts, state, level, 200_000, 100_000))
+            counts, state = _triton_count_op(std, mask, counts, state, level, 200_000, 100_000)
+        torch.library.opcheck(_triton_apply_op, (std, mask, counts, state, 200_000, 100_000))
+        return
     state = torch.zeros(2, 2, dtype=torch.int64)
     for level in range(len(torch_form.SHIFTS)):
         torch.library.opcheck(_count_op, (std, mask, state, level))
@@ -314,7 +367,7 @@ def test_ranks_agree_on_the_whole_batch(backend, world, tmp_path):
                 shards = list(zip(std.split(sizes), mask.split(sizes), strict=True))
                 fractions = {"advantage_fraction": k, "entropy_fraction": h}
                 shards = [tuple(x.clone() for x in shard) for shard in shards]
-                cases.append({"shards": shards, "fractions": fractions, "compiled": k == 0.2})
+                cases.append({"shards": shards, "fractions": fractions, "compiled": k == 0.2, "backend": backend})
     torch.save(cases, tmp_path / "cases.pt")
     script = str(Path(__file__).with_name("agreement_rank.py"))
     ranks = [subprocess.Popen([sys.executable, script, str(r), str(world), str(tmp_path)]) for r in range(world)]

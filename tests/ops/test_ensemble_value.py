@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asyppo_kernels import EnsembleValue, ensemble_value
+from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels.ensemble_value.op import _backward_op, _forward_op
 from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half a unit in the last place, relative: what rounding the exact result once costs.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def f64(x: Tensor) -> np.ndarray:
-    return x.detach().double().numpy()
+    return x.detach().double().cpu().numpy()
 
 
 def make(k: int, n: int, h: int, dtype: torch.dtype = torch.float32, *, bias: bool = True):
@@ -86,12 +87,12 @@ def test_reference_matches_the_oracle(backend):
     value, mean, std = ensemble_value_reference(hidden, weight, bias)
     want = oracle_value(hidden, weight, bias)
     for got, expected in ((value, want), (mean, want.mean(0)), (std, want.std(0))):
-        np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(got.cpu().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_inputs_accumulate_in_float32(backend, dtype):
-    hidden, weight, bias = make(2, 3000, 2048, dtype)
+    hidden, weight, bias = make(2, 300 if backend == "triton" and INTERPRETED else 3000, 2048, dtype)
     out = ensemble_value(hidden, weight, bias, backend=backend)
     error = np.abs(f64(out.value) - oracle_value(hidden, weight, bias)).max()
     plain = torch.einsum("knh,kh->kn", hidden, weight) + bias[:, None]
@@ -120,7 +121,7 @@ def test_dtypes_may_differ(backend):
 def test_autocast_does_not_round_the_value(backend):
     hidden, weight, bias = make(2, 9, 64)
     plain = ensemble_value(hidden, weight, bias, backend=backend).value
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         cast = ensemble_value(hidden, weight, bias, backend=backend).value
         grads = torch.autograd.grad(cast.sum(), [hidden, weight, bias])
     assert torch.equal(plain, cast)
@@ -153,7 +154,7 @@ def test_only_wanted_gradients_are_formed(backend, wanted):
     double = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     ensemble_value_reference(*double)[0].square().sum().backward()
     for i in wanted:
-        np.testing.assert_allclose(f64(inputs[i].grad), double[i].grad.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(f64(inputs[i].grad), double[i].grad.cpu().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_any_gradient(backend):
@@ -205,6 +206,39 @@ def test_repeats_to_the_bit(backend):
         out = ensemble_value(hidden, weight, bias, backend=backend)
         runs.append([*out, *torch.autograd.grad(out.value.square().sum(), [hidden, weight, bias])])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("n", [1, 300])
+def test_launches(backend, k, n, count_launches):
+    if backend == "torch":
+        pytest.skip("kernels of Triton are counted")
+    for wanted in ((), (0,), (0, 1, 2), (1, 2), (1,), (2,)):
+        inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(make(k, n, 65))]
+        out = []
+
+        def forward(inputs: list[Tensor] = inputs, out: list[EnsembleValue] = out) -> None:
+            out.append(ensemble_value(*inputs, backend=backend))
+
+        assert [name for name, _ in count_launches(forward)] == ["forward_kernel"]
+        if wanted:
+            names = [name for name, _ in count_launches(out[0].value.sum().backward)]
+            assert names == ["backward_kernel", "add_parts_kernel"][: 1 if wanted == (0,) else 2]
+
+
+@pytest.mark.parametrize("programs", [1, 7, 64])
+def test_rows_cut_into_parts(backend, programs, monkeypatch):
+    """Parts of several blocks, a last one that is shorter, and one part."""
+    if backend == "triton":
+        from asyppo_kernels.ensemble_value import triton_form
+
+        monkeypatch.setattr(triton_form, "PROGRAMS", programs)
+        monkeypatch.setattr(triton_form, "BACKWARD_TILE", 256)
+    inputs = make(3, 130, 67)
+    upstream = torch.randn(3, 130)
+    grads = torch.autograd.grad(ensemble_value(*inputs, backend=backend).value, inputs, upstream)
+    for got, want in zip(grads, oracle_grads(f64(upstream), *inputs[:2]), strict=True):
+        np.testing.assert_allclose(f64(got), want, rtol=1e-5, atol=2e-5)
 
 
 @given(

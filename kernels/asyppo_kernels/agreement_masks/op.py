@@ -10,6 +10,9 @@ from torch import Tensor
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels.agreement_masks import torch_form
 
+TRITON_LEVELS = 4  # of triton_form, which is not imported where Triton is not asked for
+TRITON_WIDTHS = (128, 128, 1024, 1024)
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -52,14 +55,13 @@ def agreement_masks(
         entropy_fraction: share dropped from the entropy term, in [0, 1).
         group: take the order statistics over the tokens of all ranks in this process group, each of which calls this
             with its own tokens, possibly none. The result does not depend on how the tokens are divided.
-        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+        backend: "torch", "triton" (a GPU's, but for Triton's interpreter), or "auto": Triton on a GPU, torch elsewhere.
 
     Returns:
         ``AgreementMasks(advantage_keep, entropy_keep, low, high)``, on std's device, without a host synchronisation.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout, or a fraction lies outside [0, 1).
-        NotImplementedError: ``backend="triton"``.
     """
     check_tensor("std", std, shape=None, needs="any", dtypes=FLOATS)
     check_tensor("mask", mask, shape=std.shape, needs="the shape of std", dtypes=(torch.bool,), device=std.device)
@@ -67,8 +69,9 @@ def agreement_masks(
     high_ppm = _ppm("entropy_fraction", entropy_fraction)
     if group is not None:
         _check_group(group)
-    choose_backend("agreement_masks", backend, std.device, has_triton=False)
     std = std.detach()
+    if choose_backend("agreement_masks", backend, std.device, has_triton=True) == "triton":
+        return AgreementMasks(*_by_triton(std, mask, low_ppm, high_ppm, group))
     state = torch.zeros(2, 2, dtype=torch.int64, device=std.device)
     for level in range(len(torch_form.SHIFTS)):
         counts = _count_op(std, mask, state, level)
@@ -76,6 +79,18 @@ def agreement_masks(
             counts = _all_reduce(counts, group)
         state = _descend_op(counts, state, level, low_ppm, high_ppm)
     return AgreementMasks(*_apply_op(std, mask, state))
+
+
+def _by_triton(
+    std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if group is None:
+        return _triton_op(std, mask, low_ppm, high_ppm)
+    counts = state = std.new_empty(4, dtype=torch.int64)  # of no level before the first: not read
+    for level in range(TRITON_LEVELS):
+        counts, state = _triton_count_op(std, mask, counts, state, level, low_ppm, high_ppm)
+        counts = _all_reduce(counts, group)
+    return _triton_apply_op(std, mask, counts, state, low_ppm, high_ppm)
 
 
 def _ppm(name: str, fraction: float) -> int:
@@ -128,9 +143,60 @@ def _apply_op(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor,
     return torch_form.apply(std, mask, state)
 
 
-@_apply_op.register_fake
-def _(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_apply(std: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def threshold() -> Tensor:
         return std.new_empty((), dtype=torch.float32)
 
     return mask.new_empty(mask.shape), mask.new_empty(mask.shape), threshold(), threshold()
+
+
+@_apply_op.register_fake
+def _(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_apply(std, mask)
+
+
+# Of Triton, whose form is imported where it is asked for, since Triton is not built for every platform.
+
+
+@torch.library.custom_op("asyppo::agreement_masks_triton", mutates_args=())
+def _triton_op(std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from asyppo_kernels.agreement_masks import triton_form
+
+    return triton_form.forward(std, mask, low_ppm, high_ppm)
+
+
+@_triton_op.register_fake
+def _(std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_apply(std, mask)
+
+
+@torch.library.custom_op("asyppo::agreement_count_triton", mutates_args=())
+def _triton_count_op(
+    std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int
+) -> tuple[Tensor, Tensor]:
+    from asyppo_kernels.agreement_masks import triton_form
+
+    return triton_form.count(std, mask, counts, state, level, low_ppm, high_ppm)
+
+
+@_triton_count_op.register_fake
+def _(
+    std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int
+) -> tuple[Tensor, Tensor]:
+    return state.new_empty(TRITON_WIDTHS[level]), torch.empty_like(state)
+
+
+@torch.library.custom_op("asyppo::agreement_apply_triton", mutates_args=())
+def _triton_apply_op(
+    std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, low_ppm: int, high_ppm: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from asyppo_kernels.agreement_masks import triton_form
+
+    return triton_form.apply(std, mask, counts, state, low_ppm, high_ppm)
+
+
+@_triton_apply_op.register_fake
+def _(
+    std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, low_ppm: int, high_ppm: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_apply(std, mask)

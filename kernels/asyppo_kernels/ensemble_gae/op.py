@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
-from asyppo_kernels.ensemble_gae import torch_form
 
 
 class EnsembleGAE(NamedTuple):
@@ -51,14 +52,13 @@ def ensemble_gae(
         gamma: discount, in [0, 1].
         lam: lambda of the advantage, in [0, 1].
         value_lam: lambda of the returns, in [0, 1]; 1 is the discounted sum of the rewards.
-        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+        backend: "torch", "triton" (a GPU's, but for Triton's interpreter), or "auto": Triton on a GPU, torch elsewhere.
 
     Returns:
         ``EnsembleGAE(advantage, returns, mean, std)``, all [B, T] float32, computed in float32 and detached.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout, or a number lies outside [0, 1].
-        NotImplementedError: ``backend="triton"``.
     """
     check_tensor("value", value, shape=(None, None, None), needs="[K, B, T]", dtypes=FLOATS)
     k, b, t = value.shape
@@ -68,20 +68,26 @@ def ensemble_gae(
     check_tensor("mask", mask, shape=(b, t), needs="[B, T] of value", dtypes=(torch.bool,), device=value.device)
     for name, number in (("gamma", gamma), ("lam", lam), ("value_lam", value_lam)):
         check_number(name, number, "a number in [0, 1]", low=0.0, high=1.0)
-    choose_backend("ensemble_gae", backend, value.device, has_triton=False)
-    return EnsembleGAE(*_op(value.detach(), reward.detach(), mask, float(gamma), float(lam), float(value_lam)))
+    form = choose_backend("ensemble_gae", backend, value.device, has_triton=True)
+    numbers = float(gamma), float(lam), float(value_lam)
+    return EnsembleGAE(*_op(value.detach(), reward.detach(), mask, *numbers, form))
+
+
+def _form(form: str) -> ModuleType:
+    """The module that computes; Triton is imported when it is used, since not every platform has it."""
+    return importlib.import_module(f"asyppo_kernels.ensemble_gae.{form}_form")
 
 
 @torch.library.custom_op("asyppo::ensemble_gae", mutates_args=())
 def _op(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float, form: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch_form.forward(value, reward, mask, gamma, lam, value_lam)
+    return _form(form).forward(value, reward, mask, gamma, lam, value_lam)
 
 
 @_op.register_fake
 def _(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float, form: str = "torch"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def empty() -> Tensor:
         return value.new_empty(mask.shape, dtype=torch.float32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_tensor, choose_backend
-from asyppo_kernels.ensemble_value import torch_form
 
 
 class EnsembleValue(NamedTuple):
@@ -35,7 +36,7 @@ def ensemble_value(
             one that holds NaN makes weight's gradient NaN even where its own upstream gradient is 0.
         weight: [K, H], in any of these dtypes.
         bias: [K], in any of these dtypes.
-        backend: "torch", or "auto", which takes Triton on a GPU where it is available.
+        backend: "torch", "triton" (a GPU's, but for Triton's interpreter), or "auto": Triton on a GPU, torch elsewhere.
 
     Returns:
         ``EnsembleValue(value, mean, std)``, float32. ``value`` [K, N] is differentiable in hidden, weight and bias,
@@ -44,7 +45,6 @@ def ensemble_value(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout.
-        NotImplementedError: ``backend="triton"``.
     """
     check_tensor("hidden", hidden, shape=(None, None, None), needs="[K, N, H]", dtypes=FLOATS)
     k, _, h = hidden.shape
@@ -53,18 +53,25 @@ def ensemble_value(
     check_tensor("weight", weight, shape=(k, h), needs="[K, H] of hidden", dtypes=FLOATS, device=hidden.device)
     if bias is not None:
         check_tensor("bias", bias, shape=(k,), needs="[K] of hidden", dtypes=FLOATS, device=hidden.device)
-    choose_backend("ensemble_value", backend, hidden.device, has_triton=False)
-    value, mean, std = _forward_op(hidden, weight, bias)
+    form = choose_backend("ensemble_value", backend, hidden.device, has_triton=True)
+    value, mean, std = _forward_op(hidden, weight, bias, form)
     return EnsembleValue(value, mean.detach(), std.detach())
 
 
+def _form(form: str) -> ModuleType:
+    """The module that computes; Triton is imported when it is used, since not every platform has it."""
+    return importlib.import_module(f"asyppo_kernels.ensemble_value.{form}_form")
+
+
 @torch.library.custom_op("asyppo::ensemble_value", mutates_args=())
-def _forward_op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_form.forward(hidden, weight, bias)
+def _forward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, form: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _form(form).forward(hidden, weight, bias)
 
 
 @_forward_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: str = "torch") -> tuple[Tensor, Tensor, Tensor]:
     k, n, _ = hidden.shape
     value = hidden.new_empty((k, n), dtype=torch.float32)
     return value, value.new_empty(n), value.new_empty(n)
@@ -79,8 +86,9 @@ def _backward_op(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    form: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch_form.backward(grad, hidden, weight, bias_dtype, (needs_hidden, needs_weight, needs_bias))
+    return _form(form).backward(grad, hidden, weight, bias_dtype, (needs_hidden, needs_weight, needs_bias))
 
 
 @_backward_op.register_fake
@@ -92,6 +100,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    form: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
@@ -100,17 +109,17 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, ctx.form = inputs
     ctx.save_for_backward(hidden, weight)
     ctx.bias_dtype = torch.float32 if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight = ctx.saved_tensors
-    needs = tuple(ctx.needs_input_grad)
-    grads = _backward_op(grad, hidden, weight, ctx.bias_dtype, *needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    needs = tuple(ctx.needs_input_grad[:3])
+    grads = _backward_op(grad, hidden, weight, ctx.bias_dtype, *needs, ctx.form)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
 torch.library.register_autograd("asyppo::ensemble_value", _backward, setup_context=_setup_context)

@@ -1,0 +1,133 @@
+"""The cases of ``bench.aot`` of the ensemble ops: two critics of width 1024, 512 rows of 8192 steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from asyppo_kernels.agreement_masks import kernels as masks
+from asyppo_kernels.agreement_masks import triton_form as levels
+from asyppo_kernels.ensemble_gae import kernels as gae
+from asyppo_kernels.ensemble_value import kernels as value
+from bench.aot import Case
+
+
+def integers(names: str, width: str = "i32") -> Mapping[str, str]:
+    """Signature of the arguments in ``names``."""
+    return dict.fromkeys(names.split(), width)
+
+
+VALUE_STRIDES = "hidden_k hidden_n weight_k"
+GAE_STRIDES = "value_k value_b reward_b mask_b"
+GAE_NUMBERS = "lam rest decay value_lam value_rest value_decay"
+GAE_INPUTS = {"value": "*fp32", "reward": "*fp32", "mask": "*u8"}
+CONTIGUOUS = {"value_t": 1, "reward_t": 1, "mask_t": 1}
+
+CASES = [
+    Case(
+        op="ensemble_value",
+        name="forward",
+        kernel=value.forward_kernel,
+        signature={"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16"}
+        | dict.fromkeys(("value", "mean", "std"), "*fp32")
+        | integers(f"n h {VALUE_STRIDES}"),
+        constants={"hidden_h": 1, "weight_h": 1, "bias_k": 1, "K": 2, "BLOCK_N": 8, "BLOCK_H": 1024},
+        divisible=("n", "h", *VALUE_STRIDES.split()),
+    ),
+    Case(
+        op="ensemble_value",
+        name="backward",
+        kernel=value.backward_kernel,
+        signature={"grad": "*fp32", "hidden": "*bf16", "weight": "*bf16", "grad_hidden": "*bf16", "partial": "*fp32"}
+        | integers(f"n h part_rows grad_k {VALUE_STRIDES} grad_hidden_k grad_hidden_n"),
+        constants={"grad_n": 1, "hidden_h": 1, "weight_h": 1, "grad_hidden_h": 1, "BLOCK_N": 8, "BLOCK_H": 512},
+        divisible=("n", "h", "part_rows", "grad_k", *VALUE_STRIDES.split(), "grad_hidden_k", "grad_hidden_n"),
+        wide=("load", "store"),
+    ),
+    Case(
+        op="ensemble_value",
+        name="sum of the parts",
+        kernel=value.add_parts_kernel,
+        signature={"partial": "*fp32", "grad_weight": "*bf16", "grad_bias": "*bf16", "parts": "i32", "h": "i32"},
+        constants={"BLOCK_P": 64, "BLOCK_H": 32},
+        divisible=("parts", "h"),
+        wide=(),  # a line of partial sums is h + 1 long
+    ),
+    Case(
+        op="ensemble_gae",
+        name="scan",
+        kernel=gae.gae_kernel,
+        signature=GAE_INPUTS
+        | dict.fromkeys(("advantage", "returns", "mean_out", "std_out"), "*fp32")
+        | integers(f"b t span {GAE_STRIDES}")
+        | integers(f"gamma {GAE_NUMBERS}", "fp32"),
+        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 1},
+        divisible=("b", "t", "span", *GAE_STRIDES.split()),
+        wide=("load", "store"),
+    ),
+    Case(
+        op="ensemble_gae",
+        name="scan of short rows",
+        kernel=gae.gae_kernel,
+        signature=GAE_INPUTS
+        | dict.fromkeys(("advantage", "returns", "mean_out", "std_out"), "*fp32")
+        | integers(f"b t span {GAE_STRIDES}")
+        | integers(f"gamma {GAE_NUMBERS}", "fp32"),
+        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "K": 2, "ROWS": 8, "BLOCK_T": 128, "BLOCK_CHUNKS": 1},
+        divisible=("b", "t", "span", *GAE_STRIDES.split()),
+        wide=("load", "store"),
+    ),
+    Case(
+        op="ensemble_gae",
+        name="summaries of chunks",
+        kernel=gae.summary_kernel,
+        signature=GAE_INPUTS | {"summary": "*fp32"} | integers(f"t span {GAE_STRIDES}") | integers(GAE_NUMBERS, "fp32"),
+        constants={"b": 1, **CONTIGUOUS, "K": 2, "BLOCK_T": 1024},
+        divisible=("t", "span", *GAE_STRIDES.split()),
+    ),
+    Case(
+        op="ensemble_gae",
+        name="scan of chunks",
+        kernel=gae.gae_kernel,
+        signature=GAE_INPUTS
+        | dict.fromkeys(("summary", "advantage", "returns", "mean_out", "std_out"), "*fp32")
+        | integers(f"t span chunks {GAE_STRIDES}")
+        | integers(f"gamma {GAE_NUMBERS}", "fp32"),
+        constants={"b": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 64},
+        divisible=("t", "span", "chunks", *GAE_STRIDES.split()),
+        wide=("load", "store"),
+    ),
+    *(
+        Case(
+            op="agreement_masks",
+            name=f"count, level {level}",
+            kernel=masks.count_kernel,
+            signature={"std": "*fp32", "mask": "*u8"}
+            | dict.fromkeys(("counts_before", "state_before", "counts", "state"), "*i64")
+            | integers("n low_ppm high_ppm"),
+            constants={
+                "LEVEL": level,
+                "SHIFT_BEFORE": levels.SHIFTS[max(level - 1, 0)],
+                "BINS_BEFORE": levels.BINS[max(level - 1, 0)],
+                "SHIFT": levels.SHIFTS[level],
+                "BINS": levels.BINS[level],
+                "SPARSE": levels.SPARSE[level],
+                "BLOCK": levels.BLOCKS[level],
+            },
+            divisible=("n",),
+            num_warps=levels.WARPS[level],
+            max_registers=160 if levels.SPARSE[level] else 80,
+        )
+        for level in range(levels.LEVELS)
+    ),
+    Case(
+        op="agreement_masks",
+        name="apply",
+        kernel=masks.apply_kernel,
+        signature={"std": "*fp32", "mask": "*u8", "counts": "*i64", "state": "*i64"}
+        | dict.fromkeys(("advantage_keep", "entropy_keep"), "*u8")
+        | dict.fromkeys(("low_out", "high_out"), "*fp32")
+        | integers("n low_ppm high_ppm"),
+        constants={"SHIFT": levels.SHIFTS[-1], "BINS": levels.BINS[-1], "BLOCK": levels.BLOCKS[0]},
+        divisible=("n",),
+    ),
+]

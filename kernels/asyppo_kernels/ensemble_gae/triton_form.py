@@ -1,0 +1,71 @@
+"""``ensemble_gae`` by Triton kernels: one launch, or two where a few long rows would leave the device idle.
+
+A row is one program's, which walks it in blocks from the right and carries z from block to block; short rows share a
+program. A few long rows are cut into chunks: a first launch reduces each chunk but a row's first to the map from the z
+after it to its own z, and the second starts every chunk from the maps of those to its right. That reads value, reward
+and mask twice, the second time from the cache. Which way is taken depends on the shape alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from asyppo_kernels._args import device_guard
+from asyppo_kernels.ensemble_gae import kernels
+
+BLOCK = 1024  # steps that a program holds at once, of one row or of several short ones
+FEW_ROWS = 64
+PROGRAMS = 256  # about what a few long rows are cut for
+MOST_CHUNKS = 64
+
+
+def chunks_of(b: int, t: int) -> int:
+    """How many programs share a row."""
+    blocks = triton.cdiv(t, BLOCK)
+    if b > FEW_ROWS or blocks < 4:
+        return 1
+    span = triton.cdiv(blocks, min(blocks, MOST_CHUNKS, PROGRAMS // max(b, 1)))  # in blocks
+    return triton.cdiv(blocks, span)
+
+
+def forward(
+    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return advantage, returns, mean and std, all [B, T] float32."""
+    k, b, t = value.shape
+    advantage = value.new_empty((b, t), dtype=torch.float32)
+    outputs = advantage, torch.empty_like(advantage), torch.empty_like(advantage), torch.empty_like(advantage)
+    if b * t == 0:
+        return outputs
+    block = min(BLOCK, triton.next_power_of_2(t))
+    rows = min(max(1, BLOCK // block), triton.next_power_of_2(b))
+    chunks = chunks_of(b, t)
+    span = block * triton.cdiv(triton.cdiv(t, block), chunks)
+    strides = (*value.stride(), *reward.stride(), *mask.stride())
+    numbers = (lam, 1 - lam, gamma * lam, value_lam, 1 - value_lam, gamma * value_lam)
+    inputs = (value, reward, mask.view(torch.uint8))
+    summary = value.new_empty((b, chunks, 4), dtype=torch.float32) if chunks > 1 else None
+    with device_guard(value):
+        if chunks > 1:
+            kernels.summary_kernel[(b * (chunks - 1),)](
+                *inputs, summary, b, t, span, *strides, *numbers, K=k, BLOCK_T=block
+            )
+        kernels.gae_kernel[(triton.cdiv(b, rows) * chunks,)](
+            *inputs,
+            summary,
+            *outputs,
+            b,
+            t,
+            span,
+            chunks,
+            *strides,
+            gamma,
+            *numbers,
+            K=k,
+            ROWS=rows,
+            BLOCK_T=block,
+            BLOCK_CHUNKS=triton.next_power_of_2(chunks),
+        )
+    return outputs
