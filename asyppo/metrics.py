@@ -73,7 +73,7 @@ class PolicyUpdates:
 
     def __init__(self, config: AsyPPOConfig):
         self.config = config
-        self.sums = torch.zeros(5, dtype=torch.float64)
+        self.sums: list[Tensor] = []
         self.losses: list[float] = []
         self.norms: list[float | None] = []
 
@@ -85,15 +85,18 @@ class PolicyUpdates:
         if arguments["ref_logprob"] is not None:
             difference = (arguments["ref_logprob"] - result.logprob).clamp(-20, 20)
             kl = difference.exp() - difference - 1
-        self.sums += torch.stack(
-            [
-                (weight * torch.where(keep, result.entropy, 0.0)).sum(),
-                (weight * kl).sum(),
-                torch.where(counts, arguments["old_logprob"] - result.logprob, 0.0).sum(),
-                (result.clipped & counts).sum(),
-                counts.sum(),
-            ]
-        ).to("cpu", torch.float64)
+        # Left on the device: reading them here would make the host wait for every micro-batch.
+        self.sums.append(
+            torch.stack(
+                [
+                    (weight * torch.where(keep, result.entropy, 0.0)).sum(),
+                    (weight * kl).sum(),
+                    torch.where(counts, arguments["old_logprob"] - result.logprob, 0.0).sum(),
+                    (result.clipped & counts).sum(),
+                    counts.sum(),
+                ]
+            )
+        )
 
     def stepped(self, loss: float, norm: float | None) -> None:
         """Count one optimizer step with its loss and gradient norm; None: it was skipped."""
@@ -103,7 +106,7 @@ class PolicyUpdates:
     def row(self) -> Row:
         """Return the metrics: losses and norms as means over optimizer steps, the rest over tokens."""
         steps = len(self.losses)
-        entropy, kl, log_ratio, clipped, tokens = self.sums.tolist()
+        entropy, kl, log_ratio, clipped, tokens = torch.stack(self.sums).double().sum(dim=0).tolist()
         entropy, kl, loss = entropy / steps, kl / steps, sum(self.losses) / steps
         norms = [norm for norm in self.norms if norm is not None]
         row = {

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from asyppo.run import read_jsonl
 
-PANELS: dict[str, tuple[str, ...]] = {
-    "accuracy and reward": ("eval/accuracy", "critic/score/mean"),
-    "critics: loss": ("critic/0/vf_loss", "critic/1/vf_loss", "critic/2/vf_loss", "critic/3/vf_loss"),
-    "critics: explained variance": ("critic/vf_explained_var",),
-    "critics: disagreement σ": ("critic/std/mean", "critic/std/low", "critic/std/high"),
-    "policy: entropy": ("actor/entropy",),
-    "policy: KL and clipped share": ("actor/ppo_kl", "actor/pg_clipfrac"),
-    "shares of tokens": ("actor/adv_mask_frac", "actor/entropy_keep_frac"),
-    "response length": ("response_length/mean", "response_length/min", "response_length/max"),
+PANELS: dict[str, str] = {
+    "accuracy and reward": r"eval/accuracy|critic/score/mean",
+    "critics: loss": r"critic/\d+/vf_loss",
+    "critics: explained variance of their mean": r"critic/vf_explained_var",
+    "critics: disagreement σ": r"critic/std/(mean|low|high)",
+    "policy: entropy": r"actor/entropy",
+    "policy: KL and clipped share": r"actor/(ppo_kl|pg_clipfrac)",
+    "shares of tokens": r"actor/(adv_mask_frac|entropy_keep_frac)",
+    "response length": r"response_length/(mean|min|max)",
 }
+"""Title of a panel, and a pattern of the metrics in it."""
 PHASES = ("gen", "reward", "old_log_prob", "ref", "update_critic", "values", "adv", "update_actor")
 
 
@@ -28,8 +30,9 @@ def plot_curves(metrics: Path, image: Path) -> None:
 
     rows = read_jsonl(metrics)
     figure, axes = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=False):
-        for name in names:
+    everything = dict.fromkeys(name for row in rows for name in row)
+    for axis, (title, pattern) in zip(axes.flat, PANELS.items(), strict=False):
+        for name in filter(re.compile(pattern).fullmatch, everything):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
                 few = len(points) < len(rows) / 2
@@ -41,11 +44,12 @@ def plot_curves(metrics: Path, image: Path) -> None:
         else:
             axis.text(0.5, 0.5, "not part of this run", ha="center", transform=axis.transAxes, color="gray")
     steps = [row for row in rows if "timing_s/step" in row]
+    phases = [phase for phase in PHASES if any(f"timing_s/{phase}" in row for row in steps)]
     axis = axes.flat[-1]
     axis.stackplot(
         [row["step"] for row in steps],
-        [[row.get(f"timing_s/{phase}", 0.0) for row in steps] for phase in PHASES],
-        labels=PHASES,
+        [[row.get(f"timing_s/{phase}", 0.0) for row in steps] for phase in phases],
+        labels=phases,
     )
     axis.set_title("seconds a step, by phase")
     axis.set_xlabel("step")

@@ -34,8 +34,15 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 570.0
 REPEATS = 20
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU, in its own tests only
-LIMITS = {"repeats": 60.0, "capture": 60.0, "large": 60.0, "tests": 150.0}
-LIMITS |= {"small": 60.0, "memcheck": 60.0, "racecheck": 60.0}
+LIMITS = {
+    "repeats": 60.0,
+    "capture": 60.0,
+    "large": 60.0,
+    "tests": 150.0,
+    "small": 60.0,
+    "memcheck": 60.0,
+    "racecheck": 60.0,
+}
 
 
 def policy_loss(n: int, h: int, v: int, dtype: torch.dtype, **options: Any) -> Callable[[], list[Tensor]]:

@@ -29,22 +29,24 @@ def main(directories: list[str]) -> None:
         config = yaml.safe_load((directory / "config.yaml").read_text())
         runs[config["algorithm"]].append((config["seed"], read_jsonl(directory / "metrics.jsonl")))
     figure, (rewards, accuracy) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    print("| algorithm | seed | before | after | gain | median seconds a step |\n|---|---|---|---|---|---|")
+    print("| algorithm | seeds | before | after, by seed | median gain |\n|---|---|---|---|---|")
     for algorithm, members in runs.items():
         color, line = STYLES[algorithm]
-        gains = []
-        for number, (seed, rows) in enumerate(sorted(members, key=lambda member: member[0])):
+        befores, afters = [], []
+        for number, (_, rows) in enumerate(sorted(members, key=lambda member: member[0])):
             label = f"{algorithm} ({len(members)} seed{'s' if len(members) > 1 else ''})" if number == 0 else None
             style = {"color": color, "linestyle": line, "alpha": 0.8, "linewidth": 1.3}
             steps = [row for row in rows if "critic/score/mean" in row]
             evaluated = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
             rewards.plot([r["step"] for r in steps], [r["critic/score/mean"] for r in steps], label=label, **style)
             accuracy.plot(*zip(*evaluated, strict=True), marker="o", markersize=4, label=label, **style)
-            before, after = evaluated[0][1], evaluated[-1][1]
-            gains.append(after - before)
-            seconds = statistics.median(r["timing_s/step"] for r in steps)
-            print(f"| {algorithm} | {seed} | {before:.3f} | {after:.3f} | {after - before:+.3f} | {seconds:.2f} |")
-        print(f"| {algorithm} | median | | | {statistics.median(gains):+.3f} | |")
+            befores.append(evaluated[0][1])
+            afters.append(evaluated[-1][1])
+        gain = statistics.median(after - before for before, after in zip(befores, afters, strict=True))
+        print(
+            f"| `{algorithm}` | {len(members)} | {statistics.median(befores):.3f} "
+            f"| {', '.join(f'{after:.3f}' for after in afters)} | {gain:+.3f} |"
+        )
     rewards.set(title="mean reward of the sampled batch", xlabel="step")
     accuracy.set(title="held-out accuracy, 512 prompts × 4 samples", xlabel="step")
     for axis in (rewards, accuracy):

@@ -269,10 +269,13 @@ def test_any_tokens(backend, tokens, k, h):
 
 
 @pytest.mark.slow
-@given(tokens=TOKENS, k=FRACTION, h=FRACTION)
-@settings(max_examples=3000, deadline=None)
-def test_many_tokens(backend, tokens, k, h):
-    check_any(backend, tokens, k, h)
+def test_many_tokens(backend):
+    @given(tokens=TOKENS, k=FRACTION, h=FRACTION)
+    @settings(max_examples=300 if backend == "triton" and INTERPRETED else 3000, deadline=None)
+    def check_many(tokens: list[tuple[float, bool]], k: float, h: float) -> None:
+        check_any(backend, tokens, k, h)
+
+    check_many()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -359,7 +362,7 @@ def test_a_group_of_one_rank_changes_nothing(backend, world_of_one):
 def test_ranks_agree_on_the_whole_batch(backend, world, tmp_path):
     """However tokens are divided, every rank's share is its part of what one process finds for all of them."""
     cases = []
-    for kind in KINDS:
+    for kind in ("heavy", "close", "ties") if backend == "triton" and INTERPRETED else KINDS:
         for sizes in ([40] * world, [0] + [150] * (world - 1), [1] + [0] * (world - 1), [0] * world):
             for k, h in FRACTIONS:
                 std = make(kind, sum(sizes))

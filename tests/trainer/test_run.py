@@ -80,7 +80,8 @@ def test_what_a_run_writes(tiny_config: Make, tiny_trainer: Make, capsys: pytest
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     for row in rows[1:]:
         assert not NAMES - row.keys()
-        assert all(isinstance(value, (int, float)) for value in row.values())
+        # Explained variance is null where all returns are equal.
+        assert all(isinstance(row[key], (int, float)) for key in row if key != "critic/vf_explained_var")
     assert ["eval/accuracy" in row for row in rows] == [True, False, True, False, True]
     assert ["timing_s/save_checkpoint" in row for row in rows] == [False, False, False, True, True]
     assert (rows[0]["eval/accuracy"], rows[-1]["eval/accuracy"]) == (result.accuracy_before, result.accuracy_after)

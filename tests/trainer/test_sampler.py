@@ -172,3 +172,11 @@ def test_responses_come_in_the_order_of_the_prompts(tiny_lm: TinyLM, batch_size:
 
 def test_no_prompts(tiny_lm: TinyLM) -> None:
     assert sampler(tiny_lm()).sample([], max_completion_length=2, temperature=1.0) == []
+
+
+def test_every_token_of_a_large_vocabulary_can_be_drawn(tiny_lm: TinyLM) -> None:
+    """A default of transformers keeps the 50 likeliest only."""
+    model = favour(tiny_lm(vocab_size=130), {token: 0.01 * token for token in range(130)})
+    torch.nn.init.zeros_(model.lm_head.weight)
+    responses = sampler(model).sample(PROMPTS * 250, max_completion_length=1, temperature=1.0)
+    assert len({int(r.tokens) for r in responses}) == 130

@@ -1,0 +1,38 @@
+"""Every Python block of the READMEs runs as it stands, on a CPU and within seconds."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+READMES = [path for path in (ROOT / "README.md", ROOT / "kernels" / "README.md") if path.exists()]
+BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.M | re.S)
+
+
+def blocks() -> list[pytest.param]:
+    found = []
+    for path in READMES:
+        text, name = path.read_text(), path.relative_to(ROOT)
+        for match in BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start(1))
+            found.append(pytest.param(path, "\n" * line + match[1], id=f"{name}:{line + 1}"))
+    return found
+
+
+@pytest.mark.parametrize(("path", "source"), blocks())
+def test_block_runs(path: Path, source: str) -> None:
+    torch.manual_seed(0)
+    start = time.process_time()
+    # The lines before the block are there as empty ones, so that a traceback names the README's own.
+    exec(compile(source, path, "exec"), {"__name__": "__main__"})
+    assert time.process_time() - start < 20
+
+
+def test_no_block_is_missed() -> None:
+    fences = sum(len(re.findall(r"^\s*```py", path.read_text(), re.M)) for path in READMES)
+    assert fences == len(blocks()) > 0
