@@ -4,7 +4,7 @@ Runs from the tree with nothing installed (PYTHONPATH=kernels:.). Each step is a
 one that fails stops no other, and the exit status is 1 if any did.
 
     repeats    twenty runs of every op, bit-identical
-    capture    the ensemble ops replayed from a CUDA graph
+    capture    the ensemble ops, and the loss without compaction, replayed from a CUDA graph
     large      rows beyond logit number 2^31, in one chunk
     tests      tests/ops with the Triton forms on the device
     bench      python -m bench.run, for what is left of the time
@@ -108,10 +108,11 @@ def ensemble(k: int, b: int, t: int, h: int) -> Callable[[], list[Tensor]]:
 
 
 def capture() -> None:
-    """The chain from hidden states to masks replays from a CUDA graph; raises AssertionError otherwise."""
+    """What can be captured replays from a CUDA graph to the same bits; raises AssertionError otherwise."""
     torch.manual_seed(0)
-    for shape in ((2, 64, 1024, 256), (5, 3, 5000, 96)):
-        run = ensemble(*shape)
+    runs = {f"ensemble ops {shape}": ensemble(*shape) for shape in ((2, 64, 1024, 256), (5, 3, 5000, 96))}
+    runs["linear_ppo_loss, not compact"] = policy_loss(1000, 256, 50_257, torch.bfloat16, compact=False)
+    for name, run in runs.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -122,14 +123,14 @@ def capture() -> None:
             got = run()
         graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), shape
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(REPEATS):
             graph.replay()
         end.record()
         torch.cuda.synchronize()
-        print(f"ensemble ops {shape}: captured, {begin.elapsed_time(end) / REPEATS:.3f} ms a replay", flush=True)
+        print(f"{name}: captured, {begin.elapsed_time(end) / REPEATS:.3f} ms a replay", flush=True)
 
 
 def repeats() -> None:
