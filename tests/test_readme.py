@@ -36,3 +36,14 @@ def test_block_runs(path: Path, source: str) -> None:
 def test_no_block_is_missed() -> None:
     fences = sum(len(re.findall(r"^\s*```py", path.read_text(), re.M)) for path in READMES)
     assert fences == len(blocks()) > 0
+
+
+def test_every_op_has_a_block() -> None:
+    import asyppo_kernels
+
+    text = (ROOT / "kernels" / "README.md").read_text()
+    ops = [name for name in asyppo_kernels.__all__ if name.islower()]
+    assert ops
+    for name in ops:
+        assert f"\n## {name}\n" in text
+        assert any(re.search(rf"\b{name}\(", match[1]) for match in BLOCK.finditer(text)), name
