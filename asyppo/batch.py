@@ -102,6 +102,11 @@ class MicroBatch:
         row, column = self.predicts
         return self.input_ids[row, column + 1]
 
+    def select(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states [N, H], of [b, s, H], that predict the response tokens."""
+        row, column = self.predicts
+        return hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)
+
 
 def micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
     """Cut ``rows`` (int64 [b]) out of ``batch``."""

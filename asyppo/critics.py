@@ -72,8 +72,7 @@ class Critics(nn.Module):
             hidden = model.base_model(
                 input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
             ).last_hidden_state
-        row, column = micro.predicts
-        hidden = hidden.flatten(0, 1).index_select(0, row * micro.input_ids.shape[1] + column).to(self.dtype)
+        hidden = micro.select(hidden).to(self.dtype)
         weight = model.score.weight[0].to(self.dtype)
         bias = weight.new_zeros(()) if model.score.bias is None else model.score.bias[0].to(self.dtype)
         return hidden, weight, bias

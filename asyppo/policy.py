@@ -97,11 +97,10 @@ class Policy(nn.Module):
         arguments in ``loss``, ``linear_ppo_loss``. Both in one method, so that a sharded root module gathers the
         head's weight around either."""
         with self.autocast():
-            hidden = _decoder(self.model)(
+            hidden = self.model.get_decoder()(
                 input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
             ).last_hidden_state
-        row, column = micro.predicts
-        hidden = hidden.flatten(0, 1).index_select(0, row * micro.input_ids.shape[1] + column).to(self.dtype)
+        hidden = micro.select(hidden).to(self.dtype)
         head = self.model.get_output_embeddings()
         bias = None if head.bias is None else head.bias.to(self.dtype)
         op: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "softcap": self.softcap}
@@ -127,7 +126,7 @@ class Policy(nn.Module):
         self.model.eval()
         ids = torch.arange(4, device=self.device)[None] % self.model.config.get_text_config().vocab_size
         own = self.model(input_ids=ids, use_cache=False).logits.float()
-        hidden = _decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden).float()
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -137,7 +136,3 @@ class Policy(nn.Module):
                 f"policy: the logits of {type(self.model).__name__} are not a linear head on its last hidden states, "
                 "which the fused ops need (a logit scale or another rule of its own?)"
             )
-
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    return model.get_decoder()
