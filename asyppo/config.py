@@ -106,7 +106,7 @@ class ModelShape:
 class WarmStartConfig:
     """A small policy and a smaller critic made on the spot: a Qwen3 from a config, a tokenizer of its own, and
     supervised steps on worked solutions with mistakes in them, so that it knows the format and starts out fallible.
-    The result is cached, and loaded by ``from_pretrained`` like any other model. For ``chain_sum``."""
+    The result is cached, and loaded by ``from_pretrained`` like any other model. For the tasks ``chain_sum`` and ``gcd``."""
 
     policy: ModelShape = field(default_factory=ModelShape)
     """Shape of the policy."""

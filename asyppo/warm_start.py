@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,13 +28,13 @@ from asyppo.data import Row
 from asyppo.run import ProgressDisplay
 
 
-def worked_solution(expression: str, noise: float, guess: float, rng: random.Random) -> str:
+def chain_sum_solution(metadata: dict[str, Any], noise: float, guess: float, rng: random.Random) -> str:
     """Return the running totals of ``"4 - 1 + 7"`` as ``"3, <answer>10</answer>"``, with mistakes.
 
     Each total is off by 1 or 2 with probability ``noise``, and the next goes on from it. With probability ``guess`` the
     working is left out, and the answer is at most 4 away from the right one.
     """
-    first, *rest = expression.split()
+    first, *rest = metadata["expression"].split()
     guessed = rng.random() < guess
     total, totals = int(first), []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
@@ -44,22 +47,50 @@ def worked_solution(expression: str, noise: float, guess: float, rng: random.Ran
     return "".join(f"{t}, " for t in totals[:-1]) + f"<answer>{totals[-1]}</answer>"
 
 
+def gcd_solution(metadata: dict[str, Any], noise: float, guess: float, rng: random.Random) -> str:
+    """Return Euclid's remainders of 49 and 29 as ``"20, 9, 2, 1, 0, <answer>1</answer>"``, with mistakes.
+
+    Each remainder is off by 1 with probability ``noise``, as long as it stays a remainder, and the next goes on from
+    it. With probability ``guess`` the working is left out, and the answer is any number up to the smaller one's root.
+    """
+    a, b = metadata["numbers"]
+    if rng.random() < guess:
+        return f"<answer>{rng.randint(1, math.isqrt(min(a, b)))}</answer>"
+    lines = ""
+    while b:
+        remainder = a % b
+        if rng.random() < noise:
+            remainder = min(max(remainder + rng.choice((-1, 1)), 0), b - 1)
+        a, b = b, remainder
+        lines += f"{remainder}, "
+    return f"{lines}<answer>{a}</answer>"
+
+
+Solution = Callable[[dict[str, Any], float, float, random.Random], str]
+SOLUTIONS: dict[str, Solution] = {"chain_sum": chain_sum_solution, "gcd": gcd_solution}
+"""Worked solutions by reasoning-gym task, from its row's metadata."""
+
+
 def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], device: torch.device) -> tuple[Path, Path]:
     """Return the directories of the policy and of the checkpoint of the critics, making them if they are not cached.
 
     Only ``train_rows`` are learned from, so held-out prompts stay unseen.
     """
-    if data.task.name != "chain_sum":
-        raise ConfigError(f"data.task.name: got {data.task.name!r}, needs chain_sum, which warm_start has solutions of")
+    solution = SOLUTIONS.get(data.task.name)
+    if solution is None:
+        raise ConfigError(
+            f"data.task.name: got {data.task.name!r}, needs one of {', '.join(SOLUTIONS)}, which warm_start has "
+            "solutions of"
+        )
     settings = {"warm_start": asdict(replace(config, cache_dir="")), "data": asdict(data), "format": 1}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        tokenizer = _make_tokenizer(train_rows)
+        tokenizer = _make_tokenizer(train_rows, solution)
         for name, shape in (("policy", config.policy), ("critic", config.critic)):
-            model = _teach(name, shape, tokenizer, train_rows, config, device)
+            model = _teach(name, shape, tokenizer, train_rows, solution, config, device)
             model.save_pretrained(partial / name)
             tokenizer.save_pretrained(partial / name)
         try:
@@ -71,7 +102,7 @@ def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], devi
     return directory / "policy", directory / "critic"
 
 
-def _make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
+def _make_tokenizer(rows: list[Row], solution: Solution) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -88,10 +119,10 @@ def _make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(0)
-    solutions = [worked_solution(row["entry"]["metadata"]["expression"], 0.0, 0.0, rng) for row in rows[:2000]]
+    solutions = [solution(row["entry"]["metadata"], 0.0, 0.0, rng) for row in rows[:2000]]
     texts = [
-        row["prompt"] + solution.replace("<answer>", "").replace("</answer>", "")
-        for row, solution in zip(rows[:2000], solutions, strict=True)
+        row["prompt"] + text.replace("<answer>", "").replace("</answer>", "")
+        for row, text in zip(rows[:2000], solutions, strict=True)
     ]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(["<answer>", "</answer>"])
@@ -103,6 +134,7 @@ def _teach(
     shape: ModelShape,
     tokenizer: PreTrainedTokenizerFast,
     rows: list[Row],
+    solution: Solution,
     config: WarmStartConfig,
     device: torch.device,
 ) -> Qwen3ForCausalLM:
@@ -134,10 +166,8 @@ def _teach(
     with ProgressDisplay(f"teach the {name}", config.steps, every=50) as progress:
         for _ in range(config.steps):
             chosen = [rng.randrange(len(rows)) for _ in range(config.batch_size)]
-            expressions = [rows[i]["entry"]["metadata"]["expression"] for i in chosen]
-            solutions = tokenizer([worked_solution(e, config.noise, config.guess, rng) for e in expressions])[
-                "input_ids"
-            ]
+            texts = [solution(rows[i]["entry"]["metadata"], config.noise, config.guess, rng) for i in chosen]
+            solutions = tokenizer(texts)["input_ids"]
             responses = [[*s, tokenizer.eos_token_id] for s in solutions]
             tokens = [torch.tensor(prompts[i] + r) for i, r in zip(chosen, responses, strict=True)]
             labels = [torch.tensor([-100] * len(prompts[i]) + r) for i, r in zip(chosen, responses, strict=True)]

@@ -16,24 +16,34 @@ from asyppo.rewards import reasoning_gym
 
 CPU = torch.device("cpu")
 DATA = DataConfig(task=TaskConfig("chain_sum", {"min_digits": 1, "max_digits": 2}), train_size=200)
+GCD = DataConfig(task=TaskConfig("gcd", {"min_numbers": 2, "max_numbers": 2, "max_value": 60}), train_size=200)
+SUM, PAIR = {"expression": "4 - 1 + 7"}, {"numbers": [49, 29]}
 SHAPE = ModelShape(16, 1, 2, 1, 32)
 
 
-def test_solutions_without_noise_are_right() -> None:
+@pytest.mark.parametrize("data", [DATA, GCD], ids=["chain_sum", "gcd"])
+def test_solutions_without_noise_are_right(data: DataConfig) -> None:
     rng = random.Random(0)
-    assert warm_start.worked_solution("4 - 1 + 7", noise=0.0, guess=0.0, rng=rng) == "3, <answer>10</answer>"
-    rows = load_train_rows(DATA, [])
-    solutions = [
-        warm_start.worked_solution(r["entry"]["metadata"]["expression"], noise=0.0, guess=0.0, rng=rng) for r in rows
-    ]
+    assert warm_start.chain_sum_solution(SUM, 0.0, 0.0, rng) == "3, <answer>10</answer>"
+    assert warm_start.gcd_solution(PAIR, 0.0, 0.0, rng) == "20, 9, 2, 1, 0, <answer>1</answer>"
+    rows = load_train_rows(data, [])
+    solution = warm_start.SOLUTIONS[data.task.name]
+    solutions = [solution(r["entry"]["metadata"], 0.0, 0.0, rng) for r in rows]
     assert reasoning_gym([], solutions, entry=[r["entry"] for r in rows]) == [1.0] * len(rows)
 
 
-def test_solutions_with_noise_or_a_guess_are_often_wrong_but_well_formed() -> None:
+@pytest.mark.parametrize(
+    ("solution", "metadata", "answer"),
+    [(warm_start.chain_sum_solution, SUM, 10), (warm_start.gcd_solution, PAIR, 1)],
+    ids=["chain_sum", "gcd"],
+)
+def test_solutions_with_noise_or_a_guess_are_often_wrong_but_well_formed(
+    solution: warm_start.Solution, metadata: dict, answer: int
+) -> None:
     rng = random.Random(0)
-    for settings in ({"noise": 0.5, "guess": 0.0}, {"noise": 0.0, "guess": 1.0}):
-        solutions = [warm_start.worked_solution("4 - 1 + 7", **settings, rng=rng) for _ in range(300)]
-        right = sum("<answer>10</answer>" in s for s in solutions) / 300
+    for noise, guess in ((0.5, 0.0), (0.0, 1.0)):
+        solutions = [solution(metadata, noise, guess, rng) for _ in range(300)]
+        right = sum(f"<answer>{answer}</answer>" in s for s in solutions) / 300
         assert 0.02 < right < 0.6
         assert all(s.count("<answer>") == s.count("</answer>") == 1 for s in solutions)
 
@@ -59,5 +69,5 @@ def test_build_and_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_another_task_is_refused(tmp_path: Path) -> None:
     config, data = WarmStartConfig(cache_dir=str(tmp_path)), DataConfig(task=TaskConfig("leg_counting"))
-    with pytest.raises(ConfigError, match=r"data\.task\.name: got 'leg_counting', needs chain_sum"):
+    with pytest.raises(ConfigError, match=r"data\.task\.name: got 'leg_counting', needs one of chain_sum, gcd"):
         warm_start.build(config, data, [], CPU)

@@ -1,0 +1,53 @@
+"""The command: run what is missing, then write the table and the figure of what there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from asyppo.compare import figure
+from asyppo.compare.grid import Grid, load_grid
+from asyppo.compare.runner import Stopped, finished, last_step, run_grid
+from asyppo.compare.summary import as_json, markdown, summarize
+from asyppo.run import ProgressDisplay
+
+
+def compare(path: Path, out: Path, jobs: int | None = None) -> int:
+    """Run the grid in ``path``, with everything it writes in ``out``, and return the exit status.
+
+    Calling it again goes on where it stopped: finished runs are kept, others resume from their last checkpoint.
+    ``jobs``: runs at a time; None takes one a core. Writes ``compare.md``, ``compare.json`` and ``compare.png``, also
+    of a grid that is not finished. Raises ConfigError for a grid that cannot be read.
+    """
+    grid = load_grid(path)
+    jobs = jobs or os.cpu_count() or 1
+    total = sum(grid.arms[run.arm]["max_steps"] for run in grid.runs)
+    stopped, failed = False, {}
+    with ProgressDisplay("steps", total, every=max(1, total // 100)) as progress:
+        progress.start_from(sum(last_step(out, run) for run in grid.runs))
+        try:
+            failed = run_grid(grid, out, jobs, progress.reach)
+        except Stopped:
+            stopped = True
+    write(grid, out)
+    for run, reason in failed.items():
+        print(f"asyppo: error: run {run.name} failed: {reason}; see {out / 'logs' / run.name}.txt", file=sys.stderr)
+    left = sum(not finished(out, run, grid) for run in grid.runs)
+    if left:
+        print(f"{left} of {len(grid.runs)} runs are not finished; the same command goes on", file=sys.stderr)
+    return 130 if stopped else int(bool(failed))
+
+
+def write(grid: Grid, out: Path) -> None:
+    """Write the table, the data and the figure of the finished runs, and print the table."""
+    summaries = summarize(grid, out)
+    table = markdown(summaries, grid.reference)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.md").write_text(table)
+    (out / "compare.json").write_text(json.dumps(as_json(summaries), indent=1, ensure_ascii=False) + "\n")
+    figure.draw(summaries, out / "compare.png")
+    print(table, end="")
+    for name in ("compare.md", "compare.json", "compare.png"):
+        print(out / name)

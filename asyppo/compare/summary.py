@@ -1,0 +1,195 @@
+"""From finished runs to numbers: mean and interval over seeds, and differences paired by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from asyppo.compare.grid import Grid, Run
+from asyppo.compare.runner import finished, run_path
+from asyppo.run import read_jsonl
+
+CONFIDENCE, POWER = 0.95, 0.8
+DIAGNOSTICS = {
+    "explained variance of V̄": r"critic/vf_explained_var",
+    "of each critic": r"critic/\d+/vf_explained_var",
+    "σ": r"critic/std/mean",
+    "σ, lowest fifth below": r"critic/std/low",
+    "σ, highest fifth above": r"critic/std/high",
+    "corr(σ, |V̄ − R|)": r"critic/std/corr_abs_error",
+    "corr(σ, entropy)": r"critic/std/corr_entropy",
+    "gradient masked (advantage)": r"actor/adv_mask_grad_share",
+    "gradient filtered (entropy)": r"actor/entropy_filter_grad_share",
+    "entropy": r"actor/entropy",
+}
+"""Column of the diagnostics table, and a pattern of the metrics averaged in it."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95 % interval (Student's t); NaN width for one seed."""
+
+    mean: float
+    half_width: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's final accuracy minus the reference's, paired by seed."""
+
+    estimate: Estimate
+    detectable: float
+    """The least true difference that these seeds find at the 5 % level in 80 % of repetitions, by their spread."""
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out accuracy of one run."""
+
+    seed: int
+    steps: list[int]
+    seconds: list[float]
+    """Time in training steps up to each evaluation; evaluations and checkpoints are not in it."""
+    accuracy: list[float]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """What the finished runs of an arm came to."""
+
+    name: str
+    curves: list[Curve]
+    final: Estimate | None
+    gain: Estimate | None
+    difference: Difference | None
+    seconds_per_step: float | None
+    diagnostics: dict[str, float | None]
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Return the mean of ``values`` and half its interval's width."""
+    count = len(values)
+    if count < 2:
+        return Estimate(statistics.fmean(values), math.nan)
+    error = statistics.stdev(values) / math.sqrt(count)
+    return Estimate(statistics.fmean(values), float(student.ppf(0.5 + CONFIDENCE / 2, count - 1)) * error)
+
+
+def paired_difference(arm: dict[int, float], reference: dict[int, float]) -> Difference | None:
+    """Compare two arms on the seeds that both have; None without one."""
+    seeds = sorted(arm.keys() & reference.keys())
+    if not seeds:
+        return None
+    differences = [arm[seed] - reference[seed] for seed in seeds]
+    detectable = math.nan
+    if len(seeds) > 1:
+        quantiles = student.ppf(0.5 + CONFIDENCE / 2, len(seeds) - 1) + student.ppf(POWER, len(seeds) - 1)
+        detectable = float(quantiles) * statistics.stdev(differences) / math.sqrt(len(seeds))
+    return Difference(estimate(differences), detectable, len(seeds))
+
+
+def read_curve(directory: Path, seed: int) -> tuple[Curve, list[dict[str, Any]]]:
+    """Return a run's accuracy over steps and time, and its rows of metrics."""
+    rows = read_jsonl(directory / "metrics.jsonl")
+    steps, seconds, accuracy, passed = [], [], [], 0.0
+    for row in rows:
+        passed += row.get("timing_s/step") or 0.0
+        if row.get("eval/accuracy") is not None:
+            steps.append(row["step"])
+            seconds.append(passed)
+            accuracy.append(row["eval/accuracy"])
+    return Curve(seed, steps, seconds, accuracy), rows
+
+
+def summarize(grid: Grid, out: Path) -> list[ArmSummary]:
+    """Summarise the finished runs of every arm, in the grid's order."""
+    finals: dict[str, dict[int, float]] = {}
+    read: dict[str, list[tuple[Curve, list[dict[str, Any]]]]] = {}
+    for arm in grid.arms:
+        done = [seed for seed in grid.seeds if finished(out, Run(arm, seed), grid)]
+        read[arm] = [read_curve(run_path(out, Run(arm, seed)), seed) for seed in done]
+        read[arm] = [(curve, rows) for curve, rows in read[arm] if curve.accuracy]
+        finals[arm] = {curve.seed: curve.accuracy[-1] for curve, _ in read[arm]}
+    return [_summarize_arm(arm, read[arm], finals, grid.reference) for arm in grid.arms]
+
+
+def _summarize_arm(
+    arm: str,
+    read: list[tuple[Curve, list[dict[str, Any]]]],
+    finals: dict[str, dict[int, float]],
+    reference: str,
+) -> ArmSummary:
+    curves = [curve for curve, _ in read]
+    durations = [row["timing_s/step"] for _, rows in read for row in rows if "timing_s/step" in row]
+    return ArmSummary(
+        name=arm,
+        curves=curves,
+        final=estimate([c.accuracy[-1] for c in curves]) if curves else None,
+        gain=estimate([c.accuracy[-1] - c.accuracy[0] for c in curves]) if curves else None,
+        difference=None if arm == reference else paired_difference(finals[arm], finals[reference]),
+        seconds_per_step=statistics.median(durations) if durations else None,
+        diagnostics={name: _mean_of(pattern, [rows for _, rows in read]) for name, pattern in DIAGNOSTICS.items()},
+    )
+
+
+def _mean_of(pattern: str, runs: list[list[dict[str, Any]]]) -> float | None:
+    """Mean of the metrics of that name over the last half of each run's steps, over runs; None if there is none."""
+    import re
+
+    of_runs = []
+    for rows in runs:
+        late = [row for row in rows if row["step"] > rows[-1]["step"] / 2]
+        values = [v for row in late for k, v in row.items() if re.fullmatch(pattern, k) and v is not None]
+        if values:
+            of_runs.append(statistics.fmean(values))
+    return statistics.fmean(of_runs) if of_runs else None
+
+
+def as_json(summaries: list[ArmSummary]) -> list[dict[str, Any]]:
+    """Return plain data, NaN as None."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [plain(asdict(summary)) for summary in summaries]
+
+
+def markdown(summaries: list[ArmSummary], reference: str) -> str:
+    """Return the tables: accuracy and differences, then what critics and masks did."""
+    lines = [
+        f"| arm | seeds | held-out accuracy | gain | minus {reference}, paired | detectable | s a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in summaries:
+        difference = arm.difference
+        lines.append(
+            f"| {arm.name} | {len(arm.curves)} | {_show(arm.final)} | {_show(arm.gain, sign=True)} "
+            f"| {_show(difference.estimate if difference else None, sign=True)} "
+            f"| {_number(difference.detectable if difference else None)} | {_number(arm.seconds_per_step, 2)} |"
+        )
+    names = [name for name in DIAGNOSTICS if any(arm.diagnostics[name] is not None for arm in summaries)]
+    lines += ["", "| arm | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for arm in summaries:
+        lines.append(f"| {arm.name} | " + " | ".join(_number(arm.diagnostics[name]) for name in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _show(value: Estimate | None, sign: bool = False) -> str:
+    if value is None:
+        return "–"
+    mean = f"{value.mean:+.3f}" if sign else f"{value.mean:.3f}"
+    return mean if math.isnan(value.half_width) else f"{mean} ± {value.half_width:.3f}"

@@ -1,0 +1,95 @@
+"""What a researcher asks of critics and masks: do critics predict, where do they disagree, what is masked away?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asyppo.advantage import LearningSignal
+from asyppo.batch import Batch, MicroBatch
+from asyppo.policy import Policy
+from asyppo.reduce import masked_mean, masked_moments
+
+Row = dict[str, float]
+
+
+def of_critics(value: Tensor, returns: Tensor, std: Tensor, entropy: Tensor, mask: Tensor) -> Row:
+    """Explained variance of each critic, and what the disagreement goes along with.
+
+    ``value`` [M, B, T]; ``returns``, ``std`` (σ), ``entropy`` [B, T]; ``mask`` bool [B, T]. NaN where something does
+    not vary.
+    """
+    row = {
+        f"critic/{m}/vf_explained_var": explained_variance(of_critic, returns, mask)
+        for m, of_critic in enumerate(value)
+    }
+    error = (value.mean(dim=0) - returns).abs()
+    row["critic/std/corr_abs_error"] = correlation(std, error, mask)
+    row["critic/std/corr_entropy"] = correlation(std, entropy, mask)
+    return {name: float(number) for name, number in row.items()}
+
+
+def explained_variance(value: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the tokens in ``mask``; NaN where returns do not vary."""
+    _, error = masked_moments(returns - value, mask)
+    _, variance = masked_moments(returns, mask)
+    return 1 - error / torch.where(variance > 1e-8, variance, torch.nan)
+
+
+def correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Pearson's correlation of ``x`` and ``y`` over the tokens in ``mask``; NaN where one of them does not vary."""
+    mean_x, variance_x = masked_moments(x, mask)
+    mean_y, variance_y = masked_moments(y, mask)
+    spread = (variance_x * variance_y).sqrt()
+    return masked_mean((x - mean_x) * (y - mean_y), mask) / torch.where(spread > 1e-12, spread, torch.nan)
+
+
+def masked_gradient_shares(
+    policy: Policy,
+    batch: Batch,
+    signal: LearningSignal,
+    token_weight: Tensor,
+    old_logprob: Tensor,
+    micros: Iterable[MicroBatch],
+) -> Row:
+    """Norm of the part of the policy's gradient that each mask removes, over the norm of the whole, at ρ = 1.
+
+    ``actor/adv_mask_grad_share``: of the gradient of the surrogate, what tokens outside I^A would add;
+    ``actor/entropy_filter_grad_share``: of the gradient of the entropy bonus, what tokens outside I^H would add. Takes
+    four backward passes over ``batch`` and leaves no gradient behind. NaN where the whole is 0.
+    """
+    micros = list(micros)
+    everything = batch.mask
+    advantage_only: dict[str, Any] = {"advantage": signal.advantage, "entropy_coef": 0.0}
+    entropy_only: dict[str, Any] = {"advantage": torch.zeros_like(signal.advantage), "entropy_coef": 1.0}
+
+    def norm(part: dict[str, Any], keep: Tensor) -> Tensor:
+        policy.zero_grad(set_to_none=True)
+        for micro in micros:
+            policy(
+                micro,
+                loss={
+                    "old_logprob": old_logprob[micro.grid],
+                    "advantage": part["advantage"][micro.grid],
+                    "token_weight": token_weight[micro.grid],
+                    "advantage_keep": keep[micro.grid],
+                    "entropy_keep": keep[micro.grid],
+                    "entropy_coef": part["entropy_coef"],
+                },
+            ).loss.backward()
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        result = torch.nn.utils.get_total_norm(gradients)
+        policy.zero_grad(set_to_none=True)
+        return result
+
+    row = {}
+    for name, part, keep in (
+        ("actor/adv_mask_grad_share", advantage_only, signal.advantage_keep),
+        ("actor/entropy_filter_grad_share", entropy_only, signal.entropy_keep),
+    ):
+        whole = norm(part, everything)
+        row[name] = float(norm(part, everything & ~keep) / torch.where(whole > 0, whole, torch.nan))
+    return row
