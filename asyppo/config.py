@@ -30,6 +30,22 @@ class PolicyConfig:
     learning rate of 1e-6 do not round away. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
     attn_implementation: str | None = None
     """Passed to ``from_pretrained``: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model, of the policy, the critics or the tokenizer."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the policy's backward pass, and compute the rest again: less memory, more time,
+    the same gradients."""
+    use_peft: bool = False
+    """Train LoRA adapters instead of the weights. The weights under them are kept in ``dtype``, checkpoints hold the
+    adapters alone, and the reference of ``beta`` is the model without them. A ``model_name_or_path`` that holds
+    adapters goes on training those, whatever is set here."""
+    lora_r: int = 16
+    """Rank of new adapters (TRL's default)."""
+    lora_alpha: int = 32
+    """New adapters are scaled by ``lora_alpha / lora_r`` (TRL's default)."""
+    lora_target_modules: list[str] | None = None
+    """Ends of the names of layers that get adapters, such as ``[q_proj, v_proj]``; None: all linear layers but the
+    head. The head gets none: the fused ops read its weight."""
 
 
 @dataclass
@@ -294,6 +310,9 @@ class AsyPPOConfig:
             "max_skipped_steps",
         ):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("lora_r", "lora_alpha"):
+            got = getattr(self.policy, name)
+            _need(got >= 1, f"policy.{name}", got, "an integer of at least 1")
         for name in ("num_critics", "num_iterations", "num_mini_batches"):
             got = getattr(self.critic, name)
             _need(got >= 1, f"critic.{name}", got, "an integer of at least 1")

@@ -91,7 +91,7 @@ class AsyPPOTrainer:
             _adamw(model, config.critic.learning_rate, config.critic.weight_decay)
             for model in (critics.models if critics is not None else ())
         ]
-        self.reference = _frozen_copy(policy) if config.beta > 0 else None
+        self.reference = policy.reference() if config.beta > 0 else None
         self.skipped_in_a_row = 0
 
     def train(self) -> TrainResult:
@@ -397,12 +397,6 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-
-
-def _frozen_copy(policy: Policy) -> Policy:
-    import copy
-
-    return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 def _minibatches(rows: Tensor, num_iterations: int, num_mini_batches: int, generator: torch.Generator) -> Any:
