@@ -208,6 +208,10 @@ class AsyPPOConfig:
     """Longest response, in tokens, the end-of-sequence token included."""
     temperature: float = 1.0
     """Sampling temperature; log-probs and entropies are those of the tempered distribution."""
+    sampler: Literal["auto", "generate", "continuous"] = "auto"
+    """What generates responses: transformers' ``generate``, or its continuous batching, which is at its best with
+    ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``. ``auto``: continuous on a GPU, generate on a CPU. In
+    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter."""
     generation_batch_size: int = 512
     """Sequences generated side by side; bounds the memory of the key-value cache."""
 

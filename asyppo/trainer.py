@@ -26,7 +26,7 @@ from asyppo.policy import Policy
 from asyppo.report import plot_curves
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
-from asyppo.sampler import GenerateSampler, Sampler
+from asyppo.sampler import ContinuousBatchingSampler, GenerateSampler, Sampler
 from asyppo.schedule import learning_rate_factor, set_learning_rate
 from asyppo.shaping import shape_rewards
 from asyppo_kernels import ensemble_gae
@@ -79,13 +79,7 @@ class AsyPPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.device = policy.device
         self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
-        self.sampler = sampler or GenerateSampler(
-            policy.model,
-            eos_token_ids=eos_token_ids(policy, tokenizer),
-            pad_token_id=pad_token_id(tokenizer),
-            batch_size=config.generation_batch_size,
-            autocast=policy.autocast(),
-        )
+        self.sampler = sampler or make_sampler(policy, tokenizer, config)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizers = [
             _adamw(model, config.critic.learning_rate, config.critic.weight_decay)
@@ -380,6 +374,18 @@ class AsyPPOTrainer:
             value = self.critics.values(batch, self._micro_batches(batch, own), [m])
         gae = ensemble_gae(value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=config.value_lambda)
         return gae.returns, value[0]
+
+
+def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
+    """Return the sampler that ``config`` asks for."""
+    continuous = config.sampler == "continuous" or (config.sampler == "auto" and policy.device.type == "cuda")
+    return (ContinuousBatchingSampler if continuous else GenerateSampler)(
+        policy.model,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=config.generation_batch_size,
+        dtype=policy.dtype,
+    )
 
 
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
