@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from asyppo import metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
-from asyppo.batch import Batch, make_batch, micro_batches, split_responses
+from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses
 from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import Critics
+from asyppo.critics import CriticOptimizer, Critics
 from asyppo.data import PromptSchedule, Row
 from asyppo.evaluate import evaluate
 from asyppo.policy import Policy
@@ -84,10 +85,11 @@ class AsyPPOTrainer:
             autocast=policy.autocast(),
         )
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
-        self.critic_optimizers = [
-            _adamw(model, config.critic.learning_rate, config.critic.weight_decay)
-            for model in (critics.models if critics is not None else ())
-        ]
+        self.critic_optimizer = None
+        if critics is not None:
+            self.critic_optimizer = CriticOptimizer(
+                critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
+            )
         self.reference = _frozen_copy(policy) if config.beta > 0 else None
         self.skipped_in_a_row = 0
 
@@ -156,7 +158,8 @@ class AsyPPOTrainer:
 
                 # Value: all critics on all responses.
                 with timer.phase("values"):
-                    value = self.critics.values(batch, self._micro_batches(batch))
+                    value = self.critics.values(batch, config.max_tokens_per_micro_batch)
+                row["critic/padding_frac"] = self.critics.padding_frac()
 
                 # Advantage on the mean value; masks from the disagreement.
                 with timer.phase("adv"):
@@ -225,30 +228,27 @@ class AsyPPOTrainer:
     def update_critics(self, batch: Batch, share: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B])."""
         assert self.critics is not None
-        config, row = self.config.critic, {"critic/skipped_updates": 0.0}
-        for m, optimizer in enumerate(self.critic_optimizers):
-            own = (share == m).nonzero().squeeze(1)
-            returns = self._critic_returns(batch, own, m)
-            losses, norms = [], []
-            for rows in _minibatches(own, config.num_iterations, config.num_mini_batches, generator):
-                weight = token_weights(batch.mask, rows, "token-mean")
-                loss = torch.zeros((), device=self.device)
-                for micro in self._micro_batches(batch, rows):
-                    value = self.critics(micro, [m]).value[0]
-                    part = (weight[micro.grid] * (value - returns[micro.grid]).square()).sum()
-                    part.backward()
-                    loss += part.detach()
-                norm = _clip_and_step(self.critics.models[m], optimizer, config.max_grad_norm, loss)
-                row["critic/skipped_updates"] += norm is None
-                losses.append(float(loss))
-                norms.append(math.nan if norm is None else norm)
-            row[f"critic/{m}/vf_loss"] = sum(losses) / len(losses)
-            row[f"critic/{m}/grad_norm"] = sum(norms) / len(norms)
-        count = len(self.critic_optimizers)
-        row["critic/vf_loss"] = sum(row[f"critic/{m}/vf_loss"] for m in range(count)) / count
-        row["critic/grad_norm"] = sum(row[f"critic/{m}/grad_norm"] for m in range(count)) / count
-        row["critic/lr"] = config.learning_rate
-        return row
+        assert self.critic_optimizer is not None
+        config, max_tokens = self.config.critic, self.config.max_tokens_per_micro_batch
+        own = [(share == m).nonzero().squeeze(1) for m in range(len(self.critics))]
+        returns = self._critic_returns(batch, own)
+        # All chance before the first update, critic by critic.
+        minibatches = [
+            list(_minibatches(rows, config.num_iterations, config.num_mini_batches, generator)) for rows in own
+        ]
+        updates = metrics.CriticUpdates(len(own))
+        # Where a critic has fewer rows than minibatches are asked for, it sits out the last.
+        for rows_of in zip_longest(*minibatches, fillvalue=own[0][:0]):
+            weight = torch.stack([token_weights(batch.mask, rows, "token-mean") for rows in rows_of]).sum(0)
+
+            def loss(micro: MicroBatch, value: Tensor, weight: Tensor = weight) -> Tensor:
+                return (weight[micro.grid] * (value - returns[micro.grid]).square()).sum()
+
+            active = [len(rows) > 0 for rows in rows_of]
+            losses = self.critics.backward(batch, rows_of, loss, max_tokens)
+            norms = self.critic_optimizer.step(losses, config.max_grad_norm, active=active)
+            updates.stepped(losses.tolist(), norms, active)
+        return updates.row() | {"critic/lr": config.learning_rate}
 
     def update_policy(
         self,
@@ -314,11 +314,10 @@ class AsyPPOTrainer:
 
     def trained(self) -> Trained:
         """Return what has weights and an optimizer, by name."""
-        critics = () if self.critics is None else zip(self.critics.models, self.critic_optimizers, strict=True)
-        return {
-            "policy": (self.policy.model, self.policy_optimizer),
-            **{f"critic_{m}": pair for m, pair in enumerate(critics)},
-        }
+        trained: Trained = {"policy": (self.policy.model, self.policy_optimizer)}
+        if self.critics is not None and self.critic_optimizer is not None:
+            trained["critics"] = (nn.ModuleList(self.critics.models), self.critic_optimizer.adamw)
+        return trained
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
@@ -338,14 +337,14 @@ class AsyPPOTrainer:
         for group in self.policy_optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rise
 
-    def _critic_returns(self, batch: Batch, own: Tensor, m: int) -> Tensor:
-        """λ-return [B, T] that critic m learns on its own rows; a Monte Carlo return needs no value."""
+    def _critic_returns(self, batch: Batch, own: Sequence[Tensor]) -> Tensor:
+        """λ-returns [B, T], on each critic's own rows those that it learns; a Monte Carlo return needs no value."""
         assert self.critics is not None
-        value = torch.zeros_like(batch.reward)[None]
+        value = torch.zeros_like(batch.reward)
         if self.config.critic.value_lambda < 1:
-            value = self.critics.values(batch, self._micro_batches(batch, own), [m])
+            value = self.critics.own_values(batch, own, self.config.max_tokens_per_micro_batch)
         return ensemble_gae(
-            value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=self.config.critic.value_lambda
+            value[None], batch.reward, batch.mask, gamma=self.config.gamma, value_lam=self.config.critic.value_lambda
         ).returns
 
 
