@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
@@ -64,5 +67,84 @@ def stacked_qk_norm_rope(
         if weight is not None:
             check_tensor(name, weight, shape=(m, d), needs=f"[M, D] = {[m, d]}", dtypes=FLOATS, device=q.device)
     check_number("eps", eps, "a number >= 0", low=0.0)
-    choose_backend("stacked_qk_norm_rope", backend, q.device, has_triton=False)
-    return torch_form.qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
+    if choose_backend("stacked_qk_norm_rope", backend, q.device, has_triton=True) == "torch":
+        return torch_form.qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
+    return _forward_op(q, k, cos, sin, q_weight, k_weight, float(eps))
+
+
+@torch.library.custom_op("asyppo::stacked_qk_norm_rope", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    from asyppo_kernels.stacked_layers import triton_form  # when it is used: not every platform has Triton
+
+    return triton_form.qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
+
+
+@_forward_op.register_fake
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("asyppo::stacked_qk_norm_rope_backward", mutates_args=())
+def _backward_op(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k and the weights; those of weights that are not there or not needed are empty."""
+    from asyppo_kernels.stacked_layers import triton_form
+
+    return triton_form.qk_norm_rope_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, eps, needs_weights)
+
+
+@_backward_op.register_fake
+def _(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def weight_like(weight: Tensor | None) -> Tensor:
+        return cos.new_empty(0) if weight is None else weight.new_empty(weight.shape if needs_weights else 0)
+
+    return (
+        grad_q.new_empty(grad_q.shape),
+        grad_k.new_empty(grad_k.shape),
+        weight_like(q_weight),
+        weight_like(k_weight),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, cos, sin, q_weight, k_weight, ctx.eps = inputs
+    # A rotation alone is undone without its input.
+    q, k = None if q_weight is None else q, None if k_weight is None else k
+    ctx.save_for_backward(q, k, cos, sin, q_weight, k_weight)
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    need_q, need_k, _, _, need_q_weight, need_k_weight, _ = ctx.needs_input_grad
+    grads = _backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, need_q_weight or need_k_weight)
+    d_q, d_k, d_q_weight, d_k_weight = (
+        grad if need else None for grad, need in zip(grads, (need_q, need_k, need_q_weight, need_k_weight), strict=True)
+    )
+    return d_q, d_k, None, None, d_q_weight, d_k_weight, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
@@ -54,5 +55,84 @@ def stacked_rms_norm(
         needs = f"[M, N, H] = {list(x.shape)}"
         check_tensor("residual", residual, shape=x.shape, needs=needs, dtypes=FLOATS, device=x.device)
     check_number("eps", eps, "a number >= 0", low=0.0)
-    choose_backend("stacked_rms_norm", backend, x.device, has_triton=False)
-    return StackedRMSNorm(*torch_form.rms_norm(x, weight, residual, eps))
+    if choose_backend("stacked_rms_norm", backend, x.device, has_triton=True) == "torch":
+        return StackedRMSNorm(*torch_form.rms_norm(x, weight, residual, eps))
+    normed, summed = _forward_op(x, weight, residual, float(eps))
+    return StackedRMSNorm(normed, x if residual is None else summed)
+
+
+@torch.library.custom_op("asyppo::stacked_rms_norm", mutates_args=())
+def _forward_op(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, summed); without a residual summed is empty."""
+    from asyppo_kernels.stacked_layers import triton_form  # when it is used: not every platform has Triton
+
+    return triton_form.rms_norm(x, weight, residual, eps)
+
+
+@_forward_op.register_fake
+def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    normed = x.new_empty(x.shape, dtype=torch.promote_types(weight.dtype, dtype))
+    return normed, x.new_empty(0 if residual is None else x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("asyppo::stacked_rms_norm_backward", mutates_args=())
+def _backward_op(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    eps: float,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of summed and weight, empty where not needed."""
+    from asyppo_kernels.stacked_layers import triton_form
+
+    return triton_form.rms_norm_backward(grad_normed, grad_summed, summed, weight, eps, needs_input, needs_weight)
+
+
+@_backward_op.register_fake
+def _(
+    grad_normed: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    eps: float,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        summed.new_empty(summed.shape if needs_input else 0),
+        weight.new_empty(weight.shape if needs_weight else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, residual, ctx.eps = inputs
+    ctx.save_for_backward(x if residual is None else output[1], weight)
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.set_materialize_grads(False)  # the last norm's summed has no gradient: then none is read
+
+
+def _backward(ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
+    summed, weight = ctx.saved_tensors
+    x_dtype, residual_dtype = ctx.dtypes
+    needs_x, needs_weight, needs_residual = ctx.needs_input_grad[:3]
+    if residual_dtype is None:
+        grad_summed = None  # of the empty tensor
+    grad: Tensor | None = grad_summed
+    grad_weight = None
+    if grad_normed is not None:
+        grad, grad_weight = _backward_op(
+            grad_normed, grad_summed, summed, weight, ctx.eps, needs_x or needs_residual, needs_weight
+        )
+    return (
+        grad.to(x_dtype) if needs_x and grad is not None else None,
+        grad_weight if needs_weight else None,
+        grad.to(residual_dtype) if needs_residual and grad is not None else None,
+        None,
+    )
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
