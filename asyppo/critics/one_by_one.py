@@ -102,7 +102,7 @@ class OneByOneCritics(Critics):
         return total
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no such
-        class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
+        """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no
+        such class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
         for m, model in enumerate(self.models):
             model.save_pretrained(Path(directory) / f"critic_{m}")
