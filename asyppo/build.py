@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import Critics
+from asyppo.critics import load_critics
 from asyppo.data import load_eval_rows, load_train_rows
 from asyppo.policy import Policy, compute_dtype
 from asyppo.rewards import resolve_reward_funcs
@@ -65,7 +65,7 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     critics = None
     if config.num_critics:
         vocab_size = policy.model.config.get_text_config().vocab_size
-        critics = Critics.from_pretrained(critic_path, config.num_critics, vocab_size=vocab_size, **shared)
+        critics = load_critics(critic_path, config.num_critics, config.critic, vocab_size=vocab_size, **shared)
     return AsyPPOTrainer(
         policy=policy,
         critics=critics,

@@ -50,7 +50,8 @@ class PolicyConfig:
 
 @dataclass
 class CriticConfig:
-    """The mini-critics. They share the policy's tokenizer, dtype and attention implementation."""
+    """The mini-critics. They share the policy's tokenizer and dtype; run one after another, its attention
+    implementation, too."""
 
     model_name_or_path: str | None = None
     """Directory or hub name of the checkpoint that every critic starts from (the paper's: one checkpoint, new value
@@ -77,6 +78,11 @@ class CriticConfig:
     moving on. None does not clip (our choice)."""
     warmup_steps: int = 0
     """First steps that train the critics only, with the policy frozen. Our choice."""
+    stacked: bool = True
+    """Compute the critics as one model with stacked weights, in the launches of one. False runs them one after
+    another, which is also what happens, with a warning, to models that are not Llama, Mistral, Qwen2 or Qwen3."""
+    gradient_checkpointing: bool = False
+    """Keep one tensor a layer for the backward pass and compute the rest again: less memory, more time."""
 
 
 @dataclass

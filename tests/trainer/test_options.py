@@ -82,9 +82,9 @@ def test_value_clipping_is_against_the_values_before_the_update(
     batch: Batch = ragged_batch()
     share, clip = torch.arange(len(batch)) % 2, 0.05
     once = tiny_trainer(tiny_config(), likes_a)
-    before = once.critics.values(batch, everything(batch))
+    before = once.critics.values(batch, 1_000)
     first = once.update_critics(batch, share, generator())
-    moved = once.critics.values(batch, everything(batch))
+    moved = once.critics.values(batch, 1_000)
     assert ((moved - before).abs() > clip).any()
     trainer = tiny_trainer(tiny_config(critic={"num_iterations": 2, "cliprange_value": clip}), likes_a)
     row = trainer.update_critics(batch, share, generator())
@@ -108,7 +108,7 @@ def test_advantages_from_values_before_the_update(tiny_config: Make, tiny_traine
         original = trainer.update_critics
         trainer.update_critics = lambda batch, *a, to=original, into=batches: (into.append(batch), to(batch, *a))[1]
         trainer.step(1, RunDirectory(config))
-        of_start, of_end = (c.values(batches[0], everything(batches[0])) for c in (critics, trainer.critics))
+        of_start, of_end = (c.values(batches[0], 1_000) for c in (critics, trainer.critics))
         assert not torch.allclose(of_start, of_end, atol=1e-3)
         seen[choice] = signals[-1]["arguments"][0]
         torch.testing.assert_close(seen[choice], of_start if choice == "before" else of_end)
@@ -162,8 +162,8 @@ def test_critics_have_a_schedule_of_their_own(tiny_config: Make, tiny_trainer: M
     assert [row.get("actor/lr") for row in rows] == [None, *(pytest.approx(1e-2 * f) for f in (1, 2 / 3, 1 / 3))]
     expected = [0.5e-2 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert [row["critic/lr"] for row in rows] == pytest.approx(expected)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (trainer.policy_optimizer, *trainer.critic_optimizers)]
-    assert rates == pytest.approx([1e-2 / 3, expected[-1], expected[-1]])
+    rates = [o.param_groups[0]["lr"] for o in (trainer.policy_optimizer, trainer.critic_optimizer.adamw)]
+    assert rates == pytest.approx([1e-2 / 3, expected[-1]])
 
 
 # --- rewards ---
