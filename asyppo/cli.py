@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.signals import STOPPING, exit_at_once, handle
+from asyppo.signals import exiting_at_once
 
 RESUME = "Go on with the run named run_name from its last checkpoint; without such a run, start it."
 DEFAULT_CONFIG = Path(str(files("asyppo") / "default.yaml"))
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     and 143 for one that SIGINT or SIGTERM ended, as a shell has it."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        return train(config)
+        with exiting_at_once():  # but for the loop, which ends its step first
+            return train(config)
     except ConfigError as error:
         print(f"asyppo: error: {error}", file=sys.stderr)
         return 2
@@ -70,7 +71,6 @@ def train(config: AsyPPOConfig) -> int:
     # Threads of torch's OpenMP pool that spin while they wait make small models crawl on a machine that is busy with
     # something else. It reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    handle(dict.fromkeys(STOPPING, exit_at_once))  # until the loop asks for patience
     # Here, since `asyppo --help` needs none of them and they take seconds.
     from transformers.utils import logging as transformers_logging
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -31,6 +33,16 @@ def handle(handlers: dict[signal.Signals, Any]) -> dict[signal.Signals, Any]:
     for number in before:
         signal.signal(number, handlers[number])
     return before
+
+
+@contextmanager
+def exiting_at_once() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM end the process at once, without a traceback."""
+    before = handle(dict.fromkeys(STOPPING, exit_at_once))
+    try:
+        yield
+    finally:
+        handle(before)
 
 
 class StopSignals:
