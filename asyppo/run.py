@@ -18,7 +18,7 @@ import yaml
 
 from asyppo import durable
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.writers import Writer, open_writers
+from asyppo.writers import Writer, check_writers, open_writers
 
 MAY_CHANGE = (
     "max_steps",
@@ -99,6 +99,7 @@ class RunDirectory:
     """
 
     def __init__(self, config: AsyPPOConfig):
+        check_writers(config)
         self.config, self.path = config, run_path(config)
         try:
             self.path.mkdir(parents=True, exist_ok=config.resume)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -67,12 +68,16 @@ def rounded(value: Any) -> Any:
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
     """Return the text of each token, special tokens included; together they are the decoded text.
 
-    A character that is spread over tokens belongs to the last of them. A tokenizer written in Python gives its own
-    names of the tokens.
+    A letter that is spread over tokens belongs to the last of them. Where bytes form no letters, and for a tokenizer
+    that is written in Python, it is what each token says alone.
     """
-    if not tokenizer.is_fast:
-        return tokenizer.convert_ids_to_tokens(tokens)
-    stream = DecodeStream(skip_special_tokens=False)
-    texts = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
-    texts[-1] += tokenizer.decode(tokens)[len("".join(texts)) :]  # of a character that was cut off
-    return texts
+    whole = tokenizer.decode(tokens)
+    if tokenizer.is_fast:
+        stream = DecodeStream(skip_special_tokens=False)
+        with suppress(Exception):  # its own class for a text that is not the beginning of a longer one
+            texts = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
+            begun = "".join(texts)
+            if whole.startswith(begun):
+                texts[-1] += whole[len(begun) :]  # of a letter that was cut off
+                return texts
+    return [tokenizer.decode([token]) for token in tokens]

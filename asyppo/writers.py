@@ -99,8 +99,7 @@ def check_writers(config: AsyPPOConfig) -> None:
 
 
 def open_writers(config: AsyPPOConfig, directory: Path, after_step: int) -> list[Writer]:
-    """Return the writers that ``config.report_to`` names. Raises ConfigError."""
-    check_writers(config)
+    """Return the writers that ``config.report_to`` names. Raises ConfigError if one cannot start."""
     return [
         TensorBoard(config, directory, after_step) if name == "tensorboard" else Tracker(name, config, directory)
         for name in config.report_to

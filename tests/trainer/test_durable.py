@@ -107,10 +107,10 @@ def three(tiny_config: Make, tiny_trainer: Make) -> Path:
 
 
 def test_a_damaged_checkpoint_is_passed_over(three: Path, tiny_config: Make, tiny_trainer: Make) -> None:
-    rows = read_jsonl(three / "metrics.jsonl")
+    before = read_jsonl(three / "metrics.jsonl")
     flip(three / "checkpoint-3" / "policy" / "model.safetensors")
     (three / "checkpoint-2" / "rng.json").unlink()
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="passed over") as warned:
         result = tiny_trainer(tiny_config(max_steps=3, save_steps=1, resume=True), score).train()
     text = [str(w.message) for w in warned if "passed over" in str(w.message)]
     assert text == [
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over(three: Path, tiny_config: Make, tin
         f"{three}/checkpoint-2 is passed over for checkpoint-1: rng.json is missing",
     ]
     again = read_jsonl(three / "metrics.jsonl")
-    assert [row["critic/vf_loss"] for row in again] == [row["critic/vf_loss"] for row in rows]
+    assert [row["critic/vf_loss"] for row in again] == [row["critic/vf_loss"] for row in before]
     assert [path.name for path in checkpoints(three)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert all(durable.damage(path) is None for path in checkpoints(three))
     assert (three / "damaged-checkpoint-3").exists()  # to be looked at
@@ -182,20 +182,16 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def resumes_like(whole: Path, config: Any, trainer: Any) -> None:
-    """The run goes on, and writes what the whole one has written."""
-    names = ("metrics.jsonl", "samples.jsonl")
-    run = trainer.train().run.path
-    for one, other in ((read_jsonl(run / name), read_jsonl(whole / name)) for name in names):
-        rows = [
-            [{k: v for k, v in r.items() if not k.startswith(("timing_s/", "perf/"))} for r in f] for f in (one, other)
-        ]
-        assert rows[0] == rows[1]
+def rows(run: Path) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock, and samples."""
+    metrics = read_jsonl(run / "metrics.jsonl")
+    timeless = [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in metrics]
+    return timeless + read_jsonl(run / "samples.jsonl")
 
 
-@pytest.mark.parametrize("room", [300, 500, 700, 900])
+@pytest.mark.parametrize("room", [40, 400, 900])
 def test_a_full_disk(room: int, tiny_config: Make, tiny_trainer: Make, small_disk: Make) -> None:
-    """Whatever does not fit any more, weights, state or a row: the error is a line, and the last checkpoint is whole."""
+    """Whatever does not fit any more, weights or a row: the error is a line, and the last checkpoint is whole."""
     whole = tiny_trainer(tiny_config(max_steps=9, save_steps=2, run_name="whole"), score).train().run.path
     disk = small_disk(f"{room}k")
     fields = {"output_dir": str(disk), "save_steps": 2, "max_steps": 9}
@@ -208,7 +204,7 @@ def test_a_full_disk(room: int, tiny_config: Make, tiny_trainer: Make, small_dis
     assert all(durable.damage(path) is None for path in saved)
     assert (f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet") in text
     subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
-    resumes_like(whole, fields, tiny_trainer(tiny_config(**fields, resume=True), score))
+    assert rows(tiny_trainer(tiny_config(**fields, resume=True), score).train().run.path) == rows(whole)
 
 
 @pytest.mark.parametrize("at", [0, 2, 5, 7])
