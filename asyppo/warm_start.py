@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
 from asyppo.data import Row
-from asyppo.run import ProgressDisplay
+from asyppo.progress import ProgressDisplay
 
 
 def worked_solution(expression: str, noise: float, guess: float, rng: random.Random) -> str:
