@@ -57,10 +57,10 @@ class Callbacks:
         self.control.should_save |= save_steps > 0 and step % save_steps == 0
         self("on_step_end")
 
-    def evaluated(self, step: int, accuracy: float) -> None:
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Remember the best accuracy, and call ``on_evaluate``."""
-        self._compare(step, accuracy)
-        self("on_evaluate", metrics={"eval/accuracy": accuracy})
+        self._compare(step, metrics["eval/accuracy"])
+        self("on_evaluate", metrics=dict(metrics))
 
     def log(self, row: dict[str, float]) -> None:
         """Add a row to the history, and call ``on_log``."""

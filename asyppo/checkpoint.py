@@ -43,6 +43,8 @@ and ``load_state_dict``."""
 class CheckpointError(RuntimeError):
     """A run has checkpoints, and none of them passes its check. The message names them."""
 
+    exit_status = 1
+
 
 def _state(trained: Trained) -> dict[str, Any]:
     state: dict[str, Any] = {}

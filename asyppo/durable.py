@@ -23,6 +23,8 @@ TEMPORARY = (".partial", ".removed")
 class WriteError(RuntimeError):
     """Something could not be written, on a full disk for example. The message names it and the reason."""
 
+    exit_status = 1
+
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:

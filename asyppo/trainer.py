@@ -139,7 +139,7 @@ class AsyPPOTrainer:
         first, checkpoint = self.resume(run, hooks)
         hooks("on_train_begin")
         if first == 1 and not hooks.state.log_history and (accuracy := self.evaluate(run, step=0)) is not None:
-            hooks.evaluated(0, accuracy)
+            hooks.evaluated(0, {"eval/accuracy": accuracy})
             hooks.log(row := {"step": 0, "eval/accuracy": accuracy})
             run.log_metrics(row)
         with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
@@ -151,7 +151,7 @@ class AsyPPOTrainer:
                     start = time.perf_counter()
                     if (accuracy := self.evaluate(run, step)) is not None:
                         row |= {"eval/accuracy": accuracy, "timing_s/eval": time.perf_counter() - start}
-                        hooks.evaluated(step, accuracy)
+                        hooks.evaluated(step, {"eval/accuracy": accuracy})
                 hooks.log(row)
                 failed = self.skipped_in_a_row >= config.max_skipped_steps
                 stop = hooks.control.should_training_stop or failed or signals.received is not None

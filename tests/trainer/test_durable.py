@@ -14,7 +14,8 @@ import pytest
 
 from asyppo import durable
 from asyppo.checkpoint import CheckpointError, checkpoints, last_valid_checkpoint
-from asyppo.run import read_jsonl
+from asyppo.config import ConfigError
+from asyppo.run import RunDirectory, read_jsonl
 from asyppo.trainer import TrainingError
 
 Make = Callable[..., Any]
@@ -187,6 +188,15 @@ def rows(run: Path) -> list[dict[str, Any]]:
     metrics = read_jsonl(run / "metrics.jsonl")
     timeless = [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in metrics]
     return timeless + read_jsonl(run / "samples.jsonl")
+
+
+def test_a_read_only_disk(tiny_config: Make, small_disk: Make) -> None:
+    disk = small_disk("1m")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(
+        ConfigError, match=f"output_dir: cannot write to {disk}, needs a directory with write permission"
+    ):
+        RunDirectory(tiny_config(output_dir=str(disk / "runs")))
 
 
 @pytest.mark.parametrize("room", [40, 400, 900])
