@@ -32,7 +32,10 @@ class OneByOneCritics(Critics):
                     f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
                 )
             if gradient_checkpointing:
-                model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+                body = model.base_model
+                # Its name in newer versions of transformers, and in older ones.
+                enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
         self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
         self.dtype = dtype
         if gradient_checkpointing:
