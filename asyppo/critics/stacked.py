@@ -18,7 +18,7 @@ from asyppo.batch import Batch, MicroBatch, micro_batches, share_micro_batches
 from asyppo.config import ConfigError
 from asyppo.critics.base import Critics, Loss
 from asyppo.critics.layers import StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
-from asyppo.critics.layout import Layout, Packed, Padded, VarlenAttention
+from asyppo.critics.layout import Layout, VarlenAttention
 from asyppo.critics.loading import load_value_models
 from asyppo_kernels import ensemble_value
 
@@ -61,8 +61,8 @@ class StackedCritics(Critics):
     ``critics(input_ids, attention_mask)`` gives all values. Parameters have a leading axis M and otherwise the names
     and shapes of transformers; ``models`` are the M models, their weights views of these.
 
-    Attention is ``torch.nn.attention.varlen.varlen_attn`` on packed sequences on a GPU in bfloat16 or float16, and
-    else ``scaled_dot_product_attention`` on padded ones; ``varlen`` may be set to another function of its signature.
+    Sequences are packed. Attention is ``torch.nn.attention.varlen.varlen_attn`` on a GPU in bfloat16 or float16, and
+    else ``scaled_dot_product_attention``; ``varlen`` may be set to another function of its signature.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ class StackedCritics(Critics):
 
         Args:
             input_ids: int64 [B, T], read by all critics, or [M, B, T], to each its own.
-            attention_mask: of the same shape, 0 on padding, on whichever side; None: no padding. The value of padding
-                is some number.
+            attention_mask: of the same shape, 0 on padding, on the left, the right or both sides; None: no padding.
+                The value of padding is some number.
             positions: int64 [n], or [M, n] to each critic its own: the places row * T + column whose values are
                 wanted, none of them padding; None: all.
 
@@ -159,20 +159,13 @@ class StackedCritics(Critics):
                 f"{list(input_ids.shape)}"
             )
         mask = torch.ones_like(own, dtype=torch.bool) if attention_mask is None else attention_mask.view_as(own).bool()
-        layout = self._layout(own, mask)
+        layout = Layout(own, mask, count, self.varlen)
         self._padding.add(mask.sum(), layout.tokens.numel())
         if positions is not None:
             return self._values(layout, layout.index(positions))
-        places = torch.arange(mask[0].numel(), device=mask.device).expand(len(mask), -1)
-        # Packing has no place for padding; whatever is read there instead is not a value.
-        places = torch.where(mask.flatten(1), layout.index(places), 0)
-        return self._values(layout, places if len(mask) > 1 else places[0]).view(count, *own.shape[1:])
-
-    def _layout(self, input_ids: Tensor, mask: Tensor) -> Layout:
-        if self.varlen is not None:
-            return Packed(input_ids, mask, len(self), self.varlen)
-        on_the_right = bool((mask[..., 1:] <= mask[..., :-1]).all())
-        return Padded(input_ids, None if on_the_right else mask)
+        everything = torch.arange(mask[0].numel(), device=mask.device)
+        index = layout.index(everything.expand(count, -1) if len(mask) > 1 else everything)
+        return self._values(layout, index).view(count, *own.shape[1:])
 
     def _values(self, layout: Layout, index: Tensor) -> Tensor:
         """Values [M, n] at the tokens ``index``, [n] or [M, n]."""
