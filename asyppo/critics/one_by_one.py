@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from asyppo.batch import Batch, MicroBatch, micro_batches
-from asyppo.config import ConfigError
 from asyppo.critics.base import Critics, Loss
-from asyppo.critics.loading import load_value_models
+from asyppo.critics.loading import check_head, load_value_models
 from asyppo_kernels import ensemble_value
 
 
@@ -27,12 +26,12 @@ class OneByOneCritics(Critics):
         ``dtype``. Raises ConfigError if a model has no such head."""
         super().__init__()
         for model in models:
-            if not isinstance(getattr(model, "score", None), nn.Linear):
-                raise ConfigError(
-                    f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
-                )
+            check_head(model)
             if gradient_checkpointing:
-                model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+                body = model.base_model
+                # Its name in newer versions of transformers, and in older ones.
+                enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
         self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
         self.dtype = dtype
         if gradient_checkpointing:
