@@ -142,6 +142,28 @@ def _eval(namespace: Namespace) -> int:
     return 0
 
 
+def _plan_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the work and the weights (FSDP2).")
+    parser.add_argument(
+        "--prompt_length",
+        type=int,
+        default=1024,
+        metavar="TOKENS",
+        help="Longest prompt to expect, where data.max_prompt_length does not say.",
+    )
+
+
+def _plan(namespace: Namespace) -> int:
+    config = configuration(namespace)
+    for name in ("gpus", "prompt_length"):
+        if namespace[name] < 1:
+            raise ConfigError(f"--{name}: got {namespace[name]}, needs an integer of at least 1")
+    from asyppo.plan import make_plan
+
+    print(make_plan(config, gpus=namespace.gpus, prompt_length=namespace.prompt_length).table())
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a policy",
@@ -157,5 +179,11 @@ COMMANDS: dict[str, Command] = {
         settings=True,
         base_config=_eval_base_config,
         without_config="A checkpoint of a run starts out from the run's own.",
+    ),
+    "plan": Command(
+        "estimate the memory of a configuration on each GPU, by phase of a step",
+        _plan,
+        _plan_arguments,
+        settings=True,
     ),
 }
