@@ -34,12 +34,21 @@ class Batch:
     """float32 [B, T]: log-prob of each token as the sampler computed it."""
     truncated: Tensor
     """bool [B]: cut off by the length limit."""
+    score: Tensor
+    """float32 [B]: what the reward functions gave, whatever is added to ``reward`` later."""
+    ignored: Tensor
+    """bool [B]: no loss counts it."""
 
     @property
     def mask(self) -> Tensor:
         """bool [B, T]: True on response tokens."""
         steps = torch.arange(self.reward.shape[1], device=self.tokens.device)
         return steps < self.response_length[:, None]
+
+    @property
+    def learned(self) -> Tensor:
+        """bool [B, T]: the response tokens that losses count."""
+        return self.mask & ~self.ignored[:, None]
 
     @property
     def length(self) -> Tensor:
@@ -74,6 +83,8 @@ def make_batch(
         reward=reward.to(device),
         sampler_logprob=_pad(logprobs, 0.0).to(device),
         truncated=torch.tensor(truncated).to(device),
+        score=reward.sum(dim=1).to(device),
+        ignored=torch.zeros(len(responses), dtype=torch.bool, device=device),
     )
 
 

@@ -52,8 +52,20 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         "dtype": compute_dtype(config.policy.dtype, device),
         "device": device,
         "attn_implementation": config.policy.attn_implementation,
+        "trust_remote_code": config.policy.trust_remote_code,
     }
-    policy = Policy.from_pretrained(policy_path, temperature=config.temperature, **shared)
+    lora = {
+        "r": config.policy.lora_r,
+        "alpha": config.policy.lora_alpha,
+        "target_modules": config.policy.lora_target_modules,
+    }
+    policy = Policy.from_pretrained(
+        policy_path,
+        temperature=config.temperature,
+        gradient_checkpointing=config.policy.gradient_checkpointing,
+        lora=lora if config.policy.use_peft else None,
+        **shared,
+    )
     critics = None
     if config.num_critics:
         vocab_size = policy.model.config.get_text_config().vocab_size
@@ -61,7 +73,7 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     return AsyPPOTrainer(
         policy=policy,
         critics=critics,
-        tokenizer=load_tokenizer(policy_path),
+        tokenizer=load_tokenizer(policy_path, config.policy.trust_remote_code),
         reward_funcs=config.reward_funcs,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
@@ -85,8 +97,9 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
         dtype=compute_dtype(config.policy.dtype, device),
         device=device,
         attn_implementation=config.policy.attn_implementation,
+        trust_remote_code=config.policy.trust_remote_code,
     )
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, config.policy.trust_remote_code)
     prompts = tokenize(tokenizer, [row["prompt"] for row in rows])
     try:
         out.mkdir(parents=True)
@@ -109,10 +122,10 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     return evaluation
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. Raises ConfigError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path: {path!r} has no tokenizer: {' '.join(str(error).split())}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one up

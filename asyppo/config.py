@@ -33,6 +33,22 @@ class PolicyConfig:
     learning rate of 1e-6 do not round away. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
     attn_implementation: str | None = None
     """Passed to ``from_pretrained``: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model, of the policy, the critics or the tokenizer."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the policy's backward pass, and compute the rest again: less memory, more time,
+    the same gradients."""
+    use_peft: bool = False
+    """Train LoRA adapters instead of the weights. The weights under them are kept in ``dtype``, checkpoints hold the
+    adapters alone, and the reference of ``beta`` is the model without them. A ``model_name_or_path`` that holds
+    adapters goes on training those, whatever is set here."""
+    lora_r: int = 16
+    """Rank of new adapters (TRL's default)."""
+    lora_alpha: int = 32
+    """New adapters are scaled by ``lora_alpha / lora_r`` (TRL's default)."""
+    lora_target_modules: list[str] | None = None
+    """Ends of the names of layers that get adapters, such as ``[q_proj, v_proj]``; None: all linear layers but the
+    head. The head gets none: the fused ops read its weight."""
 
 
 @dataclass
@@ -46,6 +62,8 @@ class CriticConfig:
     """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
     learning_rate: float = 1e-5
     """AdamW's learning rate of every critic. Our choice."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Critics' learning rate over ``max_steps``: as it is, or falling towards 0. Our choice."""
     max_grad_norm: float = 1.0
     """Clip each critic's gradient norm, each on its own. Our choice."""
     weight_decay: float = 0.0
@@ -57,6 +75,9 @@ class CriticConfig:
     value_lambda: float = 1.0
     """λ of the return that critics learn: 1 is the Monte Carlo return, the paper's. Below 1 critic m bootstraps on
     its own V_m, from a value pass before its update."""
+    cliprange_value: float | None = None
+    """PPO's value clipping: a value that has moved further than this from that of before the update gains nothing by
+    moving on. None does not clip (our choice)."""
     warmup_steps: int = 0
     """First steps that train the critics only, with the policy frozen. Our choice."""
 
@@ -198,6 +219,8 @@ class AsyPPOConfig:
     warmup_steps: int = 0
     """Steps over which the policy's learning rate rises linearly to ``learning_rate``, counted from its first one.
     Our choice."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """The policy's learning rate after that: as it is, or falling towards 0 until ``max_steps``. Our choice."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay of the policy. Our choice."""
     max_grad_norm: float = 1.0
@@ -222,7 +245,27 @@ class AsyPPOConfig:
     entropy_coef: float = 1e-3
     """β of the paper, whose value is not stated: weight of the entropy bonus. Our choice."""
     beta: float = 0.0
-    """Coefficient of the KL penalty (k3) to the initial policy, TRL's ``beta``. With 0 there is no reference model."""
+    """Coefficient of the KL penalty to the initial policy, TRL's ``beta``. With 0 there is no reference model."""
+    use_kl_in_reward: bool = False
+    """Take the penalty, log π_old - log π_ref at each token, off the reward, where critics and advantages see it
+    (PPO of arXiv 2203.02155). Otherwise it is a term of the policy's loss (k3; GRPO of arXiv 2402.03300)."""
+    delta: float | None = None
+    """Dual clip (arXiv 1912.09729): where the advantage is negative, the ratio counts up to this bound, which is above
+    1 + epsilon_high. None does not bound it (our choice)."""
+    importance_sampling_clip_max: float | None = None
+    """Truncated importance sampling: weight each token's surrogate by π_old / π_sampler, at most this much, where the
+    sampler's numerics differ from the trainer's (TRL's ``vllm_importance_sampling_clip_max``, mode ``token_truncate``).
+    None weights nothing."""
+
+    mask_truncated_completions: bool = False
+    """Leave responses that the length limit cut off out of the losses of policy and critics: how they would have ended
+    is unknown (DAPO, arXiv 2503.14476). They weigh 0 but still count in the mean over responses, and their reward in
+    GRPO's mean over a group."""
+    overlong_buffer_len: int = 0
+    """Soft punishment of length (DAPO, arXiv 2503.14476): over the last so many tokens before
+    ``max_completion_length`` the reward falls linearly, by ``overlong_penalty_factor`` at the limit. 0 turns it off."""
+    overlong_penalty_factor: float = 1.0
+    """What a response of ``max_completion_length`` tokens loses where ``overlong_buffer_len`` is above 0."""
 
     gamma: float = 1.0
     """Discount γ. Our choice."""
@@ -231,12 +274,24 @@ class AsyPPOConfig:
     whiten: Literal["none", "batch", "group"] = "batch"
     """Whitening of advantages over the response tokens of the batch or of each prompt's group, before masking. Our
     choice. GRPO's advantages are normalised by its own rule instead."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What GRPO divides a reward less its group's mean by: the standard deviation of the group's rewards
+    (arXiv 2402.03300), of the batch's, or nothing (Dr. GRPO, arXiv 2503.20783)."""
+    advantage_values: Literal["after", "before", "cross_fit"] = "after"
+    """Values that advantages and masks are made of. ``after``: of the critics after their update (the paper's order).
+    ``before``: of the critics before it, which have not seen these responses. ``cross_fit``: after it, but a
+    response's mean value leaves out the critic trained on it; σ is over all critics."""
     advantage_mask_fraction: float = 0.2
     """k: share of tokens, those where critics agree most, whose advantage is masked. The paper's."""
     entropy_filter_fraction: float = 0.2
     """h: share of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
     quantile_scope: Literal["batch", "sequence"] = "batch"
     """Whether k and h are shares of the batch's response tokens or of each response's. Our choice."""
+
+    @property
+    def kl_in_loss(self) -> float:
+        """Coefficient of the KL penalty in the policy's loss."""
+        return 0.0 if self.use_kl_in_reward else self.beta
 
     @property
     def num_critics(self) -> int:
@@ -258,6 +313,9 @@ class AsyPPOConfig:
             "max_skipped_steps",
         ):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("lora_r", "lora_alpha"):
+            got = getattr(self.policy, name)
+            _need(got >= 1, f"policy.{name}", got, "an integer of at least 1")
         for name in ("num_critics", "num_iterations", "num_mini_batches"):
             got = getattr(self.critic, name)
             _need(got >= 1, f"critic.{name}", got, "an integer of at least 1")
@@ -266,7 +324,7 @@ class AsyPPOConfig:
             ("eval.num_generations", self.eval.num_generations),
         ):
             _need(got >= 1, name, got, "an integer of at least 1")
-        for name in ("save_steps", "logging_samples", "warmup_steps"):
+        for name in ("save_steps", "logging_samples", "warmup_steps", "overlong_buffer_len"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
         for name, got in (
             ("critic.warmup_steps", self.critic.warmup_steps),
@@ -284,10 +342,47 @@ class AsyPPOConfig:
             _need(got > 0, name, got, "a positive number")
         for name, got in (("temperature", self.temperature), ("eval.temperature", self.eval.temperature)):
             _need(got > 0, name, got, "a positive number")
-        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta", "weight_decay"):
+        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta", "weight_decay", "overlong_penalty_factor"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
         _need(self.critic.weight_decay >= 0, "critic.weight_decay", self.critic.weight_decay, "a number of at least 0")
         _need(self.epsilon < 1, "epsilon", self.epsilon, "a number below 1")
+        for name, bound in (
+            ("critic.cliprange_value", self.critic.cliprange_value),
+            ("importance_sampling_clip_max", self.importance_sampling_clip_max),
+        ):
+            _need(bound is None or bound > 0, name, bound, "a positive number, or none")
+        _need(
+            self.delta is None or self.delta > 1 + self.epsilon_high,
+            "delta",
+            self.delta,
+            f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}, or none",
+        )
+        _need(
+            self.beta > 0 or not self.use_kl_in_reward,
+            "use_kl_in_reward",
+            self.use_kl_in_reward,
+            f"a beta above 0, got {self.beta}",
+        )
+        _need(
+            self.overlong_buffer_len < self.max_completion_length,
+            "overlong_buffer_len",
+            self.overlong_buffer_len,
+            f"less than max_completion_length = {self.max_completion_length}",
+        )
+        _need(
+            self.scale_rewards == "group" or self.algorithm == "grpo",
+            "scale_rewards",
+            self.scale_rewards,
+            f"algorithm grpo; {self.algorithm} has whiten for its advantages",
+        )
+        _need(
+            self.advantage_values == "after"
+            or self.num_critics >= {"before": 1, "cross_fit": 2}[self.advantage_values],
+            "advantage_values",
+            self.advantage_values,
+            f"{'two critics' if self.advantage_values == 'cross_fit' else 'a critic'}, "
+            f"algorithm {self.algorithm} has {self.num_critics} here",
+        )
         _need(len(self.reward_funcs) > 0, "reward_funcs", self.reward_funcs, "at least one reward function")
         _need(
             self.num_generations >= self.num_critics,

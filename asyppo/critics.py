@@ -40,13 +40,14 @@ class Critics(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Critics:
         """Load M critics from one checkpoint; where it has no value head, each gets one of its own, drawn from torch's
         global generator.
 
         Raises ConfigError if it cannot be loaded or its vocabulary is not the policy's ``vocab_size``.
         """
-        models = [_load_critic(path, device, attn_implementation) for _ in range(num_critics)]
+        models = [_load_critic(path, device, attn_implementation, trust_remote_code) for _ in range(num_critics)]
         got = models[0].config.get_text_config().vocab_size
         if got != vocab_size:
             raise ConfigError(
@@ -94,7 +95,9 @@ class Critics(nn.Module):
             model.save_pretrained(Path(directory) / f"critic_{m}")
 
 
-def _load_critic(path: str, device: torch.device, attn_implementation: str | None) -> PreTrainedModel:
+def _load_critic(
+    path: str, device: torch.device, attn_implementation: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
     try:
@@ -103,6 +106,7 @@ def _load_critic(path: str, device: torch.device, attn_implementation: str | Non
             path,
             device,
             attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
             num_labels=1,
             # The class's default of 0.1 would pollute the disagreement. Not every config knows the field.
             config_attributes={"classifier_dropout": 0.0},

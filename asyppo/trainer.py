@@ -21,11 +21,14 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
 from asyppo.data import PromptSchedule, Row
 from asyppo.evaluate import Evaluation, evaluate
+from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.report import plot_curves
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
 from asyppo.sampler import GenerateSampler, Sampler
+from asyppo.schedule import learning_rate_factor, set_learning_rate
+from asyppo.shaping import shape_rewards
 from asyppo_kernels import ensemble_gae
 
 
@@ -84,7 +87,7 @@ class AsyPPOTrainer:
             _adamw(model, config.critic.learning_rate, config.critic.weight_decay)
             for model in (critics.models if critics is not None else ())
         ]
-        self.reference = _frozen_copy(policy) if config.beta > 0 else None
+        self.reference = policy.reference() if config.beta > 0 else None
         self.skipped_in_a_row = 0
 
     def train(self) -> TrainResult:
@@ -131,6 +134,7 @@ class AsyPPOTrainer:
         torch.manual_seed(config.seed * 1_000_003 + step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         row: dict[str, float] = {"step": step}
+        self._set_learning_rates(step)
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
             batch, rewards = self.sample(step, timer, run)
@@ -142,18 +146,26 @@ class AsyPPOTrainer:
             if self.reference is not None:
                 with timer.phase("ref"):
                     ref_logprob, _ = self.reference.logprobs(batch, self._micro_batches(batch))
+            # Rewards as the algorithm sees them, and which responses it learns from.
+            batch, penalties = shape_rewards(batch, old_logprob, ref_logprob, config)
+            row |= penalties
 
             if self.critics is not None:
                 # Split: each prompt's responses among the critics, disjointly.
                 share = split_responses(batch.group, len(self.critics), generator).to(self.device)
+
+                if config.advantage_values == "before":
+                    with timer.phase("values"):
+                        value = self.critics.values(batch, self._micro_batches(batch))
 
                 # Critic update: each on its own share only.
                 with timer.phase("update_critic"):
                     row |= self.update_critics(batch, share, generator)
 
                 # Value: all critics on all responses.
-                with timer.phase("values"):
-                    value = self.critics.values(batch, self._micro_batches(batch))
+                if config.advantage_values != "before":
+                    with timer.phase("values"):
+                        value = self.critics.values(batch, self._micro_batches(batch))
 
                 # Advantage on the mean value; masks from the disagreement.
                 with timer.phase("adv"):
@@ -162,6 +174,8 @@ class AsyPPOTrainer:
                         batch.reward,
                         batch.mask,
                         batch.group,
+                        learned=batch.learned,
+                        trained_by=share if config.advantage_values == "cross_fit" else None,
                         gamma=config.gamma,
                         lam=config.lam,
                         value_lambda=config.critic.value_lambda,
@@ -172,13 +186,13 @@ class AsyPPOTrainer:
                     )
             else:
                 with timer.phase("adv"):
-                    signal = group_signal(batch.reward, batch.mask, batch.group)
+                    signal = group_signal(
+                        batch.reward, batch.mask, batch.group, learned=batch.learned, scale=config.scale_rewards
+                    )
 
             # Policy update.
-            policy_step = step - (config.critic.warmup_steps if self.critics is not None else 0)
-            if policy_step > 0:
+            if step > self.policy_warmup:
                 with timer.phase("update_actor"):
-                    self._set_learning_rate(policy_step)
                     row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator)
         row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
         row |= metrics.of_time(batch, timer.seconds, self.device)
@@ -225,14 +239,15 @@ class AsyPPOTrainer:
         config, row = self.config.critic, {"critic/skipped_updates": 0.0}
         for m, optimizer in enumerate(self.critic_optimizers):
             own = (share == m).nonzero().squeeze(1)
-            returns = self._critic_returns(batch, own, m)
+            returns, old_value = self._critic_targets(batch, own, m)
             losses, norms = [], []
             for rows in _minibatches(own, config.num_iterations, config.num_mini_batches, generator):
-                weight = token_weights(batch.mask, rows, "token-mean")
+                weight = token_weights(batch.learned, rows, "token-mean")
                 loss = torch.zeros((), device=self.device)
                 for micro in self._micro_batches(batch, rows):
                     value = self.critics(micro, [m]).value[0]
-                    part = (weight[micro.grid] * (value - returns[micro.grid]).square()).sum()
+                    targets = old_value[micro.grid], returns[micro.grid], weight[micro.grid]
+                    part = value_loss(value, *targets, cliprange=config.cliprange_value)
                     part.backward()
                     loss += part.detach()
                 norm = _clip_and_step(self.critics.models[m], optimizer, config.max_grad_norm, loss)
@@ -244,7 +259,7 @@ class AsyPPOTrainer:
         count = len(self.critic_optimizers)
         row["critic/vf_loss"] = sum(row[f"critic/{m}/vf_loss"] for m in range(count)) / count
         row["critic/grad_norm"] = sum(row[f"critic/{m}/grad_norm"] for m in range(count)) / count
-        row["critic/lr"] = config.learning_rate
+        row["critic/lr"] = self.critic_optimizers[0].param_groups[0]["lr"]
         return row
 
     def update_policy(
@@ -257,27 +272,32 @@ class AsyPPOTrainer:
     ) -> dict[str, float]:
         """Maximise the masked, clipped surrogate and the filtered entropy over the whole batch."""
         config, updates = self.config, metrics.PolicyUpdates(config=self.config)
+        rollout_weight = None
+        if config.importance_sampling_clip_max is not None:
+            rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.importance_sampling_clip_max)
         everything = torch.arange(len(batch), device=self.device)
         for rows in _minibatches(everything, config.num_iterations, config.num_mini_batches, generator):
-            weight = token_weights(batch.mask, rows, config.loss_aggregation)
+            per_token = {
+                "old_logprob": old_logprob,
+                "advantage": signal.advantage,
+                "token_weight": token_weights(batch.learned, rows, config.loss_aggregation),
+                "advantage_keep": signal.advantage_keep,
+                "entropy_keep": signal.entropy_keep,
+                "ref_logprob": ref_logprob if config.kl_in_loss else None,
+                "rollout_weight": rollout_weight,
+            }
             loss = torch.zeros((), device=self.device)
             for micro in self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps):
-                arguments = {
-                    "old_logprob": old_logprob[micro.grid],
-                    "advantage": signal.advantage[micro.grid],
-                    "token_weight": weight[micro.grid],
-                    "advantage_keep": signal.advantage_keep[micro.grid],
-                    "entropy_keep": signal.entropy_keep[micro.grid],
-                    "ref_logprob": None if ref_logprob is None else ref_logprob[micro.grid],
-                }
+                arguments = {name: x if x is None else x[micro.grid] for name, x in per_token.items()}
                 result = self.policy(
                     micro,
                     loss=arguments
                     | {
                         "clip_low": config.epsilon,
                         "clip_high": config.epsilon_high,
+                        "dual_clip": config.delta,
                         "entropy_coef": config.entropy_coef,
-                        "kl_coef": config.beta,
+                        "kl_coef": config.kl_in_loss,
                     },
                 )
                 result.loss.backward()
@@ -285,7 +305,10 @@ class AsyPPOTrainer:
                 updates.add(result, arguments)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
-        return updates.row() | {"actor/lr": self.policy_optimizer.param_groups[0]["lr"]}
+        row = updates.row() | {"actor/lr": self.policy_optimizer.param_groups[0]["lr"]}
+        if rollout_weight is not None:
+            row |= metrics.of_importance_weights(rollout_weight, batch.mask)
+        return row
 
     def evaluate(self, run: RunDirectory, step: int) -> Evaluation | None:
         """Evaluate on the held-out prompts and log the samples; None if there are no such prompts."""
@@ -318,21 +341,31 @@ class AsyPPOTrainer:
         rows = torch.arange(len(batch), device=self.device) if rows is None else rows
         return micro_batches(batch, rows, self.config.max_tokens_per_micro_batch, at_least)
 
-    def _set_learning_rate(self, policy_step: int) -> None:
-        """A function of the step alone, so that a run which starts again needs no scheduler's state."""
-        rise = min(1.0, policy_step / max(self.config.warmup_steps, 1))
-        for group in self.policy_optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * rise
+    @property
+    def policy_warmup(self) -> int:
+        """First steps, in which the policy stays as it is."""
+        return self.config.critic.warmup_steps if self.critics is not None else 0
 
-    def _critic_returns(self, batch: Batch, own: Tensor, m: int) -> Tensor:
-        """λ-return [B, T] that critic m learns on its own rows; a Monte Carlo return needs no value."""
+    def _set_learning_rates(self, step: int) -> None:
+        """Those of ``step``, for the policy and the critics; the policy's steps are counted from its first."""
+        config, total = self.config, self.config.max_steps
+        if step > self.policy_warmup:
+            own_step, own_total = step - self.policy_warmup, total - self.policy_warmup
+            factor = learning_rate_factor(config.lr_scheduler_type, own_step, own_total, config.warmup_steps)
+            set_learning_rate(self.policy_optimizer, config.learning_rate * factor)
+        for optimizer in self.critic_optimizers:
+            factor = learning_rate_factor(config.critic.lr_scheduler_type, step, total)
+            set_learning_rate(optimizer, config.critic.learning_rate * factor)
+
+    def _critic_targets(self, batch: Batch, own: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        """λ-return [B, T] that critic m learns on its own rows, and its value [B, T] there before the update; zeros
+        where nothing needs that."""
         assert self.critics is not None
-        value = torch.zeros_like(batch.reward)[None]
-        if self.config.critic.value_lambda < 1:
+        config, value = self.config.critic, torch.zeros_like(batch.reward)[None]
+        if config.value_lambda < 1 or config.cliprange_value is not None:
             value = self.critics.values(batch, self._micro_batches(batch, own), [m])
-        return ensemble_gae(
-            value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=self.config.critic.value_lambda
-        ).returns
+        gae = ensemble_gae(value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=config.value_lambda)
+        return gae.returns, value[0]
 
 
 def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
@@ -370,12 +403,6 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-
-
-def _frozen_copy(policy: Policy) -> Policy:
-    import copy
-
-    return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 def _minibatches(rows: Tensor, num_iterations: int, num_mini_batches: int, generator: torch.Generator) -> Any:
