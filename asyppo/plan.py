@@ -26,8 +26,8 @@ from asyppo_kernels._policy_head import GPU_WORKSPACE_BYTES
 
 GIB = 2**30
 
-# Shapes of the models that the ready configurations name, as their config.json on the hub has them: hidden size, layers,
-# query heads, intermediate size, tied embeddings. All have 8 key and value heads of 128 and a vocabulary of 151,936.
+# Shapes of the models that the ready configurations name, as their config.json on the hub has them: hidden size,
+# layers, query heads, intermediate size, tied embeddings. All have 8 key and value heads of 128 and 151,936 tokens.
 _QWEN3 = {
     "0.6B": (1024, 28, 16, 3072, True),
     "1.7B": (2048, 28, 16, 6144, True),
@@ -41,6 +41,7 @@ ASSUMPTIONS = (
     "every response is {completion} tokens long, every prompt {prompt}",
     "activations are what transformers' own forward pass keeps; Liger's and the stacked critics' kernels keep less",
     "a backward pass needs, beside what is kept, as much as one layer keeps; so does a pass without gradients",
+    "weights are sharded over several GPUs, activations are not: each has its own micro-batch",
     "the context of CUDA, other libraries' workspaces and fragmentation are not counted: leave 10 % free",
 )
 
@@ -123,10 +124,10 @@ def _gib(size: int | None) -> str:
 
 
 def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024) -> Plan:
-    """Estimate the memory of ``config`` on each of ``gpus`` GPUs. Raises ConfigError if a model's shape is not known."""
+    """Estimate the memory of ``config`` on each of ``gpus`` GPUs. Raises ConfigError where a model is unknown."""
     dtype = compute_dtype(config.policy.dtype, torch.device("cuda"))
     element = dtype.itemsize
-    prompt = config.data.max_prompt_length or prompt_length
+    prompt = getattr(config.data, "max_prompt_length", None) or prompt_length
     width = prompt + config.max_completion_length
     policy = describe(*_policy_config(config), config=config)
     critic = describe(*_critic_config(config), config=config, is_critic=True) if config.num_critics else None
@@ -148,7 +149,7 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
         "weights for generation": element * policy.parameters,
         "key-value cache": sequences * width * policy.kv_bytes_per_token(element),
         "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
-        "one pass": _prefill(policy, sequences * prompt, element),
+        "prompts in one pass": _prefill(policy, sequences * prompt, element),
     }
 
     rows = max(1, config.max_tokens_per_micro_batch // width)
@@ -156,26 +157,26 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     tokens = min(rows, responses) * config.max_completion_length
     head = _head(policy, tokens, element)
     plan.phases["log-probs"] = always | {
-        "weights in use": _in_use(policy, of_policy, element, gpus),
-        "one pass": of_policy.layer,
+        "weights as computed with": _in_use(policy, of_policy, element, gpus),
+        "within a layer": of_policy.layer,
         **{k: v for k, v in head.items() if "gradient" not in k},
     }
     if critic is not None:
         rows = max(config.num_critics, config.max_tokens_per_micro_batch // width)
-        of_critic = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
+        of_critic = activations(critic, rows, width, dtype, getattr(config.critic, "gradient_checkpointing", False))
         in_use = config.num_critics * _in_use(critic, of_critic, element, gpus)
         plan.phases["critic update"] = always | {
             "gradients": 4 * config.num_critics * critic.trainable // gpus,
-            "weights in use": in_use,
+            "weights as computed with": in_use,
             "activations": of_critic.kept,
-            "one pass": of_critic.layer,
+            "within a layer": of_critic.layer,
         }
-        plan.phases["values"] = always | {"weights in use": in_use, "one pass": of_critic.layer}
+        plan.phases["values"] = always | {"weights as computed with": in_use, "within a layer": of_critic.layer}
     plan.phases["policy update"] = always | {
         "gradients": 4 * policy.trainable // gpus,
-        "weights in use": _in_use(policy, of_policy, element, gpus),
+        "weights as computed with": _in_use(policy, of_policy, element, gpus),
         "activations": of_policy.kept,
-        "one pass": of_policy.layer,
+        "within a layer": of_policy.layer,
         **head,
     }
     return plan
@@ -203,7 +204,7 @@ def _head(policy: Model, tokens: int, element: int) -> dict[str, int]:
     """Of ``linear_ppo_loss`` on ``tokens`` rows: logits of some rows at a time, the gradients formed in the forward."""
     hidden, vocabulary = policy.text.hidden_size, policy.text.vocab_size
     return {
-        "head weight in use": element * hidden * vocabulary,
+        "head as computed with": element * hidden * vocabulary,
         "head workspace": min(GPU_WORKSPACE_BYTES, (4 + element) * tokens * vocabulary),
         "head gradients": 4 * hidden * vocabulary + 4 * hidden * tokens,
     }
@@ -261,8 +262,8 @@ def load_config(name: str, config: AsyPPOConfig) -> tuple[str, PreTrainedConfig]
         return "the hub", AutoConfig.from_pretrained(name, **remote)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"model_name_or_path: got {name!r}, which is no directory, and the hub gives no configuration of it; needs a "
-            f"directory with a config.json, or one of {', '.join(f'Qwen/Qwen3-{size}[-Base]' for size in _QWEN3)}"
+            f"model_name_or_path: got {name!r}, which is no directory, and the hub gives no configuration of it; "
+            f"needs a directory with a config.json, or Qwen/Qwen3-SIZE[-Base], SIZE one of {', '.join(_QWEN3)}"
         ) from error
 
 
