@@ -211,6 +211,15 @@ class AsyPPOConfig:
     """Longest response, in tokens, the end-of-sequence token included."""
     temperature: float = 1.0
     """Sampling temperature; log-probs and entropies are those of the tempered distribution."""
+    dynamic_sampling: bool = False
+    """Drop prompts whose responses all have the same reward, and sample others for them, as often as
+    ``dynamic_sampling_max_batches`` allows (DAPO, arXiv 2503.14476). Dropped ones fill what is missing then."""
+    dynamic_sampling_max_batches: int = 10
+    """Times a step may sample, its own prompts included. DAPO's scripts set 10."""
+    sampler: Literal["auto", "generate", "continuous"] = "auto"
+    """What generates responses: transformers' ``generate``, or its continuous batching, which is at its best with
+    ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``. ``auto``: continuous on a GPU, generate on a CPU. In
+    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter."""
     generation_batch_size: int = 512
     """Sequences generated side by side; bounds the memory of the key-value cache."""
 
@@ -311,6 +320,7 @@ class AsyPPOConfig:
             "max_tokens_per_micro_batch",
             "gradient_accumulation_steps",
             "max_skipped_steps",
+            "dynamic_sampling_max_batches",
         ):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         for name in ("lora_r", "lora_alpha"):
@@ -395,6 +405,12 @@ class AsyPPOConfig:
             "num_generations",
             self.num_generations,
             "at least 2 for algorithm grpo, which compares the responses of one prompt",
+        )
+        _need(
+            self.num_generations >= 2 or not self.dynamic_sampling,
+            "dynamic_sampling",
+            self.dynamic_sampling,
+            "num_generations of at least 2: one response has no reward to compare with",
         )
         _need(
             self.num_mini_batches <= self.prompts_per_step * self.num_generations,

@@ -25,8 +25,9 @@ from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.report import plot_curves
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
+from asyppo.rollout import Group, Sample, keep_unequal
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
-from asyppo.sampler import GenerateSampler, Sampler
+from asyppo.sampler import ContinuousBatchingSampler, GenerateSampler, Sampler
 from asyppo.schedule import learning_rate_factor, set_learning_rate
 from asyppo.shaping import shape_rewards
 from asyppo_kernels import ensemble_gae
@@ -81,6 +82,8 @@ class AsyPPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.device = policy.device
         self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
+        # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
+        self.further_schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed + 1_000_000)
         self.sampler = sampler or make_sampler(policy, tokenizer, config)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizers = [
@@ -137,7 +140,8 @@ class AsyPPOTrainer:
         self._set_learning_rates(step)
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
-            batch, rewards = self.sample(step, timer, run)
+            batch, rewards, of_sampling = self.sample(step, timer, run)
+            row |= of_sampling
 
             # Log-probs of the policy that sampled, as the trainer computes them.
             with timer.phase("old_log_prob"):
@@ -200,11 +204,52 @@ class AsyPPOTrainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return row
 
-    def sample(self, step: int, timer: Timer, run: RunDirectory) -> tuple[Batch, dict[str, list[float]]]:
-        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function, too."""
+    def sample(
+        self, step: int, timer: Timer, run: RunDirectory
+    ) -> tuple[Batch, dict[str, list[float]], dict[str, float]]:
+        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function and metrics,
+        too."""
         config = self.config
-        rows = [self.train_dataset[i] for i in self.schedule.rows_of_step(step - 1)]
-        rows = [row for row in rows for _ in range(config.num_generations)]
+        of_sampling: dict[str, float] = {}
+        if config.dynamic_sampling:
+            groups, of_sampling = keep_unequal(
+                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], timer),
+                config.prompts_per_step,
+                config.dynamic_sampling_max_batches,
+            )
+        else:
+            groups = self._draw(self.schedule.rows_of_step(step - 1), timer)
+        samples = [sample for group in groups for sample in group]
+        run.log_samples(
+            [
+                {"step": step, "split": "train", "prompt": s.row["prompt"], "completion": s.completion}
+                | {"reward": s.score}
+                for s in samples[: config.logging_samples]
+            ]
+        )
+        batch = make_batch(
+            [s.prompt for s in samples],
+            [s.response.tokens for s in samples],
+            [s.response.logprob for s in samples],
+            [s.score for s in samples],
+            [s.response.truncated for s in samples],
+            [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
+            pad_token_id=pad_token_id(self.tokenizer),
+            device=self.device,
+        )
+        return batch, {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}, of_sampling
+
+    def _rows_of_batch(self, step: int, batch: int) -> list[int]:
+        """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""
+        if batch == 0:
+            return self.schedule.rows_of_step(step - 1)
+        index = (step - 1) * (self.config.dynamic_sampling_max_batches - 1) + batch - 1
+        return self.further_schedule.rows_of_step(index)
+
+    def _draw(self, indices: Sequence[int], timer: Timer) -> list[Group]:
+        """Sample and reward G responses to each of these rows of the training data."""
+        config = self.config
+        rows = [self.train_dataset[i] for i in indices for _ in range(config.num_generations)]
         with timer.phase("gen"):
             prompts = self.tokenize([row["prompt"] for row in rows])
             responses = self.sampler.sample(
@@ -213,25 +258,14 @@ class AsyPPOTrainer:
         with timer.phase("reward"):
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
             rewards = compute_rewards(self.reward_funcs, rows, completions)
-        scores = [sum(of_sample) for of_sample in zip(*rewards, strict=True)]
-        run.log_samples(
-            [
-                {"step": step, "split": "train", "prompt": r["prompt"], "completion": c, "reward": s}
-                for r, c, s in list(zip(rows, completions, scores, strict=True))[: config.logging_samples]
-            ]
-        )
-        batch = make_batch(
-            prompts,
-            [r.tokens for r in responses],
-            [r.logprob for r in responses],
-            scores,
-            [r.truncated for r in responses],
-            [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
-            pad_token_id=pad_token_id(self.tokenizer),
-            device=self.device,
-        )
         names = [getattr(func, "__name__", type(func).__name__) for func in self.reward_funcs]
-        return batch, dict(zip(names, rewards, strict=True))
+        samples = [
+            Sample(row, prompt, response, completion, dict(zip(names, of_sample, strict=True)), sum(of_sample))
+            for row, prompt, response, completion, of_sample in zip(
+                rows, prompts, responses, completions, zip(*rewards, strict=True), strict=True
+            )
+        ]
+        return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
 
     def update_critics(self, batch: Batch, share: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B])."""
@@ -370,12 +404,13 @@ class AsyPPOTrainer:
 
 def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
     """Return the sampler that ``config`` asks for."""
-    return GenerateSampler(
+    continuous = config.sampler == "continuous" or (config.sampler == "auto" and policy.device.type == "cuda")
+    return (ContinuousBatchingSampler if continuous else GenerateSampler)(
         policy.model,
         eos_token_ids=eos_token_ids(policy, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
         batch_size=config.generation_batch_size,
-        autocast=policy.autocast(),
+        dtype=policy.dtype,
     )
 
 
