@@ -143,11 +143,20 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     responses = config.prompts_per_step * config.num_generations // gpus
     always["batch"] = responses * (8 * width + _BATCH_BYTES * config.max_completion_length)
 
-    # Generation: a batch of sequences side by side, their cache, and the logits of their next token.
-    sequences = min(config.generation_batch_size, responses)
+    if element < 4 and not config.policy.use_peft:
+        always["policy copy to sample with"] = element * policy.parameters
+
+    # `generate` has a batch of sequences side by side; continuous batching has as many as there is room for.
+    sequences = max(1, min(config.generation_batch_size, responses))
+    cache = width * policy.kv_bytes_per_token(element)
+    if config.sampler != "generate":
+        plan.assumptions.append(
+            f"continuous batching has as many responses under way, up to {sequences}, as there is room for: one is "
+            f"counted here, each more takes {cache / GIB:.2f} GiB while it is at its longest"
+        )
+        sequences = 1
     plan.phases["generation"] = always | {
-        "weights for generation": element * policy.parameters,
-        "key-value cache": sequences * width * policy.kv_bytes_per_token(element),
+        "key-value cache": sequences * cache,
         "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
         "prompts in one pass": _prefill(policy, sequences * prompt, element),
     }

@@ -190,14 +190,21 @@ def test_what_does_not_train_takes_no_memory(tiny_run: Callable[..., AsyPPOConfi
 
 
 def test_checkpointing_and_shorter_responses_save_memory() -> None:
-    config = AsyPPOConfig(max_completion_length=4096, generation_batch_size=16)
+    config = AsyPPOConfig(max_completion_length=4096, generation_batch_size=16, sampler="generate")
     config.policy.model_name_or_path, config.algorithm = "Qwen/Qwen3-1.7B-Base", "grpo"
     plain = make_plan(config)
     config.policy.gradient_checkpointing = True
     assert make_plan(config).phases["policy update"]["activations"] < 0.1 * plain.phases["policy update"]["activations"]
     config.max_completion_length = 1024
     cache = [p.phases["generation"]["key-value cache"] for p in (plain, make_plan(config))]
+    assert cache[0] == 16 * (4096 + 1024) * (2 * 28 * 8 * 128 * 2)
     assert cache[1] / cache[0] == (1024 + 1024) / (4096 + 1024)
+    # Continuous batching makes do with less room.
+    config.sampler = "continuous"
+    continuous = make_plan(config)
+    assert continuous.phases["generation"]["key-value cache"] == cache[1] // 16
+    assert "each more takes 0.22 GiB" in continuous.table()
+    assert continuous.phases["generation"]["policy copy to sample with"] == 2 * plain.models[0].parameters
 
 
 def test_the_table(tiny_run: Callable[..., AsyPPOConfig]) -> None:
