@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import Critics
 from asyppo.data import load_eval_rows, load_train_rows
 from asyppo.evaluate import Evaluation, evaluate
-from asyppo.policy import Policy, compute_dtype
+from asyppo.loading import choose_device, load_critics, load_policy, load_tokenizer
 from asyppo.rewards import resolve_reward_funcs
 from asyppo.run import ProgressDisplay, new_run_path
 from asyppo.trainer import AsyPPOTrainer, make_sampler, tokenize
@@ -47,29 +42,8 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     if config.algorithm == "ppo" or critic_path is None:
         critic_path = policy_path
 
-    torch.manual_seed(config.seed)  # new value heads
-    shared: dict[str, Any] = {
-        "dtype": compute_dtype(config.policy.dtype, device),
-        "device": device,
-        "attn_implementation": config.policy.attn_implementation,
-        "trust_remote_code": config.policy.trust_remote_code,
-    }
-    lora = {
-        "r": config.policy.lora_r,
-        "alpha": config.policy.lora_alpha,
-        "target_modules": config.policy.lora_target_modules,
-    }
-    policy = Policy.from_pretrained(
-        policy_path,
-        temperature=config.temperature,
-        gradient_checkpointing=config.policy.gradient_checkpointing,
-        lora=lora if config.policy.use_peft else None,
-        **shared,
-    )
-    critics = None
-    if config.num_critics:
-        vocab_size = policy.model.config.get_text_config().vocab_size
-        critics = Critics.from_pretrained(critic_path, config.num_critics, vocab_size=vocab_size, **shared)
+    policy = load_policy(policy_path, config)
+    critics = load_critics(critic_path, config, policy) if config.num_critics else None
     return AsyPPOTrainer(
         policy=policy,
         critics=critics,
@@ -89,16 +63,9 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     reward_funcs = resolve_reward_funcs(config.reward_funcs)
     if not config.data.eval_size:
         raise ConfigError("data.eval_size: got 0, needs at least 1 prompt to evaluate on")
-    device = choose_device(config)
+    choose_device(config)  # what cannot work shows before the work
     rows = load_eval_rows(config.data)
-    policy = Policy.from_pretrained(
-        model,
-        temperature=config.eval.temperature,
-        dtype=compute_dtype(config.policy.dtype, device),
-        device=device,
-        attn_implementation=config.policy.attn_implementation,
-        trust_remote_code=config.policy.trust_remote_code,
-    )
+    policy = load_policy(model, config, temperature=config.eval.temperature)
     tokenizer = load_tokenizer(model, config.policy.trust_remote_code)
     prompts = tokenize(tokenizer, [row["prompt"] for row in rows])
     try:
@@ -120,23 +87,3 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     results = {"model": model, **evaluation.results(), "config": asdict(config)}
     (out / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
     return evaluation
-
-
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Raises ConfigError if there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model_name_or_path: {path!r} has no tokenizer: {' '.join(str(error).split())}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one up
-        raise ConfigError(f"model_name_or_path: {path!r} has no tokenizer, needs one beside the model")
-    return tokenizer
-
-
-def choose_device(config: AsyPPOConfig) -> torch.device:
-    """Return the device that ``config`` asks for. Raises ConfigError if it asks for a GPU and there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: got 'cuda', but torch finds no GPU; needs 'auto' or 'cpu' here")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo import metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
@@ -21,6 +21,7 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
 from asyppo.data import PromptSchedule, Row
 from asyppo.evaluate import Evaluation, evaluate
+from asyppo.loading import load_critics, load_policy, load_tokenizer
 from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.report import plot_curves
@@ -52,6 +53,8 @@ class TrainResult:
 class AsyPPOTrainer:
     """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
 
+    ``policy`` is a causal language model or where to load one from, a directory or a hub name; ``critics`` is where all
+    critics start from; either is made as ``config`` says. ``tokenizer`` None is the one beside the policy's weights.
     ``train_dataset`` and ``eval_dataset`` are sequences of rows with a text column ``prompt``; every column reaches
     the reward functions, which are names of built-in ones or functions in TRL's signature.
     """
@@ -59,9 +62,9 @@ class AsyPPOTrainer:
     def __init__(
         self,
         *,
-        policy: Policy,
-        critics: Critics | None,
-        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy | PreTrainedModel | str,
+        critics: Critics | str | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         reward_funcs: Sequence[str | RewardFunc],
         train_dataset: Sequence[Row],
         eval_dataset: Sequence[Row] = (),
@@ -69,6 +72,9 @@ class AsyPPOTrainer:
         sampler: Sampler | None = None,
     ):
         config.validate()
+        policy = load_policy(policy, config)
+        critics = load_critics(critics, config, policy)
+        tokenizer = tokenizer or load_tokenizer(policy.model.name_or_path, config.policy.trust_remote_code)
         num_critics = 0 if critics is None else len(critics)
         if num_critics != config.num_critics:
             raise ConfigError(
