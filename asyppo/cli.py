@@ -116,7 +116,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     made = parser(name)
     _check_options(made, arguments)
     if command.settings:
-        arguments = [*_implied(command, arguments), *_with_config_files(arguments)]
+        arguments = [*_implied(command, arguments), *_with_flags(_with_config_files(arguments))]
     try:
         return made.instantiate(made.parse_args(arguments))
     except ArgumentError as error:
@@ -156,6 +156,16 @@ def _with_config_files(arguments: Sequence[str]) -> list[str]:
         else:
             done.append(argument)
     return done
+
+
+def _with_flags(arguments: Sequence[str]) -> list[str]:
+    """``--policy.use_peft`` alone is ``--policy.use_peft=true``."""
+    flags = {f"--{path}" for path, field in by_path(AsyPPOConfig).items() if field.annotation is bool}
+    followers = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in flags and follower.startswith("--") else argument
+        for argument, follower in zip(arguments, followers, strict=True)
+    ]
 
 
 def _config_file(name: str) -> Path:

@@ -313,6 +313,12 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
     assert "those where critics agree most, whose advantage is masked. The paper's." in text
 
 
+def test_true_goes_without_saying() -> None:
+    config = parse(["train", "--policy.use_peft", "--seed", "3", "--policy.trust_remote_code"])
+    assert (config.policy.use_peft, config.policy.trust_remote_code, config.seed) == (True, True, 3)
+    assert not parse(["train", "--policy.use_peft", "false"]).policy.use_peft
+
+
 def test_without_a_file_the_embedded_default_runs() -> None:
     config = parse(["train", "--seed", "7"])
     assert config.seed == 7
