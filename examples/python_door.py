@@ -1,7 +1,7 @@
 """Train from Python: one's own models, rows, reward and callback.
 
-Run it: ``python examples/python_door.py [POLICY [CRITIC]]``, directories or hub names; CRITIC is what both critics
-start from, and reads the policy's tokens.
+Run it: ``python examples/python_door.py [POLICY [CRITICS]]``, directories or hub names; CRITICS is what both
+critics start from, and reads the policy's tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Print(TrainerCallback):
             print(f"step {logs['step']:.0f}: reward {logs['critic/score/mean']:.3f}")
 
 
-def main(policy: str = "Qwen/Qwen3-0.6B-Base", critic: str = "Qwen/Qwen3-0.6B-Base", **settings: Any) -> TrainResult:
+def main(policy: str = "Qwen/Qwen3-0.6B-Base", critics: str = "Qwen/Qwen3-0.6B-Base", **settings: Any) -> TrainResult:
     """Train for some steps and return where the run lies; ``settings`` are further fields of the configuration."""
     config = AsyPPOConfig(
         **{
@@ -50,7 +50,7 @@ def main(policy: str = "Qwen/Qwen3-0.6B-Base", critic: str = "Qwen/Qwen3-0.6B-Ba
     )
     trainer = AsyPPOTrainer(
         policy=policy,
-        critics=critic,
+        critics=critics,
         reward_funcs=[digits, begins_right],
         train_dataset=ROWS,
         config=config,

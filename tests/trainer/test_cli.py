@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from asyppo import config as config_module
 from asyppo.cli import main, parse
 from asyppo.config import AsyPPOConfig
+from asyppo.fields import ELSEWHERE, by_path, nearest
 from asyppo.run import read_jsonl
 
 TINY = """
@@ -166,6 +167,7 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--critic.num_critic", "1"], "--critic.num_critic: unknown option; did you mean --critic.num_critics?"),
         (["--num_critics=1"], "--num_critics: unknown option; did you mean --critic.num_critics?"),
         (["--lerning_rate", "1"], "--lerning_rate: unknown option; did you mean --learning_rate?"),
+        (["--kl_coef=1"], "--kl_coef: unknown option; did you mean --beta?"),
         (["--warm_start.stesp", "1"], "--warm_start.stesp: unknown option; did you mean --warm_start.steps?"),
         (["--data.task.parms.min_terms", "1"], "did you mean --data.task.params?"),
         (["--critic", "{num_critc: 3}"], "critic.num_critc: unknown key in --critic; did you mean critic.num_critics?"),
@@ -311,6 +313,13 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
     assert "--epsilon_high [default: 0.28; a number]" in text
     assert "--warm_start.critic.hidden_size [default: 64; an integer]" in text
     assert "those where critics agree most, whose advantage is masked. The paper's." in text
+
+
+def test_names_of_other_trainers_lead_to_fields() -> None:
+    known = by_path(AsyPPOConfig)
+    assert set(ELSEWHERE.values()) <= set(known)
+    assert not set(ELSEWHERE) & set(known)
+    assert all(nearest(name, known) == path for name, path in ELSEWHERE.items())
 
 
 def test_true_goes_without_saying() -> None:
