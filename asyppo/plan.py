@@ -328,8 +328,10 @@ def _from_config(model_config: PreTrainedConfig, is_critic: bool) -> Any:
     made = copy.deepcopy(model_config)
     if not is_critic:
         return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    made.num_labels = 1
-    return AutoModelForTokenClassification.from_config(made, dtype=torch.float32)
+    if type(made) in AutoModelForTokenClassification._model_mapping:
+        made.num_labels = 1
+        return AutoModelForTokenClassification.from_config(made, dtype=torch.float32)
+    return BackboneWithValueHead(AutoModel.from_config(made, dtype=torch.float32))
 
 
 def _layers(model: Any) -> list[nn.Module]:

@@ -130,10 +130,10 @@ def nothing(project: Path) -> None:
 MISTAKES: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
     (missing_file, [], ["data.dataset_name: got 'rows.jsonl'", "no such file"]),
     (empty_data, [], ["data", "rows.jsonl has no rows", "needs at least one"]),
-    (broken_json, [], ["rows.jsonl", "row 7", "JSON", "data.bad_rows: skip"]),
-    (no_prompt, [], ["rows.jsonl", "row 7", "no column 'prompt'", "data.bad_rows: skip"]),
-    (long_prompt, [], ["rows.jsonl", "row 3", "70 tokens, needs at most 60", "data.long_prompts: skip"]),
-    (chat_without_a_template, [], ["row 1", "chat template"]),
+    (broken_json, [], ["data.bad_rows: rows.jsonl has 1 bad row", "row 7", "JSON", "or 'skip' to leave these out"]),
+    (no_prompt, [], ["data.bad_rows: rows.jsonl has 1 bad row", "row 7: no column 'prompt'", "or 'skip'"]),
+    (long_prompt, [], ["data.long_prompts: rows.jsonl has 1 ", "row 3: 70 tokens, needs at most 60", "or 'skip'"]),
+    (chat_without_a_template, [], ["data: prompts are chat messages", "has no chat template", "needs text prompts"]),
     (
         other_vocabulary,
         [],
@@ -153,7 +153,7 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
     (nothing, ["--reward_funcs", "[rewards.py:not_finite]"], ["reward", "not_finite", "nan", "needs a finite number"]),
     (nothing, ["--reward_funcs", "[rewards.py:raises]"], ["reward", "raises", "ZeroDivisionError"]),
     (nothing, ["--reward_funcs", "[rewards.py:needs_a_column]"], ["reward_funcs: ", "needs_a_column", "'solution'"]),
-    (nothing, ["--policy.model_name_or_path", "polcy"], ["model_name_or_path: cannot load 'polcy'"]),
+    (nothing, ["--policy.model_name_or_path", "./polcy"], ["model_name_or_path: cannot load './polcy'"]),
 ]
 
 
