@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,13 +32,16 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         )
     # What cannot work shows before the work, not after it.
     new_run_path(config)
-    resolve_reward_funcs(config.reward_funcs)
+    resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
     device = choose_device(config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
     train_rows = load_train_rows(config.data, eval_rows)
     policy_path, critic_path = config.policy.model_name_or_path, config.critic.model_name_or_path
     if config.warm_start is not None:
-        made = warm_start.build(config.warm_start, config.data, train_rows, device)
+        # It has solutions of the task alone, so beside a data set of one's own it learns from rows of the task.
+        data = replace(config.data, dataset_name=None)
+        rows = train_rows if config.data.dataset_name is None else load_train_rows(data, eval_rows)
+        made = warm_start.build(config.warm_start, data, rows, device)
         policy_path, critic_path = str(made[0]), str(made[1])
     assert policy_path is not None
     if config.algorithm == "ppo" or critic_path is None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from asyppo.data import Row
-from asyppo.rewards import RewardFunc, compute_rewards
+from asyppo.data import Row, prompt_text
+from asyppo.rewards import RewardFunc, RewardFunction, compute_rewards
 from asyppo.sampler import Sampler
 
 
@@ -19,7 +19,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompts: Sequence[Tensor],
-    reward_func: RewardFunc,
+    reward_func: RewardFunc | RewardFunction,
     *,
     num_generations: int,
     temperature: float,
@@ -40,9 +40,15 @@ def evaluate(
         )
     repeated = [row for row in rows for _ in range(num_generations)]
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-    [rewards] = compute_rewards([reward_func], repeated, completions)
+    ids = [response.tokens.tolist() for response in responses]
+    rewards = compute_rewards([reward_func], repeated, completions, ids).scores
     samples = [
-        {"prompt": row["prompt"], "completion": completion, "reward": reward, "truncated": response.truncated}
+        {
+            "prompt": prompt_text(row["prompt"]),
+            "completion": completion,
+            "reward": reward,
+            "truncated": response.truncated,
+        }
         for row, completion, reward, response in zip(repeated, completions, rewards, responses, strict=True)
     ]
     return sum(reward >= 1 for reward in rewards) / len(rewards), samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from asyppo.batch import Batch, make_batch, micro_batches, split_responses
 from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
-from asyppo.data import PromptSchedule, Row
+from asyppo.data import Prompt, PromptSchedule, Row, fitting, prompt_text, prompt_tokens
 from asyppo.evaluate import evaluate
 from asyppo.policy import Policy
 from asyppo.report import plot_curves
-from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
+from asyppo.rewards import RewardFunc, Rewards, compute_rewards, resolve_reward_funcs
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
 from asyppo.sampler import GenerateSampler, Sampler
 from asyppo_kernels import ensemble_gae
@@ -72,10 +73,14 @@ class AsyPPOTrainer:
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
-        self.reward_funcs = resolve_reward_funcs(reward_funcs)
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.reward_funcs = resolve_reward_funcs(reward_funcs, config.reward_timeout, config.reward_weights)
+        limit = prompt_limit(config, policy, critics)
+        self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
+        self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
         self.device = policy.device
-        self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
+        self.schedule = PromptSchedule(len(self.train_dataset), config.prompts_per_step, config.seed)
+        for func in self.reward_funcs:
+            func.check_columns(self.train_dataset[0])
         self.sampler = sampler or GenerateSampler(
             policy.model,
             eos_token_ids=eos_token_ids(policy, tokenizer),
@@ -183,14 +188,14 @@ class AsyPPOTrainer:
                 with timer.phase("update_actor"):
                     self._set_learning_rate(policy_step)
                     row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator)
-        row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
+        row |= metrics.of_batch(batch, signal, old_logprob, entropy) | metrics.of_rewards(rewards)
         row |= metrics.of_time(batch, timer.seconds, self.device)
         skipped = row.get("actor/skipped_updates", 0) + row.get("critic/skipped_updates", 0)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return row
 
-    def sample(self, step: int, timer: Timer, run: RunDirectory) -> tuple[Batch, dict[str, list[float]]]:
-        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function, too."""
+    def sample(self, step: int, timer: Timer, run: RunDirectory) -> tuple[Batch, Rewards]:
+        """Sample G responses for each prompt of ``step`` and reward them."""
         config = self.config
         rows = [self.train_dataset[i] for i in self.schedule.rows_of_step(step - 1)]
         rows = [row for row in rows for _ in range(config.num_generations)]
@@ -201,26 +206,27 @@ class AsyPPOTrainer:
             )
         with timer.phase("reward"):
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-            rewards = compute_rewards(self.reward_funcs, rows, completions)
-        scores = [sum(of_sample) for of_sample in zip(*rewards, strict=True)]
+            ids = [response.tokens.tolist() for response in responses]
+            rewards = compute_rewards(
+                self.reward_funcs, rows, completions, ids, weights=config.reward_weights, step=step
+            )
         run.log_samples(
             [
-                {"step": step, "split": "train", "prompt": r["prompt"], "completion": c, "reward": s}
-                for r, c, s in list(zip(rows, completions, scores, strict=True))[: config.logging_samples]
+                {"step": step, "split": "train", "prompt": prompt_text(r["prompt"]), "completion": c, "reward": s}
+                for r, c, s in list(zip(rows, completions, rewards.scores, strict=True))[: config.logging_samples]
             ]
         )
         batch = make_batch(
             prompts,
             [r.tokens for r in responses],
             [r.logprob for r in responses],
-            scores,
+            rewards.total,
             [r.truncated for r in responses],
             [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
             pad_token_id=pad_token_id(self.tokenizer),
             device=self.device,
         )
-        names = [getattr(func, "__name__", type(func).__name__) for func in self.reward_funcs]
-        return batch, dict(zip(names, rewards, strict=True))
+        return batch, rewards
 
     def update_critics(self, batch: Batch, share: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B])."""
@@ -320,12 +326,9 @@ class AsyPPOTrainer:
             **{f"critic_{m}": pair for m, pair in enumerate(critics)},
         }
 
-    def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
-        tokens = self.tokenizer(list(prompts), padding=False)["input_ids"]
-        for prompt, ids in zip(prompts, tokens, strict=True):
-            if not ids:
-                raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, needs at least one")
+        tokens = prompt_tokens(prompts, self.tokenizer, self.config.data.chat_template_kwargs)
         return [torch.tensor(ids) for ids in tokens]
 
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
@@ -354,6 +357,18 @@ def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[in
     configured = policy.model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
+
+
+def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
+    """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
+    models = [policy.model, *(critics.models if critics is not None else ())]
+    positions = [getattr(m.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize for m in models]
+    if config.max_completion_length >= min(positions):
+        raise ConfigError(
+            f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "
+            "positions of the models, so that a prompt fits, too"
+        )
+    return min(positions) - config.max_completion_length
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
