@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+import torch
 
 from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.data import load_eval_rows, load_train_rows
+from asyppo.data import fitting, load_eval_rows, load_train_rows, prompt_tokens
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loading import choose_device, load_critics, load_policy, load_tokenizer
 from asyppo.rewards import resolve_reward_funcs
 from asyppo.run import ProgressDisplay, new_run_path
-from asyppo.trainer import AsyPPOTrainer, make_sampler, tokenize
+from asyppo.trainer import AsyPPOTrainer, make_sampler, prompt_limit
 
 
 def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
@@ -30,13 +32,16 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         )
     # What cannot work shows before the work, not after it.
     new_run_path(config)
-    resolve_reward_funcs(config.reward_funcs)
+    resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
     device = choose_device(config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
     train_rows = load_train_rows(config.data, eval_rows)
     policy_path, critic_path = config.policy.model_name_or_path, config.critic.model_name_or_path
     if config.warm_start is not None:
-        made = warm_start.build(config.warm_start, config.data, train_rows, device)
+        # It has solutions of the task alone, so beside a data set of one's own it learns from rows of the task.
+        data = replace(config.data, dataset_name=None)
+        rows = train_rows if config.data.dataset_name is None else load_train_rows(data, eval_rows)
+        made = warm_start.build(config.warm_start, data, rows, device)
         policy_path, critic_path = str(made[0]), str(made[1])
     assert policy_path is not None
     if config.algorithm == "ppo" or critic_path is None:
@@ -60,14 +65,15 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     ``eval.json`` and ``samples.jsonl`` to the new directory ``out``. Raises ConfigError."""
     if out.exists():
         raise ConfigError(f"--out: {out} exists, needs a new name")
-    reward_funcs = resolve_reward_funcs(config.reward_funcs)
+    reward_funcs = resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
     if not config.data.eval_size:
         raise ConfigError("data.eval_size: got 0, needs at least 1 prompt to evaluate on")
     choose_device(config)  # what cannot work shows before the work
     rows = load_eval_rows(config.data)
     policy = load_policy(model, config, temperature=config.eval.temperature)
     tokenizer = load_tokenizer(model, config.policy.trust_remote_code)
-    prompts = tokenize(tokenizer, [row["prompt"] for row in rows])
+    rows = fitting(rows, "eval_dataset", tokenizer, config.data, prompt_limit(config, policy, None))
+    prompts = prompt_tokens([row["prompt"] for row in rows], tokenizer, config.data.chat_template_kwargs)
     try:
         out.mkdir(parents=True)
     except OSError as error:
@@ -77,7 +83,7 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
             make_sampler(policy, tokenizer, config),
             tokenizer,
             rows,
-            prompts,
+            [torch.tensor(ids) for ids in prompts],
             reward_funcs[0],
             config,
             progress=lambda count: progress.advance(count=count),

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig
-from asyppo.data import Row
-from asyppo.rewards import RewardFunc, compute_rewards
+from asyppo.data import Row, prompt_text
+from asyppo.rewards import RewardFunc, RewardFunction, compute_rewards
 from asyppo.sampler import Sampler
 
 
@@ -140,7 +140,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompts: Sequence[Tensor],
-    reward_func: RewardFunc,
+    reward_func: RewardFunc | RewardFunction,
     config: AsyPPOConfig,
     *,
     progress: Callable[[int], None] = lambda count: None,
@@ -171,10 +171,11 @@ def evaluate(
             progress(len(chosen))
     repeated = [rows[i] for i in numbers]
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-    [rewards] = compute_rewards([reward_func], repeated, completions)
+    ids = [response.tokens.tolist() for response in responses]
+    rewards = compute_rewards([reward_func], repeated, completions, ids).scores
     samples = [
         {
-            "prompt": row["prompt"],
+            "prompt": prompt_text(row["prompt"]),
             "completion": completion,
             "reward": reward,
             "truncated": response.truncated,

@@ -331,7 +331,7 @@ def _from_config(model_config: PreTrainedConfig, is_critic: bool) -> Any:
     if type(made) in AutoModelForTokenClassification._model_mapping:
         made.num_labels = 1
         return AutoModelForTokenClassification.from_config(made, dtype=torch.float32)
-    return BackboneWithValueHead(AutoModel.from_config(made, dtype=torch.float32))
+    raise NotImplementedError
 
 
 def _layers(model: Any) -> list[nn.Module]:

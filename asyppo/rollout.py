@@ -21,10 +21,12 @@ class Sample:
     response: Response
     completion: str
     """The response's text, without special tokens."""
-    rewards: dict[str, float]
+    rewards: dict[str, float | None]
     """By reward function."""
     score: float
-    """Their sum."""
+    """Their weighted sum."""
+    total: float | Tensor
+    """The same, or, where tokens are rewarded, float32 [tokens]."""
 
 
 Group = list[Sample]

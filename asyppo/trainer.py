@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ from asyppo.batch import Batch, make_batch, micro_batches, split_responses
 from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
-from asyppo.data import PromptSchedule, Row
+from asyppo.data import Prompt, PromptSchedule, Row, fitting, prompt_text, prompt_tokens
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loading import load_critics, load_policy, load_tokenizer
 from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.report import plot_curves
-from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
+from asyppo.rewards import RewardFunc, Rewards, compute_rewards, resolve_reward_funcs
 from asyppo.rollout import Group, Sample, keep_unequal
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
 from asyppo.sampler import ContinuousBatchingSampler, GenerateSampler, Sampler
@@ -84,12 +85,17 @@ class AsyPPOTrainer:
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
-        self.reward_funcs = resolve_reward_funcs(reward_funcs)
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.reward_funcs = resolve_reward_funcs(reward_funcs, config.reward_timeout, config.reward_weights)
+        limit = prompt_limit(config, policy, critics)
+        self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
+        self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
         self.device = policy.device
-        self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
+        for func in self.reward_funcs:
+            func.check_columns(self.train_dataset[0])
+        count = len(self.train_dataset)
+        self.schedule = PromptSchedule(count, config.prompts_per_step, config.seed)
         # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
-        self.further_schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed + 1_000_000)
+        self.further_schedule = PromptSchedule(count, config.prompts_per_step, config.seed + 1_000_000)
         self.sampler = sampler or make_sampler(policy, tokenizer, config)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizers = [
@@ -204,31 +210,30 @@ class AsyPPOTrainer:
             if step > self.policy_warmup:
                 with timer.phase("update_actor"):
                     row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator)
-        row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
+        row |= metrics.of_batch(batch, signal, old_logprob, entropy) | metrics.of_rewards(rewards)
         row |= metrics.of_time(batch, timer.seconds, self.device)
         skipped = row.get("actor/skipped_updates", 0) + row.get("critic/skipped_updates", 0)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return row
 
-    def sample(
-        self, step: int, timer: Timer, run: RunDirectory
-    ) -> tuple[Batch, dict[str, list[float]], dict[str, float]]:
+    def sample(self, step: int, timer: Timer, run: RunDirectory) -> tuple[Batch, Rewards, dict[str, float]]:
         """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function and metrics,
         too."""
         config = self.config
         of_sampling: dict[str, float] = {}
+        timeouts: dict[str, int] = {}
         if config.dynamic_sampling:
             groups, of_sampling = keep_unequal(
-                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], timer),
+                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], step, timer, timeouts),
                 config.prompts_per_step,
                 config.dynamic_sampling_max_batches,
             )
         else:
-            groups = self._draw(self.schedule.rows_of_step(step - 1), timer)
+            groups = self._draw(self.schedule.rows_of_step(step - 1), step, timer, timeouts)
         samples = [sample for group in groups for sample in group]
         run.log_samples(
             [
-                {"step": step, "split": "train", "prompt": s.row["prompt"], "completion": s.completion}
+                {"step": step, "split": "train", "prompt": prompt_text(s.row["prompt"]), "completion": s.completion}
                 | {"reward": s.score}
                 for s in samples[: config.logging_samples]
             ]
@@ -237,13 +242,14 @@ class AsyPPOTrainer:
             [s.prompt for s in samples],
             [s.response.tokens for s in samples],
             [s.response.logprob for s in samples],
-            [s.score for s in samples],
+            [s.total for s in samples],
             [s.response.truncated for s in samples],
             [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
             pad_token_id=pad_token_id(self.tokenizer),
             device=self.device,
         )
-        return batch, {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}, of_sampling
+        by_function = {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}
+        return batch, Rewards(by_function, [s.total for s in samples], timeouts), of_sampling
 
     def _rows_of_batch(self, step: int, batch: int) -> list[int]:
         """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""
@@ -252,7 +258,7 @@ class AsyPPOTrainer:
         index = (step - 1) * (self.config.dynamic_sampling_max_batches - 1) + batch - 1
         return self.further_schedule.rows_of_step(index)
 
-    def _draw(self, indices: Sequence[int], timer: Timer) -> list[Group]:
+    def _draw(self, indices: Sequence[int], step: int, timer: Timer, timeouts: dict[str, int]) -> list[Group]:
         """Sample and reward G responses to each of these rows of the training data."""
         config = self.config
         rows = [self.train_dataset[i] for i in indices for _ in range(config.num_generations)]
@@ -263,12 +269,20 @@ class AsyPPOTrainer:
             )
         with timer.phase("reward"):
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-            rewards = compute_rewards(self.reward_funcs, rows, completions)
-        names = [getattr(func, "__name__", type(func).__name__) for func in self.reward_funcs]
+            ids = [response.tokens.tolist() for response in responses]
+            rewards = compute_rewards(
+                self.reward_funcs, rows, completions, ids, weights=config.reward_weights, step=step
+            )
+        for name, count in rewards.timeouts.items():
+            timeouts[name] = timeouts.get(name, 0) + count
+        by_function = [
+            dict(zip(rewards.by_function, of_sample, strict=True))
+            for of_sample in zip(*rewards.by_function.values(), strict=True)
+        ]
         samples = [
-            Sample(row, prompt, response, completion, dict(zip(names, of_sample, strict=True)), sum(of_sample))
-            for row, prompt, response, completion, of_sample in zip(
-                rows, prompts, responses, completions, zip(*rewards, strict=True), strict=True
+            Sample(*of_sample)
+            for of_sample in zip(
+                rows, prompts, responses, completions, by_function, rewards.scores, rewards.total, strict=True
             )
         ]
         return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
@@ -373,9 +387,10 @@ class AsyPPOTrainer:
             **{f"critic_{m}": pair for m, pair in enumerate(critics)},
         }
 
-    def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
-        return tokenize(self.tokenizer, prompts)
+        tokens = prompt_tokens(prompts, self.tokenizer, self.config.data.chat_template_kwargs)
+        return [torch.tensor(ids) for ids in tokens]
 
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
         rows = torch.arange(len(batch), device=self.device) if rows is None else rows
@@ -420,20 +435,23 @@ def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Asy
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Tensor]:
-    """Return the tokens (int64 [length]) of each prompt."""
-    tokens = tokenizer(list(prompts), padding=False)["input_ids"]
-    for prompt, ids in zip(prompts, tokens, strict=True):
-        if not ids:
-            raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, needs at least one")
-    return [torch.tensor(ids) for ids in tokens]
-
-
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every token that ends a response: the generation config's, and the tokenizer's."""
     configured = policy.model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
+
+
+def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
+    """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
+    models = [policy.model, *(critics.models if critics is not None else ())]
+    positions = [getattr(m.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize for m in models]
+    if config.max_completion_length >= min(positions):
+        raise ConfigError(
+            f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "
+            "positions of the models, so that a prompt fits, too"
+        )
+    return min(positions) - config.max_completion_length
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
