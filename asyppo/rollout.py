@@ -23,10 +23,13 @@ class Sample:
     """The response's text, without special tokens."""
     rewards: dict[str, float | None]
     """By reward function."""
-    score: float
-    """Their weighted sum."""
     total: float | Tensor
-    """The same, or, where tokens are rewarded, float32 [tokens]."""
+    """Their weighted sum; where tokens are rewarded, float32 [tokens]."""
+
+    @property
+    def score(self) -> float:
+        """The weighted sum over functions and tokens."""
+        return float(self.total.sum()) if isinstance(self.total, Tensor) else self.total
 
 
 Group = list[Sample]

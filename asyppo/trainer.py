@@ -281,9 +281,7 @@ class AsyPPOTrainer:
         ]
         samples = [
             Sample(*of_sample)
-            for of_sample in zip(
-                rows, prompts, responses, completions, by_function, rewards.scores, rewards.total, strict=True
-            )
+            for of_sample in zip(rows, prompts, responses, completions, by_function, rewards.total, strict=True)
         ]
         return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
 
