@@ -120,16 +120,21 @@ class MicroBatch:
         row, column = self.predicts
         return self.input_ids[row, column + 1]
 
+    @property
+    def flat_predicts(self) -> Tensor:
+        """int64 [N]: ``predicts`` as one number, row * s + column."""
+        row, column = self.predicts
+        return row * self.input_ids.shape[1] + column
+
     def select(self, hidden: Tensor) -> Tensor:
         """Return the hidden states [N, H], of [b, s, H], that predict the response tokens."""
-        row, column = self.predicts
-        return hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)
+        return hidden.flatten(0, 1).index_select(0, self.flat_predicts)
 
 
-def micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
-    """Cut ``rows`` (int64 [b]) out of ``batch``."""
+def micro_batch(batch: Batch, rows: Tensor, width: int | None = None) -> MicroBatch:
+    """Cut ``rows`` (int64 [b]) out of ``batch``, padded to ``width`` (None: to the longest of them)."""
     length = batch.length[rows]
-    width = int(length.max())
+    width = int(length.max()) if width is None else width
     mask = torch.arange(width, device=rows.device) < length[:, None]
     local_row, position = batch.mask[rows].nonzero(as_tuple=True)
     return MicroBatch(
@@ -154,6 +159,20 @@ def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1
         yield micro_batch(batch, order[start : start + count])
         start += count
         at_least -= 1
+
+
+def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[list[MicroBatch]]:
+    """Cut M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a share, that have at most
+    ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run out has no rows."""
+    orders = [rows[torch.argsort(batch.length[rows], descending=True, stable=True)] for rows in shares]
+    lengths = [batch.length[order].tolist() for order in orders]
+    start = 0
+    while start < max(map(len, lengths)):
+        # The first row of each share is the longest of its piece.
+        width = max(of_share[start] for of_share in lengths if start < len(of_share))
+        end = start + max(1, max_tokens // (width * len(shares)))
+        yield [micro_batch(batch, order[start:end], width) for order in orders]
+        start = end
 
 
 def split_responses(group: Tensor, num_critics: int, generator: torch.Generator) -> Tensor:

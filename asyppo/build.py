@@ -12,7 +12,7 @@ from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data import fitting, load_eval_rows, load_train_rows, prompt_tokens
 from asyppo.evaluate import Evaluation, evaluate
-from asyppo.loading import choose_device, load_critics, load_policy, load_tokenizer
+from asyppo.loading import choose_device, critics_of, load_tokenizer, policy_of
 from asyppo.rewards import resolve_reward_funcs
 from asyppo.run import ProgressDisplay, new_run_path
 from asyppo.trainer import AsyPPOTrainer, make_sampler, prompt_limit
@@ -47,8 +47,8 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     if config.algorithm == "ppo" or critic_path is None:
         critic_path = policy_path
 
-    policy = load_policy(policy_path, config)
-    critics = load_critics(critic_path, config, policy) if config.num_critics else None
+    policy = policy_of(policy_path, config)
+    critics = critics_of(critic_path, config, policy) if config.num_critics else None
     return AsyPPOTrainer(
         policy=policy,
         critics=critics,
@@ -70,7 +70,7 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
         raise ConfigError("data.eval_size: got 0, needs at least 1 prompt to evaluate on")
     choose_device(config)  # what cannot work shows before the work
     rows = load_eval_rows(config.data)
-    policy = load_policy(model, config, temperature=config.eval.temperature)
+    policy = policy_of(model, config, temperature=config.eval.temperature)
     tokenizer = load_tokenizer(model, config.policy.trust_remote_code)
     rows = fitting(rows, "eval_dataset", tokenizer, config.data, prompt_limit(config, policy, None))
     prompts = prompt_tokens([row["prompt"] for row in rows], tokenizer, config.data.chat_template_kwargs)

@@ -27,7 +27,7 @@ from asyppo.critics import Critics
 from asyppo.policy import Policy
 
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
-"""What has weights and an optimizer, by name: ``policy``, ``critic_0``, …"""
+"""What has weights and an optimizer, by name: ``policy``, and ``critics`` together."""
 
 
 def _state(trained: Trained) -> dict[str, Any]:

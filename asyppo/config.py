@@ -53,7 +53,8 @@ class PolicyConfig:
 
 @dataclass
 class CriticConfig:
-    """The mini-critics. They share the policy's tokenizer, dtype and attention implementation."""
+    """The mini-critics. They share the policy's tokenizer and dtype; run one after another, its attention
+    implementation, too."""
 
     model_name_or_path: str | None = None
     """Directory or hub name of the checkpoint that every critic starts from (the paper's: one checkpoint, new value
@@ -80,6 +81,16 @@ class CriticConfig:
     moving on. None does not clip (our choice)."""
     warmup_steps: int = 0
     """First steps that train the critics only, with the policy frozen. Our choice."""
+    stacked: bool = True
+    """Compute the critics as one model with stacked weights, in the launches of one. False runs them one after
+    another, which is also what happens, with a warning, to models that are not Llama, Mistral, Qwen2 or Qwen3."""
+    lora_rank: int = 0
+    """r > 0: the critics are LoRA adapters of rank r on every linear layer, and value heads, over one frozen backbone,
+    so that M of them take the memory of one. 0: each has all weights of its own, the paper's."""
+    lora_alpha: float = 16.0
+    """The adapters' products are scaled by lora_alpha / lora_rank. Our choice."""
+    gradient_checkpointing: bool = False
+    """Keep one tensor a layer for the backward pass and compute the rest again: less memory, more time."""
 
 
 @dataclass
@@ -374,8 +385,16 @@ class AsyPPOConfig:
             _need(got >= 1, name, got, "an integer of at least 1")
         for name in ("save_steps", "logging_samples", "warmup_steps", "overlong_buffer_len"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
+        _need(self.critic.lora_alpha > 0, "critic.lora_alpha", self.critic.lora_alpha, "a positive number")
+        _need(
+            self.critic.lora_rank == 0 or self.critic.stacked,
+            "critic.lora_rank",
+            self.critic.lora_rank,
+            "0 with critic.stacked False: adapters share a backbone, which is computed for all of them at once",
+        )
         for name, got in (
             ("critic.warmup_steps", self.critic.warmup_steps),
+            ("critic.lora_rank", self.critic.lora_rank),
             ("data.eval_size", self.data.eval_size),
             ("eval.every", self.eval.every),
         ):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import Critics
+from asyppo.critics import Critics, load_critics
 from asyppo.policy import Policy, compute_dtype
 
 
@@ -21,7 +21,7 @@ def choose_device(config: AsyPPOConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def load_policy(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **changes: Any) -> Policy:
+def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **changes: Any) -> Policy:
     """Return the policy that ``config`` asks for: of a model by directory or hub name, put on its device, or around a
     causal language model, which stays where it is. A Policy stays itself. ``changes`` go to Policy, in place of what
     ``config`` says. Raises ConfigError."""
@@ -42,7 +42,7 @@ def load_policy(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **
     return Policy.from_pretrained(policy, lora=lora if config.policy.use_peft else None, **_shared(config), **options)
 
 
-def load_critics(critics: Critics | str | None, config: AsyPPOConfig, policy: Policy) -> Critics | None:
+def critics_of(critics: Critics | str | None, config: AsyPPOConfig, policy: Policy) -> Critics | None:
     """Return the critics that ``config`` asks for, of a checkpoint by directory or hub name; new value heads follow
     from ``config.seed``. Critics stay themselves, and so does None. Raises ConfigError."""
     if not isinstance(critics, str):
@@ -52,9 +52,8 @@ def load_critics(critics: Critics | str | None, config: AsyPPOConfig, policy: Po
     vocab_size = policy.model.config.get_text_config().vocab_size
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return Critics.from_pretrained(
-            critics, config.num_critics, vocab_size=vocab_size, **(_shared(config) | {"device": policy.device})
-        )
+        options = _shared(config) | {"device": policy.device}
+        return load_critics(critics, config.num_critics, config.critic, vocab_size=vocab_size, **options)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

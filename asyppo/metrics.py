@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,6 +138,36 @@ class PolicyUpdates:
             "actor/skipped_updates": float(steps - len(norms)),
         }
         return row | ({"actor/kl_loss": kl} if self.config.kl_in_loss > 0 else {})
+
+
+class CriticUpdates:
+    """Gathers the statistics of the optimizer steps of M critics in one training step."""
+
+    def __init__(self, num_critics: int):
+        self.losses: list[list[float]] = [[] for _ in range(num_critics)]
+        self.norms: list[list[float | None]] = [[] for _ in range(num_critics)]
+
+    def stepped(self, losses: Sequence[float], norms: Sequence[float | None], active: Sequence[bool]) -> None:
+        """Count an optimizer step: losses and gradient norms of the M critics, None: that critic's was skipped. Those
+        that are not ``active`` had nothing to learn."""
+        for m, is_active in enumerate(active):
+            if is_active:
+                self.losses[m].append(losses[m])
+                self.norms[m].append(norms[m])
+
+    def row(self) -> Row:
+        """Return the metrics of each critic, as means over its optimizer steps, and their means over critics."""
+        row: Row = {}
+        for m, (losses, norms) in enumerate(zip(self.losses, self.norms, strict=True)):
+            taken = [norm for norm in norms if norm is not None]
+            row[f"critic/{m}/vf_loss"] = sum(losses) / len(losses)
+            row[f"critic/{m}/grad_norm"] = sum(taken) / len(taken) if taken else math.nan
+            row[f"critic/{m}/skipped_updates"] = float(len(norms) - len(taken))
+        count = len(self.losses)
+        for name in ("vf_loss", "grad_norm"):
+            row[f"critic/{name}"] = sum(row[f"critic/{m}/{name}"] for m in range(count)) / count
+        row["critic/skipped_updates"] = sum(row[f"critic/{m}/skipped_updates"] for m in range(count))
+        return row
 
 
 def summary(row: Row) -> str:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedConfig
 
 from asyppo.config import AsyPPOConfig, ConfigError, ModelShape
+from asyppo.critics.loading import BackboneWithValueHead
 from asyppo.policy import compute_dtype
 from asyppo_kernels._policy_head import GPU_WORKSPACE_BYTES
 
@@ -127,7 +128,7 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     """Estimate the memory of ``config`` on each of ``gpus`` GPUs. Raises ConfigError where a model is unknown."""
     dtype = compute_dtype(config.policy.dtype, torch.device("cuda"))
     element = dtype.itemsize
-    prompt = getattr(config.data, "max_prompt_length", None) or prompt_length
+    prompt = config.data.max_prompt_length or prompt_length
     width = prompt + config.max_completion_length
     policy = describe(*_policy_config(config), config=config)
     critic = describe(*_critic_config(config), config=config, is_critic=True) if config.num_critics else None
@@ -172,8 +173,9 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     }
     if critic is not None:
         rows = max(config.num_critics, config.max_tokens_per_micro_batch // width)
-        of_critic = activations(critic, rows, width, dtype, getattr(config.critic, "gradient_checkpointing", False))
-        in_use = config.num_critics * _in_use(critic, of_critic, element, gpus)
+        of_critic = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
+        # A frozen backbone is there once, and in the precision of the pass already.
+        in_use = 0 if config.critic.lora_rank else config.num_critics * _in_use(critic, of_critic, element, gpus)
         plan.phases["critic update"] = always | {
             "gradients": 4 * config.num_critics * critic.trainable // gpus,
             "weights as computed with": in_use,
@@ -196,10 +198,10 @@ _BATCH_BYTES = 4 * 16
 
 
 def _resident(name: str, model: Model, element: int, gpus: int, count: int = 1) -> dict[str, int]:
-    """Weights in float32, frozen ones as they are computed with, and AdamW's two moments."""
+    """Weights in float32 and AdamW's two moments; frozen weights, which all share, as they are computed with."""
     frozen = model.parameters - model.trainable
     return {
-        f"{name} weights": count * (4 * model.trainable + element * frozen) // gpus,
+        f"{name} weights": (4 * count * model.trainable + element * frozen) // gpus,
         f"{name} optimizer": count * 8 * model.trainable // gpus,
     }
 
@@ -308,20 +310,20 @@ def describe(
     largest = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=parameters)
     trainable = parameters
     if config.policy.use_peft and not is_critic:
-        trainable = _adapter_parameters(model, config)
+        trainable = _adapter_parameters(model, config.policy.lora_r, config.policy.lora_target_modules)
         parameters += trainable
+    if config.critic.lora_rank and is_critic:
+        trainable = _adapter_parameters(model, config.critic.lora_rank, None)
+        trainable += sum(p.numel() for p in model.score.parameters())
+        parameters += trainable - sum(p.numel() for p in model.score.parameters())
     return Model(name, source, model_config, parameters, trainable, largest, is_critic)
 
 
-def _adapter_parameters(model: nn.Module, config: AsyPPOConfig) -> int:
-    ends = config.policy.lora_target_modules
-    linear = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()  # type: ignore[operator]
-    ]
+def _adapter_parameters(model: Any, rank: int, ends: list[str] | None) -> int:
+    """Elements of LoRA adapters on the linear layers of the body whose names end so; None: on all of them."""
+    linear = [(name, m) for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear)]
     chosen = [m for name, m in linear if ends is None or any(name == e or name.endswith(f".{e}") for e in ends)]
-    return sum(config.policy.lora_r * (m.in_features + m.out_features) for m in chosen)
+    return sum(rank * (m.in_features + m.out_features) for m in chosen)
 
 
 def _from_config(model_config: PreTrainedConfig, is_critic: bool) -> Any:
@@ -331,7 +333,7 @@ def _from_config(model_config: PreTrainedConfig, is_critic: bool) -> Any:
     if type(made) in AutoModelForTokenClassification._model_mapping:
         made.num_labels = 1
         return AutoModelForTokenClassification.from_config(made, dtype=torch.float32)
-    raise NotImplementedError
+    return BackboneWithValueHead(AutoModel.from_config(made, dtype=torch.float32))
 
 
 def _layers(model: Any) -> list[nn.Module]:

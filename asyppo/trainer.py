@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo import metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
-from asyppo.batch import Batch, make_batch, micro_batches, split_responses
+from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses
 from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import Critics
+from asyppo.critics import CriticOptimizer, Critics
 from asyppo.data import Prompt, PromptSchedule, Row, fitting, prompt_text, prompt_tokens
 from asyppo.evaluate import Evaluation, evaluate
-from asyppo.loading import load_critics, load_policy, load_tokenizer
+from asyppo.loading import critics_of, load_tokenizer, policy_of
 from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.report import plot_curves
@@ -73,8 +74,8 @@ class AsyPPOTrainer:
         sampler: Sampler | None = None,
     ):
         config.validate()
-        policy = load_policy(policy, config)
-        critics = load_critics(critics, config, policy)
+        policy = policy_of(policy, config)
+        critics = critics_of(critics, config, policy)
         tokenizer = tokenizer or load_tokenizer(policy.model.name_or_path, config.policy.trust_remote_code)
         num_critics = 0 if critics is None else len(critics)
         if num_critics != config.num_critics:
@@ -98,10 +99,11 @@ class AsyPPOTrainer:
         self.further_schedule = PromptSchedule(count, config.prompts_per_step, config.seed + 1_000_000)
         self.sampler = sampler or make_sampler(policy, tokenizer, config)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
-        self.critic_optimizers = [
-            _adamw(model, config.critic.learning_rate, config.critic.weight_decay)
-            for model in (critics.models if critics is not None else ())
-        ]
+        self.critic_optimizer = None
+        if critics is not None:
+            self.critic_optimizer = CriticOptimizer(
+                critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
+            )
         self.reference = policy.reference() if config.beta > 0 else None
         self.skipped_in_a_row = 0
 
@@ -172,7 +174,7 @@ class AsyPPOTrainer:
 
                 if config.advantage_values == "before":
                     with timer.phase("values"):
-                        value = self.critics.values(batch, self._micro_batches(batch))
+                        value = self.critics.values(batch, config.max_tokens_per_micro_batch)
 
                 # Critic update: each on its own share only.
                 with timer.phase("update_critic"):
@@ -181,7 +183,8 @@ class AsyPPOTrainer:
                 # Value: all critics on all responses.
                 if config.advantage_values != "before":
                     with timer.phase("values"):
-                        value = self.critics.values(batch, self._micro_batches(batch))
+                        value = self.critics.values(batch, config.max_tokens_per_micro_batch)
+                row["critic/padding_frac"] = self.critics.padding_frac()
 
                 # Advantage on the mean value; masks from the disagreement.
                 with timer.phase("adv"):
@@ -288,31 +291,28 @@ class AsyPPOTrainer:
     def update_critics(self, batch: Batch, share: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B])."""
         assert self.critics is not None
-        config, row = self.config.critic, {"critic/skipped_updates": 0.0}
-        for m, optimizer in enumerate(self.critic_optimizers):
-            own = (share == m).nonzero().squeeze(1)
-            returns, old_value = self._critic_targets(batch, own, m)
-            losses, norms = [], []
-            for rows in _minibatches(own, config.num_iterations, config.num_mini_batches, generator):
-                weight = token_weights(batch.learned, rows, "token-mean")
-                loss = torch.zeros((), device=self.device)
-                for micro in self._micro_batches(batch, rows):
-                    value = self.critics(micro, [m]).value[0]
-                    targets = old_value[micro.grid], returns[micro.grid], weight[micro.grid]
-                    part = value_loss(value, *targets, cliprange=config.cliprange_value)
-                    part.backward()
-                    loss += part.detach()
-                norm = _clip_and_step(self.critics.models[m], optimizer, config.max_grad_norm, loss)
-                row["critic/skipped_updates"] += norm is None
-                losses.append(float(loss))
-                norms.append(math.nan if norm is None else norm)
-            row[f"critic/{m}/vf_loss"] = sum(losses) / len(losses)
-            row[f"critic/{m}/grad_norm"] = sum(norms) / len(norms)
-        count = len(self.critic_optimizers)
-        row["critic/vf_loss"] = sum(row[f"critic/{m}/vf_loss"] for m in range(count)) / count
-        row["critic/grad_norm"] = sum(row[f"critic/{m}/grad_norm"] for m in range(count)) / count
-        row["critic/lr"] = self.critic_optimizers[0].param_groups[0]["lr"]
-        return row
+        assert self.critic_optimizer is not None
+        config, max_tokens = self.config.critic, self.config.max_tokens_per_micro_batch
+        own = [(share == m).nonzero().squeeze(1) for m in range(len(self.critics))]
+        returns, old_value = self._critic_targets(batch, own)
+        # All chance before the first update, critic by critic.
+        minibatches = [
+            list(_minibatches(rows, config.num_iterations, config.num_mini_batches, generator)) for rows in own
+        ]
+        updates = metrics.CriticUpdates(len(own))
+        # Where a critic has fewer rows than minibatches are asked for, it sits out the last.
+        for rows_of in zip_longest(*minibatches, fillvalue=own[0][:0]):
+            weight = torch.stack([token_weights(batch.learned, rows, "token-mean") for rows in rows_of]).sum(0)
+
+            def loss(micro: MicroBatch, value: Tensor, weight: Tensor = weight) -> Tensor:
+                targets = old_value[micro.grid], returns[micro.grid], weight[micro.grid]
+                return value_loss(value, *targets, cliprange=config.cliprange_value)
+
+            active = [len(rows) > 0 for rows in rows_of]
+            losses = self.critics.backward(batch, rows_of, loss, max_tokens)
+            norms = self.critic_optimizer.step(losses, config.max_grad_norm, active=active)
+            updates.stepped(losses.tolist(), norms, active)
+        return updates.row() | {"critic/lr": self.critic_optimizer.adamw.param_groups[0]["lr"]}
 
     def update_policy(
         self,
@@ -379,11 +379,10 @@ class AsyPPOTrainer:
 
     def trained(self) -> Trained:
         """Return what has weights and an optimizer, by name."""
-        critics = () if self.critics is None else zip(self.critics.models, self.critic_optimizers, strict=True)
-        return {
-            "policy": (self.policy.model, self.policy_optimizer),
-            **{f"critic_{m}": pair for m, pair in enumerate(critics)},
-        }
+        trained: Trained = {"policy": (self.policy.model, self.policy_optimizer)}
+        if self.critics is not None and self.critic_optimizer is not None:
+            trained["critics"] = (nn.ModuleList(self.critics.models), self.critic_optimizer.adamw)
+        return trained
 
     def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
@@ -406,19 +405,21 @@ class AsyPPOTrainer:
             own_step, own_total = step - self.policy_warmup, total - self.policy_warmup
             factor = learning_rate_factor(config.lr_scheduler_type, own_step, own_total, config.warmup_steps)
             set_learning_rate(self.policy_optimizer, config.learning_rate * factor)
-        for optimizer in self.critic_optimizers:
+        if self.critic_optimizer is not None:
             factor = learning_rate_factor(config.critic.lr_scheduler_type, step, total)
-            set_learning_rate(optimizer, config.critic.learning_rate * factor)
+            set_learning_rate(self.critic_optimizer.adamw, config.critic.learning_rate * factor)
 
-    def _critic_targets(self, batch: Batch, own: Tensor, m: int) -> tuple[Tensor, Tensor]:
-        """λ-return [B, T] that critic m learns on its own rows, and its value [B, T] there before the update; zeros
-        where nothing needs that."""
+    def _critic_targets(self, batch: Batch, own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """λ-returns [B, T], on each critic's own rows those that it learns, and its values [B, T] there before the
+        update; zeros where nothing needs them."""
         assert self.critics is not None
-        config, value = self.config.critic, torch.zeros_like(batch.reward)[None]
+        config, value = self.config.critic, torch.zeros_like(batch.reward)
         if config.value_lambda < 1 or config.cliprange_value is not None:
-            value = self.critics.values(batch, self._micro_batches(batch, own), [m])
-        gae = ensemble_gae(value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=config.value_lambda)
-        return gae.returns, value[0]
+            value = self.critics.own_values(batch, own, self.config.max_tokens_per_micro_batch)
+        gae = ensemble_gae(
+            value[None], batch.reward, batch.mask, gamma=self.config.gamma, value_lam=config.value_lambda
+        )
+        return gae.returns, value
 
 
 def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:

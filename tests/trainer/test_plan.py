@@ -71,37 +71,39 @@ def tiny_run(
     return make
 
 
-def test_weights_gradients_and_moments_are_those_of_a_step(tiny_run: Callable[..., AsyPPOConfig]) -> None:
-    config = tiny_run(beta=0.1)
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_weights_gradients_and_moments_are_those_of_a_step(
+    tiny_run: Callable[..., AsyPPOConfig], lora_rank: int
+) -> None:
+    config = tiny_run(beta=0.1, critic={"lora_rank": lora_rank})
     phases = make_plan(config).phases
     trainer = build_trainer(config)
+    assert trainer.critics is not None
+    assert trainer.critic_optimizer is not None
+    optimizers = {"policy": trainer.policy_optimizer, "critics": trainer.critic_optimizer.adamw}
     gradients: dict[str, int] = {}
-    for name, entry in trainer.trained().items():
-        optimizer: Any = entry[1]
-        step = optimizer.step
+    for name, optimizer in optimizers.items():
 
-        def noted(*args: Any, name: str = name, optimizer: Any = optimizer, step: Any = step) -> Any:
-            gradients[name] = sum(p.grad.nbytes for group in optimizer.param_groups for p in group["params"])
+        def noted(*args: Any, name: str = name, optimizer: Any = optimizer, step: Any = optimizer.step) -> Any:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients[name] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             return step(*args)
 
-        optimizer.step = noted
+        optimizer.step = noted  # type: ignore[method-assign]
     trainer.train()
 
-    def moments(prefix: str) -> int:
-        states = [s for n, (_, o) in trainer.trained().items() if n.startswith(prefix) for s in o.state.values()]
+    def moments(name: str) -> int:
+        states = optimizers[name].state.values()
         return sum(tensor.nbytes for state in states for key, tensor in state.items() if key != "step")
 
-    def weights(models: Any) -> int:
-        return sum(p.nbytes for model in models for p in model.parameters())
-
-    update, of_critics = phases["policy update"], phases["critic update"]
-    assert update["policy weights"] == weights([trainer.policy])
-    assert update["critics weights"] == weights(trainer.critics.models)
-    assert update["reference weights"] == weights([trainer.reference])
-    assert update["policy optimizer"] == moments("policy")
-    assert update["critics optimizer"] == moments("critic")
+    update = phases["policy update"]
+    assert update["policy weights"] == sum(p.nbytes for p in trainer.policy.parameters())
+    assert update["critics weights"] == sum(p.nbytes for p in trainer.critics.parameters())
+    assert update["reference weights"] == sum(p.nbytes for p in trainer.reference.parameters())  # type: ignore[union-attr]
+    for name in ("policy", "critics"):
+        assert update[f"{name} optimizer"] == moments(name)
     assert update["gradients"] == gradients["policy"]
-    assert of_critics["gradients"] == sum(size for name, size in gradients.items() if name.startswith("critic"))
+    assert phases["critic update"]["gradients"] == gradients["critics"]
 
 
 def kept_by(model: Any, rows: int, width: int, forward: Callable[..., Any]) -> int:
