@@ -443,8 +443,8 @@ def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
     """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
-    models = [policy.model, *(critics.models if critics is not None else ())]
-    positions = [getattr(m.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize for m in models]
+    configs = [m.config.get_text_config() for m in (policy.model, critics) if m is not None]
+    positions = [getattr(c, "max_position_embeddings", None) or sys.maxsize for c in configs]
     if config.max_completion_length >= min(positions):
         raise ConfigError(
             f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "

@@ -73,9 +73,11 @@ def tiny_run(
 
 @pytest.mark.parametrize("lora_rank", [0, 3])
 def test_weights_gradients_and_moments_are_those_of_a_step(
-    tiny_run: Callable[..., AsyPPOConfig], lora_rank: int
+    tiny_run: Callable[..., AsyPPOConfig], tmp_path: Path, lora_rank: int
 ) -> None:
     config = tiny_run(beta=0.1, critic={"lora_rank": lora_rank})
+    config.data.dataset_name = str(tmp_path / "rows.jsonl")
+    Path(config.data.dataset_name).write_text('{"prompt": "ab", "answer": "a"}\n{"prompt": "c", "answer": "d"}\n')
     phases = make_plan(config).phases
     trainer = build_trainer(config)
     assert trainer.critics is not None
