@@ -29,7 +29,7 @@ class Batch:
     group: Tensor
     """int64 [B]: which prompt of the step it answers."""
     reward: Tensor
-    """float32 [B, T]: nonzero at the last token of a response only."""
+    """float32 [B, T]: a response's score at its last token, and rewards of tokens at their own."""
     sampler_logprob: Tensor
     """float32 [B, T]: log-prob of each token as the sampler computed it."""
     truncated: Tensor
@@ -63,18 +63,25 @@ def make_batch(
     prompts: Sequence[Tensor],
     responses: Sequence[Tensor],
     logprobs: Sequence[Tensor],
-    scores: Sequence[float],
+    scores: Sequence[float | Tensor],
     truncated: Sequence[bool],
     group: Sequence[int],
     *,
     pad_token_id: int,
     device: torch.device,
 ) -> Batch:
-    """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``."""
+    """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``.
+
+    A response's score is a number, or a reward for each of its tokens (float32 [length]).
+    """
     sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     response_length = torch.tensor([len(r) for r in responses])
     reward = torch.zeros(len(responses), int(response_length.max()))
-    reward[torch.arange(len(responses)), response_length - 1] = torch.tensor(scores, dtype=torch.float32)
+    for row, (score, length) in enumerate(zip(scores, response_length.tolist(), strict=True)):
+        if isinstance(score, Tensor):
+            reward[row, :length] = score
+        else:
+            reward[row, length - 1] = score
     return Batch(
         tokens=_pad(sequences, pad_token_id).to(device),
         prompt_length=torch.tensor([len(p) for p in prompts]).to(device),

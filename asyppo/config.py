@@ -13,6 +13,9 @@ from typing import Any, Literal
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the field, what it got and what it needs."""
 
+    exit_status = 2
+    """What the command line returns for it, after one line; errors without this attribute show their traceback."""
+
 
 def _need(ok: bool, name: str, got: Any, needs: str) -> None:
     if not ok:
@@ -98,22 +101,53 @@ class TaskConfig:
     """Name of the task, such as ``chain_sum``."""
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the task's generator, such as ``{min_terms: 3}``."""
+    weight: float = 1.0
+    """Share of the rows in a mixture, in proportion to the other tasks' weights."""
 
 
 @dataclass
 class DataConfig:
-    """Where prompts come from: a reasoning-gym task, whose held-out prompts are never trained on."""
+    """Where prompts come from: a data set of one's own, or else reasoning-gym tasks. Held-out prompts are never
+    trained on."""
 
+    dataset_name: str | None = None
+    """A ``.jsonl`` or ``.parquet`` file, a directory (of ``datasets``' ``save_to_disk``, or of data files), or a name
+    on the hub. Its column ``prompt`` is text, or chat messages (a list of ``{role, content}``) to which the
+    tokenizer's chat template is applied; all other columns reach the reward functions. None: reasoning-gym tasks."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, ``name`` of ``datasets.load_dataset``."""
+    dataset_train_split: str = "train"
+    """Split with the training rows, where the data set has splits."""
+    dataset_test_split: str | None = None
+    """Split with the held-out rows. None: ``eval_size`` prompts are held out of the training rows."""
+    eval_dataset_name: str | None = None
+    """File, directory or hub name with the held-out rows, in place of a split; where it has splits,
+    ``dataset_test_split`` (None: ``test``) is taken."""
+    eval_dataset_config: str | None = None
+    """Configuration of ``eval_dataset_name``, where that is a hub data set."""
     task: TaskConfig = field(default_factory=TaskConfig)
-    """The task of training and held-out prompts."""
-    prompt_suffix: str = "\n"
-    """Text between a question and the response. Without it the first token of the response could merge with it."""
+    """The reasoning-gym task of training and held-out prompts."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """Several tasks, mixed by ``weight``; where there are any, ``task`` is not used."""
+    prompt_suffix: str | None = None
+    """Text between a text prompt and the response. None: a line break for tasks, so that the first token of the
+    response cannot merge with the question, and nothing for a data set. Chat messages end as their template says."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, such as ``{enable_thinking: false}``."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens. None: what the models' positions leave beside ``max_completion_length``, which binds
+    in any case."""
+    long_prompts: Literal["error", "skip"] = "error"
+    """What becomes of longer prompts: an error that names the rows, or a warning that does, without them."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """The same for rows that are none: broken JSON, or a prompt that is missing, empty, or neither text nor chat
+    messages."""
     train_size: int = 20_000
-    """Training rows generated. Rows whose prompt is a held-out one are left out."""
+    """Training rows generated of the tasks; of a data set all are taken. Rows whose prompt is held out are left out."""
     train_seed: int = 1
-    """Seed of the training rows."""
+    """Seed of the generated training rows."""
     eval_size: int = 512
-    """Held-out prompts, all different."""
+    """Held-out prompts, all different; all that there are where a split or file of held-out rows has fewer. 0: none."""
     eval_seed: int = 1_000_003
     """Seed of the held-out rows and of their sampling: the same before and after training."""
 
@@ -213,7 +247,14 @@ class AsyPPOConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts."""
     reward_funcs: list[str] = field(default_factory=lambda: ["reasoning_gym"])
-    """Names of reward functions; their rewards are added. The first one decides accuracy: right is a reward of 1."""
+    """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, or one's own as ``module:function`` or
+    ``path.py:function``, in TRL's signature. The first one decides accuracy: right is a reward of 1."""
+    reward_weights: list[float] | None = None
+    """Weight of each function in the sum of rewards. None: 1 each."""
+    reward_timeout: float | None = None
+    """Seconds a reward function may take for one sample; where it takes longer, it is cut off, has no reward for that
+    sample, and ``rewards/{name}/timeouts`` counts it. With a limit each function runs in a process of its own, one
+    sample at a time. None: no limit, one call for the whole batch."""
     warm_start: WarmStartConfig | None = None
     """Make small models here instead of loading the policy and the critics from ``model_name_or_path``."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -435,6 +476,13 @@ class AsyPPOConfig:
         )
         _need(len(self.reward_funcs) > 0, "reward_funcs", self.reward_funcs, "at least one reward function")
         _need(
+            self.reward_timeout is None or self.reward_timeout > 0,
+            "reward_timeout",
+            self.reward_timeout,
+            "a positive number of seconds, or null for no limit",
+        )
+        self._validate_data()
+        _need(
             self.num_generations >= self.num_critics,
             "num_generations",
             self.num_generations,
@@ -464,3 +512,25 @@ class AsyPPOConfig:
             self.data.eval_size,
             "at least 1 held-out prompt for eval.min_gain",
         )
+
+    def _validate_data(self) -> None:
+        data = self.data
+        for name, other, there in (
+            ("dataset_config", "dataset_name", data.dataset_name),
+            ("eval_dataset_config", "eval_dataset_name", data.eval_dataset_name),
+            ("dataset_test_split", "dataset_name", data.dataset_name or data.eval_dataset_name),
+        ):
+            got = getattr(data, name)
+            _need(got is None or there is not None, f"data.{name}", got, f"a data.{other} beside it")
+        _need(data.dataset_name is None or not data.tasks, "data.tasks", data.tasks, "none beside data.dataset_name")
+        for index, task in enumerate(data.tasks):
+            _need(
+                0 < task.weight < float("inf"), f"data.tasks[{index}].weight", task.weight, "a positive, finite number"
+            )
+        if data.max_prompt_length is not None:
+            _need(
+                data.max_prompt_length >= 1,
+                "data.max_prompt_length",
+                data.max_prompt_length,
+                "an integer of at least 1",
+            )

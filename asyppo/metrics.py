@@ -13,14 +13,13 @@ from asyppo.advantage import LearningSignal
 from asyppo.batch import Batch
 from asyppo.config import AsyPPOConfig
 from asyppo.reduce import masked_extremes, masked_mean, masked_moments
+from asyppo.rewards import Rewards
 from asyppo_kernels import LinearPPOLoss
 
 Row = dict[str, float]
 
 
-def of_batch(
-    batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor, rewards: dict[str, list[float]]
-) -> Row:
+def of_batch(batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor) -> Row:
     """Metrics of the sampled batch and of what the critics say of it."""
     mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
     length = batch.response_length.float()
@@ -51,8 +50,6 @@ def of_batch(
     ):
         row[f"{name}/mean"] = masked_mean(value, where)
         row[f"{name}/min"], row[f"{name}/max"] = masked_extremes(value, where)
-    for name, of_function in rewards.items():
-        row[f"rewards/{name}/mean"] = sum(of_function) / len(of_function)
     return {key: float(value) for key, value in row.items()}
 
 
@@ -64,6 +61,16 @@ def of_importance_weights(weight: Tensor, mask: Tensor) -> Row:
         "sampling/importance_sampling_ratio/min": float(low),
         "sampling/importance_sampling_ratio/max": float(high),
     }
+
+
+def of_rewards(rewards: Rewards) -> Row:
+    """Mean and standard deviation of each reward function over the samples that are its own, and its timeouts."""
+    row: Row = {}
+    for name, of_function in rewards.by_function.items():
+        own = torch.tensor([reward is not None for reward in of_function])
+        mean, variance = masked_moments(torch.tensor([reward or 0.0 for reward in of_function]), own)
+        row[f"rewards/{name}/mean"], row[f"rewards/{name}/std"] = float(mean), float(variance.sqrt())
+    return row | {f"rewards/{name}/timeouts": float(count) for name, count in rewards.timeouts.items()}
 
 
 def of_time(batch: Batch, seconds: Row, device: torch.device) -> Row:

@@ -21,10 +21,15 @@ class Sample:
     response: Response
     completion: str
     """The response's text, without special tokens."""
-    rewards: dict[str, float]
+    rewards: dict[str, float | None]
     """By reward function."""
-    score: float
-    """Their sum."""
+    total: float | Tensor
+    """Their weighted sum; where tokens are rewarded, float32 [tokens]."""
+
+    @property
+    def score(self) -> float:
+        """The weighted sum over functions and tokens."""
+        return float(self.total.sum()) if isinstance(self.total, Tensor) else self.total
 
 
 Group = list[Sample]

@@ -20,7 +20,7 @@ def sample_rows(
     count: int,
     batch: Batch,
     score: Tensor,
-    rewards: Mapping[str, list[float]],
+    rewards: Mapping[str, list[float | None]],
     signal: LearningSignal,
     old_logprob: Tensor,
     entropy: Tensor,

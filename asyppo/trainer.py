@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo import metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, length_adaptive_lambda, token_weights
@@ -29,14 +30,15 @@ from asyppo.checkpoint import (
 )
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
-from asyppo.data import PromptSchedule, Row
+from asyppo.data import Prompt, PromptSchedule, Row, fitting, prompt_tokens
 from asyppo.durable import WriteError, writing
-from asyppo.evaluate import evaluate
+from asyppo.evaluate import Evaluation, evaluate
+from asyppo.loading import critics_of, load_tokenizer, policy_of
 from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.progress import ProgressDisplay, Timer
 from asyppo.report import plot_curves
-from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
+from asyppo.rewards import RewardFunc, Rewards, compute_rewards, resolve_reward_funcs
 from asyppo.rng import seed_everything
 from asyppo.rollout import Group, Sample, keep_unequal
 from asyppo.run import RunDirectory
@@ -50,6 +52,8 @@ from asyppo_kernels import ensemble_gae
 
 class TrainingError(RuntimeError):
     """Training cannot go on. A checkpoint has been saved; the message names it."""
+
+    exit_status = 1
 
 
 @dataclass
@@ -67,6 +71,8 @@ class TrainResult:
 class AsyPPOTrainer:
     """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
 
+    ``policy`` is a causal language model or where to load one from, a directory or a hub name; ``critics`` is where all
+    critics start from; either is made as ``config`` says. ``tokenizer`` None is the one beside the policy's weights.
     ``train_dataset`` and ``eval_dataset`` are sequences of rows with a text column ``prompt``; every column reaches
     the reward functions, which are names of built-in ones or functions in TRL's signature. ``callbacks`` are
     transformers'.
@@ -75,9 +81,9 @@ class AsyPPOTrainer:
     def __init__(
         self,
         *,
-        policy: Policy,
-        critics: Critics | None,
-        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy | PreTrainedModel | str,
+        critics: Critics | str | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         reward_funcs: Sequence[str | RewardFunc],
         train_dataset: Sequence[Row],
         eval_dataset: Sequence[Row] = (),
@@ -86,6 +92,9 @@ class AsyPPOTrainer:
         callbacks: Sequence[TrainerCallback] = (),
     ):
         config.validate()
+        policy = policy_of(policy, config)
+        critics = critics_of(critics, config, policy)
+        tokenizer = tokenizer or load_tokenizer(policy.model.name_or_path, config.policy.trust_remote_code)
         num_critics = 0 if critics is None else len(critics)
         if num_critics != config.num_critics:
             raise ConfigError(
@@ -95,13 +104,18 @@ class AsyPPOTrainer:
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
-        self.reward_funcs = resolve_reward_funcs(reward_funcs)
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.reward_funcs = resolve_reward_funcs(reward_funcs, config.reward_timeout, config.reward_weights)
+        limit = prompt_limit(config, policy, critics)
+        self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
+        self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
         self.callbacks = callbacks
         self.device = policy.device
-        self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
+        for func in self.reward_funcs:
+            func.check_columns(self.train_dataset[0])
+        count = len(self.train_dataset)
+        self.schedule = PromptSchedule(count, config.prompts_per_step, config.seed)
         # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
-        self.further_schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed + 1_000_000)
+        self.further_schedule = PromptSchedule(count, config.prompts_per_step, config.seed + 1_000_000)
         self.sampler = sampler or make_sampler(policy, tokenizer, config)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizer = None
@@ -138,9 +152,9 @@ class AsyPPOTrainer:
         config = self.config
         first, checkpoint = self.resume(run, hooks)
         hooks("on_train_begin")
-        if first == 1 and not hooks.state.log_history and (accuracy := self.evaluate(run, step=0)) is not None:
-            hooks.evaluated(0, {"eval/accuracy": accuracy})
-            hooks.log(row := {"step": 0, "eval/accuracy": accuracy})
+        if first == 1 and not hooks.state.log_history and (evaluation := self.evaluate(run, step=0)) is not None:
+            hooks.evaluated(0, evaluation.metrics())
+            hooks.log(row := {"step": 0, **evaluation.metrics()})
             run.log_metrics(row)
         with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
             for step in range(first, config.max_steps + 1):
@@ -149,9 +163,9 @@ class AsyPPOTrainer:
                 hooks.end_step(step)
                 if hooks.control.should_evaluate or hooks.control.should_training_stop:
                     start = time.perf_counter()
-                    if (accuracy := self.evaluate(run, step)) is not None:
-                        row |= {"eval/accuracy": accuracy, "timing_s/eval": time.perf_counter() - start}
-                        hooks.evaluated(step, {"eval/accuracy": accuracy})
+                    if (evaluation := self.evaluate(run, step)) is not None:
+                        row |= {**evaluation.metrics(), "timing_s/eval": time.perf_counter() - start}
+                        hooks.evaluated(step, evaluation.metrics())
                 hooks.log(row)
                 failed = self.skipped_in_a_row >= config.max_skipped_steps
                 stop = hooks.control.should_training_stop or failed or signals.received is not None
@@ -262,7 +276,7 @@ class AsyPPOTrainer:
             if step > self.policy_warmup:
                 with timer.phase("update_actor"):
                     row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator, log_ratio)
-        row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
+        row |= metrics.of_batch(batch, signal, old_logprob, entropy) | metrics.of_rewards(rewards)
         row |= metrics.of_time(batch, timer.seconds, self.device)
         run.log_samples(
             sample_rows(
@@ -270,7 +284,7 @@ class AsyPPOTrainer:
                 config.logging_samples,
                 batch,
                 score,
-                rewards,
+                rewards.by_function,
                 signal,
                 old_logprob,
                 entropy,
@@ -282,31 +296,33 @@ class AsyPPOTrainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return row
 
-    def sample(self, step: int, timer: Timer) -> tuple[Batch, dict[str, list[float]], dict[str, float]]:
+    def sample(self, step: int, timer: Timer) -> tuple[Batch, Rewards, dict[str, float]]:
         """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function and metrics,
         too."""
         config = self.config
         of_sampling: dict[str, float] = {}
+        timeouts: dict[str, int] = {}
         if config.dynamic_sampling:
             groups, of_sampling = keep_unequal(
-                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], timer),
+                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], step, timer, timeouts),
                 config.prompts_per_step,
                 config.dynamic_sampling_max_batches,
             )
         else:
-            groups = self._draw(self.schedule.rows_of_step(step - 1), timer)
+            groups = self._draw(self.schedule.rows_of_step(step - 1), step, timer, timeouts)
         samples = [sample for group in groups for sample in group]
         batch = make_batch(
             [s.prompt for s in samples],
             [s.response.tokens for s in samples],
             [s.response.logprob for s in samples],
-            [s.score for s in samples],
+            [s.total for s in samples],
             [s.response.truncated for s in samples],
             [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
             pad_token_id=pad_token_id(self.tokenizer),
             device=self.device,
         )
-        return batch, {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}, of_sampling
+        by_function = {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}
+        return batch, Rewards(by_function, [s.total for s in samples], timeouts), of_sampling
 
     def _rows_of_batch(self, step: int, batch: int) -> list[int]:
         """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""
@@ -315,7 +331,7 @@ class AsyPPOTrainer:
         index = (step - 1) * (self.config.dynamic_sampling_max_batches - 1) + batch - 1
         return self.further_schedule.rows_of_step(index)
 
-    def _draw(self, indices: Sequence[int], timer: Timer) -> list[Group]:
+    def _draw(self, indices: Sequence[int], step: int, timer: Timer, timeouts: dict[str, int]) -> list[Group]:
         """Sample and reward G responses to each of these rows of the training data."""
         config = self.config
         rows = [self.train_dataset[i] for i in indices for _ in range(config.num_generations)]
@@ -326,13 +342,19 @@ class AsyPPOTrainer:
             )
         with timer.phase("reward"):
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-            rewards = compute_rewards(self.reward_funcs, rows, completions)
-        names = [getattr(func, "__name__", type(func).__name__) for func in self.reward_funcs]
-        samples = [
-            Sample(row, prompt, response, completion, dict(zip(names, of_sample, strict=True)), sum(of_sample))
-            for row, prompt, response, completion, of_sample in zip(
-                rows, prompts, responses, completions, zip(*rewards, strict=True), strict=True
+            ids = [response.tokens.tolist() for response in responses]
+            rewards = compute_rewards(
+                self.reward_funcs, rows, completions, ids, weights=config.reward_weights, step=step
             )
+        for name, count in rewards.timeouts.items():
+            timeouts[name] = timeouts.get(name, 0) + count
+        by_function = [
+            dict(zip(rewards.by_function, of_sample, strict=True))
+            for of_sample in zip(*rewards.by_function.values(), strict=True)
+        ]
+        samples = [
+            Sample(*of_sample)
+            for of_sample in zip(rows, prompts, responses, completions, by_function, rewards.total, strict=True)
         ]
         return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
 
@@ -417,23 +439,16 @@ class AsyPPOTrainer:
             row |= metrics.of_importance_weights(rollout_weight, batch.mask)
         return row
 
-    def evaluate(self, run: RunDirectory, step: int) -> float | None:
-        """Accuracy on the held-out prompts, whose samples are logged; None if there are no such prompts."""
+    def evaluate(self, run: RunDirectory, step: int) -> Evaluation | None:
+        """Evaluate on the held-out prompts and log the samples; None if there are no such prompts."""
         if not self.eval_dataset:
             return None
-        accuracy, samples = evaluate(
-            self.sampler,
-            self.tokenizer,
-            self.eval_dataset,
-            self.tokenize([row["prompt"] for row in self.eval_dataset]),
-            self.reward_funcs[0],
-            num_generations=self.config.eval.num_generations,
-            temperature=self.config.eval.temperature,
-            max_completion_length=self.config.max_completion_length,
-            seed=self.config.data.eval_seed,
+        prompts = self.tokenize([row["prompt"] for row in self.eval_dataset])
+        evaluation = evaluate(
+            self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs[0], self.config
         )
-        run.log_samples([{"step": step, "split": "eval", **sample} for sample in samples])
-        return accuracy
+        run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
+        return evaluation
 
     def save(
         self, run: RunDirectory, step: int, row: dict[str, float] | None = None, hooks: Callbacks | None = None
@@ -467,12 +482,9 @@ class AsyPPOTrainer:
             trained["critics"] = (nn.ModuleList(self.critics.models), self.critic_optimizer.adamw)
         return trained
 
-    def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
-        tokens = self.tokenizer(list(prompts), padding=False)["input_ids"]
-        for prompt, ids in zip(prompts, tokens, strict=True):
-            if not ids:
-                raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, needs at least one")
+        tokens = prompt_tokens(prompts, self.tokenizer, self.config.data.chat_template_kwargs)
         return [torch.tensor(ids) for ids in tokens]
 
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
@@ -525,6 +537,18 @@ def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[in
     configured = policy.model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
+
+
+def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
+    """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
+    configs = [m.config.get_text_config() for m in (policy.model, critics) if m is not None]
+    positions = [getattr(c, "max_position_embeddings", None) or sys.maxsize for c in configs]
+    if config.max_completion_length >= min(positions):
+        raise ConfigError(
+            f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "
+            "positions of the models, so that a prompt fits, too"
+        )
+    return min(positions) - config.max_completion_length
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

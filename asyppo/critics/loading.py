@@ -102,10 +102,10 @@ def load_value_model(
                 AutoModelForTokenClassification,
                 path,
                 device,
-                **how,
                 num_labels=1,
                 # The class's default of 0.1 would pollute the disagreement. Not every config knows the field.
                 config_attributes={"classifier_dropout": 0.0},
+                **how,
             )
             head_is_new = "score.weight" in report["missing_keys"]
         else:

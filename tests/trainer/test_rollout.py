@@ -109,12 +109,12 @@ def test_in_the_loop_and_from_any_step(tiny_config: Make, tiny_trainer: Make, al
 
 
 def test_further_prompts_leave_those_of_the_steps_alone(tiny_config: Make, tiny_trainer: Make) -> None:
-    own = [
-        [tiny_trainer(tiny_config(dynamic_sampling=on), hard_ones_differ)._rows_of_batch(step, 0) for step in (1, 2, 3)]
-        for on in (False, True)
-    ]
+    def make(dynamic_sampling: bool) -> Any:
+        return tiny_trainer(tiny_config(dynamic_sampling=dynamic_sampling), hard_ones_differ, train_dataset=ROWS)
+
+    own = [[make(on)._rows_of_batch(step, 0) for step in (1, 2, 3)] for on in (False, True)]
     assert own[0] == own[1]
-    trainer = tiny_trainer(tiny_config(dynamic_sampling=True), hard_ones_differ)
+    trainer = make(True)
     further = [tuple(trainer._rows_of_batch(step, batch)) for step in (1, 2, 3) for batch in (1, 2, 3)]
     assert len(set(further)) > 6
 
