@@ -20,6 +20,12 @@ from asyppo.run import RunDirectory, read_jsonl
 Make = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a tiny run's time would be the picture."""
+    monkeypatch.setattr("asyppo.trainer.plot_curves", lambda metrics, image: None)
+
+
 def score(completions: list[str], **_: Any) -> list[float]:
     """Number of a's."""
     return [float(c.count("a")) for c in completions]
