@@ -87,6 +87,16 @@ def test_a_row_is_in_the_file_at_once(tiny_config: Make) -> None:
         assert board.Tags()["scalars"] == ["a"]
 
 
+@pytest.mark.slow
+def test_files_are_read_in_the_order_they_were_written_in(tiny_config: Make) -> None:
+    for last in range(12):  # TensorBoard's own names of files made in one second are not in order after the tenth
+        with RunDirectory(tiny_config(resume=True)) as run:
+            run.start(last)
+            run.log_metrics({"step": last + 1, "a": float(last)})
+    board = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(p.step, p.value) for p in board.Scalars("a")] == [(i + 1, float(i)) for i in range(12)]
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_trackers(tiny_config: Make, tiny_trainer: Make, tracker: Make, name: str) -> None:
     module = tracker(name)
