@@ -189,7 +189,7 @@ def test_a_directory_that_cannot_be_written(project: Path, capsys: pytest.Captur
         target = "locked"
     assert main(["train", "--config", "my.yaml", "--output_dir", target]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"asyppo: error: output_dir: cannot make {target}/")
+    assert line.startswith(f"asyppo: error: output_dir: cannot write to {target}/")
 
 
 @pytest.mark.parametrize(
