@@ -100,7 +100,7 @@ class Layout:
         """Tokens [M * N, heads, D] as [M * B, longest, heads, D]."""
         if self.packed:
             grid = x.new_zeros(self.sequences * self.longest + 1, *x.shape[1:])
-            x = grid.index_copy(0, self.into, x)[:-1]
+            x = grid.index_copy_(0, self.into, x)[:-1]
         return x.view(self.sequences, self.longest, *x.shape[1:])
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
