@@ -46,7 +46,7 @@ def ensemble_signal(
     learned: Tensor | None = None,
     trained_by: Tensor | None = None,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
     value_lambda: float,
     whitening: Literal["none", "batch", "group"],
     advantage_fraction: float,
@@ -58,8 +58,8 @@ def ensemble_signal(
     ``value`` [M, B, T], ``reward`` [B, T], ``mask`` bool [B, T], ``group`` int64 [B]. ``learned`` bool [B, T], the
     tokens that losses count, are those that are whitened and ranked (None: ``mask``). ``trained_by`` int64 [B], the
     critic trained on each response, leaves that critic out of the response's mean value (cross-fitting, as in
-    arXiv 1608.00060); σ is over all critics. Fractions are the paper's k and h. (AsyPPO, arXiv 2510.01656; GAE,
-    arXiv 1506.02438.)
+    arXiv 1608.00060); σ is over all critics. ``lam`` may be float32 [B]. Fractions are the paper's k and h. σ is ranked
+    as ``coarse`` has it. (AsyPPO, arXiv 2510.01656; GAE, arXiv 1506.02438.)
     """
     learned = mask if learned is None else learned
     fitted = value if trained_by is None else without_own_critic(value, trained_by)
@@ -67,9 +67,9 @@ def ensemble_signal(
     std = gae.std if trained_by is None else torch.where(mask, value.std(dim=0, correction=0), 0.0)
     masks = partial(agreement_masks, advantage_fraction=advantage_fraction, entropy_fraction=entropy_fraction)
     if quantile_scope == "batch":
-        advantage_keep, entropy_keep, low, high = masks(std, learned)
+        advantage_keep, entropy_keep, low, high = masks(coarse(std), learned)
     else:
-        rows = [masks(of_row, valid) for of_row, valid in zip(std, learned, strict=True)]
+        rows = [masks(of_row, valid) for of_row, valid in zip(coarse(std), learned, strict=True)]
         advantage_keep = torch.stack([row.advantage_keep for row in rows])
         entropy_keep = torch.stack([row.entropy_keep for row in rows])
         low = torch.stack([row.low for row in rows]).mean()
@@ -85,6 +85,25 @@ def ensemble_signal(
         low=low,
         high=high,
     )
+
+
+def coarse(std: Tensor) -> Tensor:
+    """Round float32 ``std`` >= 0 to 12 bits after the leading one, half a part in 4,096.
+
+    All responses to a prompt share their first state, so ties in σ are many, and the last bits of a model's outputs
+    depend on what else is in the micro-batch. Ranked as they are, those bits would decide which of the tied tokens a
+    mask drops.
+    """
+    return ((std.view(torch.int32) + 0x400) & ~0x7FF).view(torch.float32)
+
+
+def length_adaptive_lambda(length: Tensor, alpha: float) -> Tensor:
+    """Return λ = 1 - 1 / (α l), at least 0, float32 [B], of responses of ``length`` l tokens (int64 [B]).
+
+    The sum of λ's powers is then α l: an advantage looks ahead over a share of the response, whatever its length
+    (VAPO, arXiv 2504.05118, equation 9).
+    """
+    return (1 - 1 / (alpha * length.float())).clamp(min=0)
 
 
 def without_own_critic(value: Tensor, trained_by: Tensor) -> Tensor:

@@ -329,6 +329,9 @@ class AsyPPOConfig:
     """Discount γ. Our choice."""
     lam: float = 0.95
     """λ of the policy's advantage. Our choice."""
+    length_adaptive_alpha: float | None = None
+    """α of a λ that follows the response's length l, 1 - 1 / (α l), in place of ``lam`` (VAPO, arXiv 2504.05118, whose
+    α is 0.05). None: one λ for all."""
     whiten: Literal["none", "batch", "group"] = "batch"
     """Whitening of advantages over the response tokens of the batch or of each prompt's group, before masking. Our
     choice. GRPO's advantages are normalised by its own rule instead."""
@@ -416,6 +419,7 @@ class AsyPPOConfig:
         for name, bound in (
             ("critic.cliprange_value", self.critic.cliprange_value),
             ("importance_sampling_clip_max", self.importance_sampling_clip_max),
+            ("length_adaptive_alpha", self.length_adaptive_alpha),
         ):
             _need(bound is None or bound > 0, name, bound, "a positive number, or none")
         _need(
@@ -441,6 +445,12 @@ class AsyPPOConfig:
             "scale_rewards",
             self.scale_rewards,
             f"algorithm grpo; {self.algorithm} has whiten for its advantages",
+        )
+        _need(
+            self.length_adaptive_alpha is None or self.num_critics > 0,
+            "length_adaptive_alpha",
+            self.length_adaptive_alpha,
+            "a critic, algorithm grpo has none",
         )
         _need(
             self.advantage_values == "after"

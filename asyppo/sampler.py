@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,8 @@ class ContinuousBatchingSampler:
         if not prompts:
             return []
         model = self.weights.current()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache takes what is free, and what training keeps for reuse is not
         generation = GenerationConfig(
             do_sample=True,
             temperature=temperature,
@@ -196,22 +198,24 @@ class ContinuousBatchingSampler:
         return [self._response(finished[name].generated_tokens, finished[name].logprobs) for name in names]
 
     def _batching(self, model: PreTrainedModel, longest: int, count: int) -> ContinuousBatchingConfig:
-        together = min(self.batch_size, count)
-        settings = {
+        together, page = min(self.batch_size, count), 32 if model.device.type == "cpu" else 256
+        blocks = -(-longest // page)
+        settings: dict[str, Any] = {
             "max_requests_per_batch": together,
+            "page_size": page,
             "return_logprobs": True,
             "seed": int(torch.randint(2**62, ())),
             "auto_switch_to_flash": False,
         }
         if model.device.type == "cpu":
             # Room for as many at once, and no more: by default it is made for most of the memory, and masks with it.
-            page = 32
             settings |= {
-                "page_size": page,
-                "num_blocks": together * -(-longest // page),
+                "num_blocks": together * blocks,
                 "max_batch_tokens": max(256, together),
                 "allow_block_sharing": False,
             }
+        elif "flash" in str(model.config._attn_implementation):
+            settings["max_blocks_per_request"] = 2 * (blocks // 2 + 1)  # even, and one to spare
         return ContinuousBatchingConfig(**settings)
 
     def _response(self, tokens: list[int], logprob: list[float]) -> Response:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo import metrics
-from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
+from asyppo.advantage import (
+    LearningSignal,
+    ensemble_signal,
+    group_signal,
+    length_adaptive_lambda,
+    token_weights,
+)
 from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses
 from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
@@ -196,7 +202,9 @@ class AsyPPOTrainer:
                         learned=batch.learned,
                         trained_by=share if config.advantage_values == "cross_fit" else None,
                         gamma=config.gamma,
-                        lam=config.lam,
+                        lam=config.lam
+                        if config.length_adaptive_alpha is None
+                        else length_adaptive_lambda(batch.response_length, config.length_adaptive_alpha),
                         value_lambda=config.critic.value_lambda,
                         whitening=config.whiten,
                         advantage_fraction=config.advantage_mask_fraction,

@@ -14,9 +14,18 @@ from torch import Tensor
 
 import asyppo.policy
 import asyppo.trainer
-from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights, without_own_critic
-from asyppo.batch import Batch, micro_batches
+from asyppo.advantage import (
+    LearningSignal,
+    coarse,
+    ensemble_signal,
+    group_signal,
+    length_adaptive_lambda,
+    token_weights,
+    without_own_critic,
+)
+from asyppo.batch import Batch, make_batch, micro_batches
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
+from asyppo.critics import Critics
 from asyppo.run import RunDirectory
 from asyppo.shaping import shape_rewards
 
@@ -339,6 +348,80 @@ def test_scale_rewards_in_the_loop(tiny_config: Make, tiny_trainer: Make, signal
     torch.testing.assert_close(signal.advantage[:, 0], reward - mean)
 
 
+# --- λ by length, and masks ---
+
+
+def test_length_adaptive_lambda_by_hand() -> None:
+    got = length_adaptive_lambda(torch.tensor([100, 25, 20, 3]), alpha=0.05)
+    torch.testing.assert_close(got, torch.tensor([0.8, 0.2, 0.0, 0.0]))
+
+
+def test_length_adaptive_lambda_in_the_loop(
+    tiny_config: Make, tiny_trainer: Make, scripted_sampler: Make, signals: list
+) -> None:
+    config = tiny_config(length_adaptive_alpha=0.5)
+    trainer = tiny_trainer(config, likes_a, sampler=scripted_sampler([[3, 4, 5, 6, 1], [3, 4, 1]]))
+    trainer.step(1, RunDirectory(config))
+    signal, reward = signals[0]["result"], signals[0]["arguments"][1]
+    for row, (length, lam) in enumerate([(5, 1 - 1 / 2.5), (3, 1 - 1 / 1.5)]):
+        value, advantage = [*signal.value[row, :length].tolist(), 0.0], 0.0
+        for t in reversed(range(length)):
+            advantage = float(reward[row, t]) + value[t + 1] - value[t] + lam * advantage
+            assert float(signal.raw_advantage[row, t]) == pytest.approx(advantage, abs=1e-5)
+
+
+def test_coarse_by_hand() -> None:
+    step = 2.0**-12
+    std = torch.tensor([0.0, 1.0, 1 + 0.49 * step, 1 + 0.51 * step, 3 * (1 + 1e-7), 1e-30, 7.25])
+    expected = torch.tensor([0.0, 1.0, 1.0, 1 + step, 3.0, float(coarse(torch.tensor([1e-30]))), 7.25])
+    assert torch.equal(coarse(std), expected)
+    assert float(expected[5]) == pytest.approx(1e-30, rel=step / 2)
+
+
+@pytest.mark.parametrize("seed", [0, 6])
+def test_masks_do_not_depend_on_micro_batches(tiny_critic: Make, seed: int) -> None:
+    """The same state has values that differ in their last bits between micro-batches of different shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    large = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 192}
+    critics = Critics([tiny_critic(seed + 10 * m, **large) for m in (1, 2)])
+    heads = [torch.randint(3, 19, (1 + i % 4,), generator=generator) for i in range(6)]
+    responses = [
+        torch.randint(3, 19, (1 + int(torch.randint(3, (), generator=generator)),), generator=generator)
+        for _ in range(48)
+    ]
+    batch = make_batch(
+        [heads[i // 8] for i in range(48)],
+        responses,
+        [torch.zeros(len(r)) for r in responses],
+        [0.0] * 48,
+        [False] * 48,
+        [i // 8 for i in range(48)],
+        pad_token_id=0,
+        device=torch.device("cpu"),
+    )
+    masks = []
+    for budget in (10, 40, 10_000):
+        value = critics.values(batch, micro_batches(batch, torch.arange(48), budget))
+        signal = ensemble_signal(
+            value,
+            batch.reward,
+            batch.mask,
+            batch.group,
+            gamma=1.0,
+            lam=0.95,
+            value_lambda=1.0,
+            whitening="none",
+            advantage_fraction=0.2,
+            entropy_fraction=0.2,
+            quantile_scope="batch",
+        )
+        masks.append((signal.advantage_keep, signal.entropy_keep))
+    for advantage_keep, entropy_keep in masks[1:]:
+        assert torch.equal(advantage_keep, masks[0][0])
+        assert torch.equal(entropy_keep, masks[0][1])
+    assert not masks[0][0][batch.mask].all()
+
+
 # --- what is refused ---
 
 
@@ -354,6 +437,8 @@ def test_scale_rewards_in_the_loop(tiny_config: Make, tiny_trainer: Make, signal
         ({"scale_rewards": "none"}, "scale_rewards: got 'none', needs algorithm grpo; asyppo has whiten"),
         ({"algorithm": "grpo", "advantage_values": "before"}, "advantage_values: got 'before', needs a critic"),
         ({"algorithm": "ppo", "advantage_values": "cross_fit"}, "advantage_values: got 'cross_fit', needs two critics"),
+        ({"length_adaptive_alpha": 0.0}, r"length_adaptive_alpha: got 0\.0, needs a positive number"),
+        ({"length_adaptive_alpha": 0.05, "algorithm": "grpo"}, r"length_adaptive_alpha: got 0\.05, needs a critic"),
         ({"critic": CriticConfig(cliprange_value=0.0)}, r"critic\.cliprange_value: got 0\.0, needs a positive number"),
     ],
 )
