@@ -13,9 +13,11 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data import fitting, load_eval_rows, load_train_rows, prompt_tokens
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loading import choose_device, critics_of, load_tokenizer, policy_of
+from asyppo.progress import ProgressDisplay
 from asyppo.rewards import resolve_reward_funcs
-from asyppo.run import ProgressDisplay, new_run_path
+from asyppo.run import run_path
 from asyppo.trainer import AsyPPOTrainer, make_sampler, prompt_limit
+from asyppo.writers import check_writers
 
 
 def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
@@ -31,7 +33,8 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
             "the critics"
         )
     # What cannot work shows before the work, not after it.
-    new_run_path(config)
+    run_path(config)
+    check_writers(config)
     resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
     device = choose_device(config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []

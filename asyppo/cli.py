@@ -25,6 +25,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from asyppo.commands import COMMANDS, Command, configuration
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.fields import by_path, check_names, did_you_mean, groups
+from asyppo.signals import exiting_at_once
 
 PACKAGE = Path(str(files("asyppo")))
 READY_CONFIGS = {"default": PACKAGE / "default.yaml"} | {
@@ -224,11 +225,12 @@ def _in_one_line(message: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``asyppo`` and return its exit status: 0; 1 for a run that failed; 2 for a setting, a file or a reward
-    function that cannot work."""
+    function that cannot work; 130 and 143 for one that SIGINT or SIGTERM ended, as a shell has it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         namespace = parse_arguments(arguments)
-        return COMMANDS[arguments[0]].run(namespace)
+        with exiting_at_once():  # but for the training loop, which ends its step first
+            return COMMANDS[arguments[0]].run(namespace)
     except Exception as error:
         status = getattr(error, "exit_status", None)
         if status is None:  # a fault of ours, whose place is in the traceback

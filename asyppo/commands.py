@@ -61,6 +61,14 @@ def _train(namespace: Namespace) -> int:
     from asyppo.build import build_trainer
 
     result = build_trainer(config).train()
+    if result.stopped_by is not None:
+        path = result.run.path
+        print(
+            f"asyppo: stopped by {result.stopped_by.name}; to go on: asyppo train --config {path / 'config.yaml'} "
+            f"--run_name {path.name} --resume",
+            file=sys.stderr,
+        )
+        return 128 + result.stopped_by
     before, after = result.accuracy_before, result.accuracy_after
     if before is not None and after is not None:
         print(f"held-out accuracy: {before:.4f} -> {after:.4f}")
