@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from asyppo.adapters import add_lora, has_adapters
 from asyppo.batch import Batch, micro_batches
-from asyppo.checkpoint import load_checkpoint, save_checkpoint
+from asyppo.checkpoint import load_checkpoint, publish_checkpoint, write_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
 from asyppo.critics import Critics
 from asyppo.policy import Policy, WithoutAdapters
@@ -133,7 +133,9 @@ def test_checkpoints_hold_the_adapters(
     for step in (1, 2):
         trainer.step(step, RunDirectory(tiny_config(run_name=f"run-{step}")))
     own = logprobs(trainer.policy, batch)
-    path = save_checkpoint(tmp_path, 2, trainer.policy, trainer.critics, tokenizer, trainer.trained())
+    path = publish_checkpoint(
+        write_checkpoint(tmp_path, 2, trainer.policy, trainer.critics, tokenizer, trainer.trained(), {})
+    )
     assert {file.name for file in (path / "policy").glob("*.safetensors")} == {"adapter_model.safetensors"}
     for auto_class in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         loaded = auto_class.from_pretrained(path / "policy").eval()

@@ -51,7 +51,7 @@ def test_what_a_training_step_logs(
     keep("sample")
     with RunDirectory(config) as run:
         trainer.step(1, run)
-    batch, _ = seen["sample"]
+    batch, *_ = seen["sample"]
     samples = read_jsonl(run.samples)
     assert [row["group"] for row in samples] == [0, 0, 1, 1, 2]  # responses 0, 2, 4, 7, 9 of 12
     for index, row in zip([0, 2, 4, 7, 9], samples, strict=True):
