@@ -36,8 +36,8 @@ from asyppo.critics import Critics
 from asyppo.policy import Policy
 
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer] | Stateful]
-"""What is trained, by name (``policy``, ``critics``): a model and its optimizer, or anything with ``state_dict``
-and ``load_state_dict``."""
+"""What is trained, by name (``policy``, and ``critics`` together): a model and its optimizer, or anything with
+``state_dict`` and ``load_state_dict``."""
 
 
 class CheckpointError(RuntimeError):

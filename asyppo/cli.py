@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         namespace = parse_arguments(arguments)
-        with exiting_at_once():  # but for the loop of training, which ends its step first
+        with exiting_at_once():  # but for the training loop, which ends its step first
             return COMMANDS[arguments[0]].run(namespace)
     except Exception as error:
         status = getattr(error, "exit_status", None)

@@ -113,7 +113,7 @@ def _mean(values: Sequence[float]) -> float:
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Return the probability that among k of n responses, drawn without putting back, at least one is right: the
     unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
+    return (math.comb(n, k) - math.comb(n - right, k)) / math.comb(n, k)
 
 
 def clustered_estimate(scores: Sequence[float], responses: int, z: float = 1.959964) -> Estimate:
