@@ -252,7 +252,8 @@ class AsyPPOConfig:
     """The prompts."""
     reward_funcs: list[str] = field(default_factory=lambda: ["reasoning_gym"])
     """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, or one's own as ``module:function`` or
-    ``path.py:function``, in TRL's signature. The first one decides accuracy: right is a reward of 1."""
+    ``path.py:function``, in TRL's signature. Right, for the accuracy, is what gets a 1 from the
+    first of them that has a reward for it (None is none)."""
     reward_weights: list[float] | None = None
     """Weight of each function in the sum of rewards. None: 1 each."""
     reward_timeout: float | None = None

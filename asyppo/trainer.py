@@ -444,9 +444,7 @@ class AsyPPOTrainer:
         if not self.eval_dataset:
             return None
         prompts = self.tokenize([row["prompt"] for row in self.eval_dataset])
-        evaluation = evaluate(
-            self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs[0], self.config
-        )
+        evaluation = evaluate(self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs, self.config)
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
         return evaluation
 

@@ -467,7 +467,5 @@ def test_columns_by_other_names_and_some_of_the_rows(tmp_path: Path) -> None:
     config.max_train_rows = None
     assert len(load_train_rows(config, held_out)) == 25
     config.columns = {}
-    with pytest.raises(
-        ConfigError, match=r"no column 'prompt', only task, question, final_answer; data\.columns gives"
-    ):
+    with pytest.raises(ConfigError, match=r"no column 'prompt', .*, final_answer; data\.columns gives"):
         load_eval_rows(config)
