@@ -22,7 +22,7 @@ from asyppo.critics import Critics
 from asyppo.data import PromptSchedule, Row
 from asyppo.evaluate import evaluate
 from asyppo.policy import Policy
-from asyppo.report import plot_curves
+from asyppo.report import report_at_the_end
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
 from asyppo.sampler import GenerateSampler, Sampler
@@ -118,7 +118,7 @@ class AsyPPOTrainer:
                 run.log_metrics(row)
                 progress.advance(metrics.summary(row))
                 if last or stop:
-                    plot_curves(run.metrics, run.path / "curves.png")
+                    report_at_the_end(run.path)
                 if stop:
                     raise TrainingError(
                         f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them "

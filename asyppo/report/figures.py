@@ -1,0 +1,424 @@
+"""What the report draws: Plotly figures as plain data.
+
+A colour is the name of a variable of ``page.css``, such as ``--series-1``; the page puts in the theme's own. Curves of
+one run differ in colour and dash, runs in colour and marker, so that no difference rests on colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from asyppo.report.runs import Run, Sample
+
+MAX_POINTS = 400
+"""A longer curve is drawn as means over as many stretches of steps."""
+COLUMNS = 40
+"""Most columns of a distribution over training."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+PATTERNS = ("", "/", "x", "-", ".", "\\", "|", "+")
+INSIDE_A_STEP = ("gen", "reward", "old_log_prob", "ref", "update_critic", "values", "adv", "update_actor")
+"""Phases in the order of the loop; others that a run timed come after them."""
+
+
+@dataclass
+class Table:
+    """Rows of text under a head of text."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class Chart:
+    """A figure with its title, what to read in it, and its numbers as a table."""
+
+    title: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any] = field(default_factory=dict)
+    says: str = ""
+    table: Table | None = None
+    name: str = ""
+    """Of the block of data in the page."""
+
+    @property
+    def figure(self) -> dict[str, Any]:
+        """What Plotly takes."""
+        return {"data": self.data, "layout": self.layout}
+
+
+def number(value: float | None) -> str:
+    """Return three significant digits, without an exponent where it can be helped."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e7:
+        digits = max(0, 2 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{min(digits, 6)}f}"
+    return f"{value:.3g}"
+
+
+def curves(
+    title: str,
+    runs: Sequence[Run],
+    names: Sequence[str],
+    metrics: dict[str, str],
+    *,
+    says: str = "",
+    unit: str = "",
+    zero: bool = False,
+) -> Chart | None:
+    """Return metrics over steps, None where no run has them. ``metrics`` gives each its name in the legend.
+
+    Of mean, min and max, several runs show the mean. ``zero``: the axis begins at 0.
+    """
+    if len(runs) > 1:
+        metrics = {key: name for key, name in metrics.items() if not key.endswith(("/min", "/max"))} or metrics
+    data: list[dict[str, Any]] = []
+    rows = []
+    thinned = False
+    for r, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for m, (metric, short) in enumerate(metrics.items()):
+            steps, values = run.series(metric)
+            if not steps:
+                continue
+            label = short if len(runs) == 1 else name if len(metrics) == 1 else f"{name}, {short}"
+            rows.append([label, *map(number, (values[0], values[-1], min(values), max(values)))])
+            every = math.ceil(len(steps) / MAX_POINTS)
+            thinned |= every > 1
+            data.append(
+                _line(
+                    label,
+                    _thin(steps, every),
+                    _thin(values, every),
+                    color=r if len(runs) > 1 else m,
+                    dash=m,
+                    symbol=r,
+                    markers=len(runs) > 1 or len(steps) <= 12,
+                )
+            )
+    if not data:
+        return None
+    layout = {
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero" if zero else "normal"},
+        "showlegend": len(data) > 1,
+    }
+    if thinned:
+        says = f"{says} Means over stretches of steps, {MAX_POINTS} a curve.".strip()
+    return Chart(title, data, layout, says, Table(["", "first", "last", "lowest", "highest"], rows))
+
+
+def bands(
+    title: str,
+    unit: str,
+    runs: Sequence[Run],
+    names: Sequence[str],
+    of_sample: Callable[[Sample], np.ndarray | None],
+) -> Chart | None:
+    """Return quantiles over training of what ``of_sample`` gives; of several runs, median and quartiles."""
+    data: list[dict[str, Any]] = []
+    rows = []
+    several = len(runs) > 1
+    for r, (run, name) in enumerate(zip(runs, names, strict=True)):
+        steps, gathered = [], []
+        for center, members in _columns(run.trained):
+            parts = [part for part in map(of_sample, members) if part is not None]
+            values = np.concatenate(parts) if parts else np.zeros(0)
+            values = values[np.isfinite(values)]
+            if len(values):
+                steps.append(center)
+                gathered.append(np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]))
+        if not steps:
+            continue
+        quantiles = np.array(gathered)
+        color = _color(r)
+        if not several:
+            data += _band(steps, quantiles[:, 0], quantiles[:, 4], "--series-1-faint", "5–95 %")
+        data += _band(
+            steps, quantiles[:, 1], quantiles[:, 3], f"{color}-soft", f"{name}, 25–75 %" if several else "25–75 %"
+        )
+        label = f"{name}, median" if several else "median"
+        data.append(_line(label, steps, quantiles[:, 2], color=r, symbol=r, width=2.2))
+        for when, row in (("first", quantiles[0]), ("last", quantiles[-1])):
+            rows.append([f"{name}, {when}" if several else when, *map(number, row)])
+    if not data:
+        return None
+    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": unit}}, "showlegend": True}
+    return Chart(
+        title,
+        data,
+        layout,
+        "Of the responses in samples.jsonl.",
+        Table(["", "5 %", "25 %", "median", "75 %", "95 %"], rows),
+    )
+
+
+def rewards(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
+    """Return the rewards of sampled responses: shares by level where there are few, else quantiles."""
+    scored = [[s for s in run.samples if s.split == "train" and math.isfinite(s.reward)] for run in runs]
+    levels = sorted({s.reward for of_run in scored for s in of_run})
+    if not levels:
+        return None
+    if len(runs) > 1 or len(levels) > 6:
+        return bands("Reward of responses", "reward", runs, names, lambda s: np.array([s.reward]))
+    columns = _columns(scored[0])
+    data = []
+    for i, level in enumerate(levels):
+        share = [sum(s.reward == level for s in members) / len(members) for _, members in columns]
+        data.append(
+            {
+                "type": "bar",
+                "name": f"reward {level:g}",
+                "x": [center for center, _ in columns],
+                "y": plain(share),
+                "marker": {
+                    "color": f"--level-{round(1 + 5 * i / max(len(levels) - 1, 1))}",
+                    "pattern": _pattern(i),
+                },
+            }
+        )
+    table = Table(
+        ["", "first", "last"], [[str(trace["name"]), number(trace["y"][0]), number(trace["y"][-1])] for trace in data]
+    )
+    layout = {
+        "barmode": "stack",
+        "bargap": 0.08,
+        "xaxis": {"title": {"text": "step"}},
+        "yaxis": {"title": {"text": "share of responses"}, "range": [0, 1]},
+        "showlegend": True,
+    }
+    return Chart("Rewards of responses", data, layout, "Of the responses in samples.jsonl.", table)
+
+
+def calibration(title: str, series: dict[str, tuple[np.ndarray, np.ndarray]], says: str) -> Chart | None:
+    """Return mean outcome against mean prediction in ten bins of equal size, one curve a series."""
+    data: list[dict[str, Any]] = []
+    rows = []
+    low, high = math.inf, -math.inf
+    for i, (name, (predicted, outcome)) in enumerate(series.items()):
+        if len(predicted) < 20:
+            continue
+        bins = np.array_split(np.argsort(predicted, kind="stable"), 10)
+        x = np.array([predicted[b].mean() for b in bins])
+        y = np.array([outcome[b].mean() for b in bins])
+        low, high = min(low, x.min(), y.min()), max(high, x.max(), y.max())
+        error = float(np.abs(x - y).mean())
+        rows.append([name, f"{len(predicted):,}", number(error), number(float((predicted - outcome).mean()))])
+        curve = _line(name, plain(x), y, color=i, dash=i, symbol=i)
+        data.append(curve | {"hovertemplate": "V̄ %{x:.3f}, came to %{y:.3f}"})
+    if not data:
+        return None
+    ends = plain(np.array([low, high]))
+    data.insert(
+        0,
+        {
+            "type": "scatter",
+            "name": "calibrated",
+            "x": ends,
+            "y": ends,
+            "mode": "lines",
+            "line": {"color": "--muted", "dash": "dot", "width": 1.2},
+            "hoverinfo": "skip",
+        },
+    )
+    layout = {
+        "xaxis": {"title": {"text": "predicted: V̄"}},
+        "yaxis": {"title": {"text": "outcome: mean reward"}},
+        "showlegend": True,
+        "hovermode": "closest",
+    }
+    return Chart(
+        title,
+        data,
+        layout,
+        f"{says} Ten bins of equally many tokens. Above the dotted line V̄ is too low.",
+        Table(["", "tokens", "mean distance from the line", "mean of V̄ − outcome"], rows),
+    )
+
+
+def by_position(
+    title: str,
+    unit: str,
+    samples: dict[str, list[Sample]],
+    quantities: dict[str, Callable[[Sample], np.ndarray | None]],
+    says: str,
+) -> Chart | None:
+    """Return means of per-token quantities in ten stretches of the response, one curve a run and quantity."""
+    data, rows = [], []
+    middles = [10 * i + 5 for i in range(10)]
+    for r, (name, of_run) in enumerate(samples.items()):
+        for q, (quantity, of_sample) in enumerate(quantities.items()):
+            total, count = np.zeros(10), np.zeros(10)
+            for sample in of_run:
+                values = of_sample(sample)
+                if values is None:
+                    continue
+                valid = np.isfinite(values)
+                decile = (10 * np.arange(len(values)) // max(len(values), 1))[valid]
+                total += np.bincount(decile, weights=values[valid], minlength=10)
+                count += np.bincount(decile, minlength=10)
+            if not count.any():
+                continue
+            mean = np.divide(total, count, out=np.full(10, math.nan), where=count > 0)
+            label = quantity if len(samples) == 1 else name if len(quantities) == 1 else f"{name}, {quantity}"
+            rows.append([label, *map(number, mean.tolist())])
+            kind = r if len(samples) > 1 else q
+            data.append(_line(label, middles, mean, color=kind, dash=q, symbol=kind))
+    if not data:
+        return None
+    layout = {
+        "xaxis": {"title": {"text": "position in the response"}, "ticksuffix": " %", "range": [0, 100]},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+        "showlegend": len(data) > 1,
+    }
+    return Chart(title, data, layout, says, Table(["", *(f"{m - 5}–{m + 5} %" for m in middles)], rows))
+
+
+def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
+    """Return seconds by phase as stacked bars: over steps for one run, means of a step for several."""
+    found = dict.fromkeys(
+        key.removeprefix("timing_s/")
+        for run in runs
+        for row in run.metrics
+        for key, value in row.items()
+        if key.startswith("timing_s/") and key != "timing_s/step" and value
+    )
+    order = [phase for phase in INSIDE_A_STEP if phase in found] + [p for p in found if p not in INSIDE_A_STEP]
+    timed = [[row for row in run.metrics if row.get("timing_s/step") is not None] for run in runs]
+    if not order or not any(timed):
+        return None
+    if len(runs) == 1:
+        every = math.ceil(len(timed[0]) / (2 * COLUMNS))
+        parts = [timed[0][i : i + every] for i in range(0, len(timed[0]), every)]
+        x: list[Any] = [float(np.mean([row["step"] or 0 for row in part])) for part in parts]
+    else:
+        parts, x = timed, list(names)
+    data, rows = [], []
+    for i, phase in enumerate(order):
+        seconds = [float(np.mean([row.get(f"timing_s/{phase}") or 0.0 for row in part] or [0.0])) for part in parts]
+        overall = [row.get(f"timing_s/{phase}") or 0.0 for of_run in timed for row in of_run]
+        rows.append([phase, number(float(np.mean(overall))), number(float(np.sum(overall)))])
+        data.append(
+            {
+                "type": "bar",
+                "name": phase,
+                "x": x,
+                "y": plain(seconds),
+                "marker": {
+                    "color": _color(i),
+                    "pattern": _pattern(i),
+                },
+            }
+        )
+    layout = {
+        "barmode": "stack",
+        "bargap": 0.08,
+        "xaxis": {"title": {"text": "step" if len(runs) == 1 else ""}},
+        "yaxis": {"title": {"text": "seconds a step"}},
+        "showlegend": True,
+    }
+    says = "Evaluation and saving count in the step that did them."
+    return Chart("Time by phase", data, layout, says, Table(["", "seconds a step", "seconds in all"], rows))
+
+
+def common_tokens(samples: Iterable[Sample]) -> Table | None:
+    """Return the ten tokens of lowest and the ten of highest mean σ, of those that occur at least ten times."""
+    count: Counter[str] = Counter()
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for sample in samples:
+        std = sample.columns.get("std")
+        if std is None or sample.tokens is None:
+            continue
+        masked, filtered = dropped(sample, "advantage_keep"), dropped(sample, "entropy_keep")
+        for t, token in enumerate(sample.tokens):
+            if math.isfinite(std[t]):
+                count[token] += 1
+                sums[token] += [std[t], 0 if masked is None else masked[t], 0 if filtered is None else filtered[t]]
+    means = sorted(((sums[token] / n, token) for token, n in count.items() if n >= 10), key=lambda pair: -pair[0][0])
+    if not means:
+        return None
+    chosen = means if len(means) <= 20 else [*means[:10], *means[-10:]]
+    rows = [
+        [_quoted(token), f"{count[token]:,}", number(mean[0]), f"{mean[1]:.0%}", f"{mean[2]:.0%}"]
+        for mean, token in chosen
+    ]
+    return Table(["token", "times", "mean σ", "advantage masked", "entropy filtered"], rows)
+
+
+def plain(values: Any) -> list[float | None]:
+    """Return numbers as JSON takes them: six significant digits, None for what is not finite."""
+    return [
+        float(f"{value:.6g}") if math.isfinite(value) else None for value in np.asarray(values, dtype=float).tolist()
+    ]
+
+
+def _quoted(token: str) -> str:
+    """A token as Python would write it, cut where it is long."""
+    text = repr(token)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def _color(i: int) -> str:
+    return f"--series-{i % 8 + 1}"
+
+
+def _line(
+    name: str, x: Any, y: Any, *, color: int, dash: int = 0, symbol: int = 0, markers: bool = True, width: float = 1.8
+) -> dict[str, Any]:
+    """A curve; of many points, eight have a marker."""
+    few = len(x) <= 12
+    return {
+        "type": "scatter",
+        "name": name,
+        "x": x,
+        "y": plain(y),
+        "mode": "lines+markers" if markers else "lines",
+        "line": {"color": _color(color), "dash": DASHES[dash % len(DASHES)], "width": width},
+        "marker": {"symbol": SYMBOLS[symbol % len(SYMBOLS)], "size": 7, "maxdisplayed": 0 if few else 8},
+    }
+
+
+def _pattern(i: int) -> dict[str, Any]:
+    """Hatching in the colour of the panel, over a bar's own."""
+    shape = PATTERNS[i % len(PATTERNS)]
+    return {"shape": shape, "fillmode": "overlay", "fgcolor": "--panel", "fgopacity": 0.55, "size": 6, "solidity": 0.2}
+
+
+def _band(x: list[Any], low: np.ndarray, high: np.ndarray, color: str, name: str) -> list[dict[str, Any]]:
+    """Two traces that fill what is between them."""
+    edge: dict[str, Any] = {"type": "scatter", "x": x, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+    edge["legendgroup"] = name
+    return [
+        edge | {"y": plain(low), "showlegend": False},
+        edge | {"y": plain(high), "name": name, "fill": "tonexty", "fillcolor": color},
+    ]
+
+
+def _thin(values: list[Any], every: int) -> list[Any]:
+    if every <= 1:
+        return values
+    return [float(np.mean(values[i : i + every])) for i in range(0, len(values), every)]
+
+
+def _columns(samples: Iterable[Sample]) -> list[tuple[float, list[Sample]]]:
+    """Samples by step, in at most ``COLUMNS`` stretches of steps, each with its middle."""
+    by_step: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_step[sample.step].append(sample)
+    steps = sorted(by_step)
+    every = math.ceil(len(steps) / COLUMNS)
+    parts = [steps[i : i + every] for i in range(0, len(steps), every or 1)]
+    return [(float(np.mean(part)), [s for step in part for s in by_step[step]]) for part in parts]
+
+
+def dropped(sample: Sample, flag: str) -> np.ndarray | None:
+    keep = sample.flags.get(flag)
+    return None if keep is None else (~keep).astype(float)
