@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +14,11 @@ from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
 from asyppo.data import load_eval_rows, load_train_rows
+from asyppo.evaluate import Evaluation, evaluate
 from asyppo.policy import Policy, compute_dtype
 from asyppo.rewards import resolve_reward_funcs
-from asyppo.run import new_run_path
-from asyppo.trainer import AsyPPOTrainer
+from asyppo.run import ProgressDisplay, new_run_path
+from asyppo.trainer import AsyPPOTrainer, make_sampler, tokenize
 
 
 def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
@@ -63,6 +67,46 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         eval_dataset=eval_rows,
         config=config,
     )
+
+
+def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
+    """Evaluate a model by directory or hub name on the held-out prompts of ``config``, as training would, and write
+    ``eval.json`` and ``samples.jsonl`` to the new directory ``out``. Raises ConfigError."""
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists, needs a new name")
+    reward_funcs = resolve_reward_funcs(config.reward_funcs)
+    if not config.data.eval_size:
+        raise ConfigError("data.eval_size: got 0, needs at least 1 prompt to evaluate on")
+    device = choose_device(config)
+    rows = load_eval_rows(config.data)
+    policy = Policy.from_pretrained(
+        model,
+        temperature=config.eval.temperature,
+        dtype=compute_dtype(config.policy.dtype, device),
+        device=device,
+        attn_implementation=config.policy.attn_implementation,
+    )
+    tokenizer = load_tokenizer(model)
+    prompts = tokenize(tokenizer, [row["prompt"] for row in rows])
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot make {out}: {error.strerror}") from error
+    with ProgressDisplay("sample", len(rows) * config.eval.num_generations) as progress:
+        evaluation = evaluate(
+            make_sampler(policy, tokenizer, config),
+            tokenizer,
+            rows,
+            prompts,
+            reward_funcs[0],
+            config,
+            progress=lambda count: progress.advance(count=count),
+        )
+    with open(out / "samples.jsonl", "w") as file:
+        file.writelines(json.dumps({"split": "eval", **sample}) + "\n" for sample in evaluation.samples)
+    results = {"model": model, **evaluation.results(), "config": asdict(config)}
+    (out / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    return evaluation
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

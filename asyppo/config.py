@@ -13,6 +13,9 @@ from typing import Any, Literal
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the field, what it got and what it needs."""
 
+    exit_status = 2
+    """What the command line returns for it, after one line; errors without this attribute show their traceback."""
+
 
 def _need(ok: bool, name: str, got: Any, needs: str) -> None:
     if not ok:

@@ -15,6 +15,8 @@ RewardFunc = Callable[..., "list[float | None]"]
 class RewardError(RuntimeError):
     """A reward function returned something that is not one finite number, or None, for each sample."""
 
+    exit_status = 2
+
 
 def extract_answer(completion: str) -> str:
     """Return what stands in the last ``<answer>…</answer>``, or else the whole completion without outer blanks."""

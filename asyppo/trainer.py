@@ -20,7 +20,7 @@ from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
 from asyppo.data import PromptSchedule, Row
-from asyppo.evaluate import evaluate
+from asyppo.evaluate import Evaluation, evaluate
 from asyppo.policy import Policy
 from asyppo.report import report_at_the_end
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
@@ -31,6 +31,8 @@ from asyppo_kernels import ensemble_gae
 
 class TrainingError(RuntimeError):
     """Training cannot go on. A checkpoint has been saved; the message names it."""
+
+    exit_status = 1
 
 
 @dataclass
@@ -76,13 +78,7 @@ class AsyPPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.device = policy.device
         self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
-        self.sampler = sampler or GenerateSampler(
-            policy.model,
-            eos_token_ids=eos_token_ids(policy, tokenizer),
-            pad_token_id=pad_token_id(tokenizer),
-            batch_size=config.generation_batch_size,
-            autocast=policy.autocast(),
-        )
+        self.sampler = sampler or make_sampler(policy, tokenizer, config)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizers = [
             _adamw(model, config.critic.learning_rate, config.critic.weight_decay)
@@ -100,7 +96,7 @@ class AsyPPOTrainer:
         before = self.evaluate(run, step=0)
         after, checkpoint = before, None
         if before is not None:
-            run.log_metrics({"step": 0, "eval/accuracy": before})
+            run.log_metrics({"step": 0, **before.metrics()})
         with ProgressDisplay("step", config.max_steps) as progress:
             for step in range(1, config.max_steps + 1):
                 row = self.step(step, run)
@@ -109,7 +105,7 @@ class AsyPPOTrainer:
                     start = time.perf_counter()
                     after = self.evaluate(run, step)
                     if after is not None:
-                        row |= {"eval/accuracy": after, "timing_s/eval": time.perf_counter() - start}
+                        row |= {**after.metrics(), "timing_s/eval": time.perf_counter() - start}
                 stop = self.skipped_in_a_row >= config.max_skipped_steps
                 if last or stop or (config.save_steps and step % config.save_steps == 0):
                     start = time.perf_counter()
@@ -125,7 +121,8 @@ class AsyPPOTrainer:
                         f"step {step}; weights of before are in {checkpoint}. A lower learning rate may help."
                     )
         assert checkpoint is not None  # the last step saved one
-        return TrainResult(run, checkpoint, before, after)
+        accuracies = (None if evaluation is None else evaluation.accuracy for evaluation in (before, after))
+        return TrainResult(run, checkpoint, *accuracies)
 
     def step(self, step: int, run: RunDirectory) -> dict[str, float]:
         """One step of the algorithm. Returns its metrics."""
@@ -290,23 +287,16 @@ class AsyPPOTrainer:
             updates.stepped(float(loss), norm)
         return updates.row() | {"actor/lr": self.policy_optimizer.param_groups[0]["lr"]}
 
-    def evaluate(self, run: RunDirectory, step: int) -> float | None:
-        """Accuracy on the held-out prompts, whose samples are logged; None if there are no such prompts."""
+    def evaluate(self, run: RunDirectory, step: int) -> Evaluation | None:
+        """Evaluate on the held-out prompts and log the samples; None if there are no such prompts."""
         if not self.eval_dataset:
             return None
-        accuracy, samples = evaluate(
-            self.sampler,
-            self.tokenizer,
-            self.eval_dataset,
-            self.tokenize([row["prompt"] for row in self.eval_dataset]),
-            self.reward_funcs[0],
-            num_generations=self.config.eval.num_generations,
-            temperature=self.config.eval.temperature,
-            max_completion_length=self.config.max_completion_length,
-            seed=self.config.data.eval_seed,
+        prompts = self.tokenize([row["prompt"] for row in self.eval_dataset])
+        evaluation = evaluate(
+            self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs[0], self.config
         )
-        run.log_samples([{"step": step, "split": "eval", **sample} for sample in samples])
-        return accuracy
+        run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
+        return evaluation
 
     def save(self, run: RunDirectory, step: int) -> Path:
         """Save a checkpoint of policy, critics and optimizers."""
@@ -322,11 +312,7 @@ class AsyPPOTrainer:
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
-        tokens = self.tokenizer(list(prompts), padding=False)["input_ids"]
-        for prompt, ids in zip(prompts, tokens, strict=True):
-            if not ids:
-                raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, needs at least one")
-        return [torch.tensor(ids) for ids in tokens]
+        return tokenize(self.tokenizer, prompts)
 
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
         rows = torch.arange(len(batch), device=self.device) if rows is None else rows
@@ -347,6 +333,26 @@ class AsyPPOTrainer:
         return ensemble_gae(
             value, batch.reward, batch.mask, gamma=self.config.gamma, value_lam=self.config.critic.value_lambda
         ).returns
+
+
+def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
+    """Return the sampler that ``config`` asks for."""
+    return GenerateSampler(
+        policy.model,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=config.generation_batch_size,
+        autocast=policy.autocast(),
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Tensor]:
+    """Return the tokens (int64 [length]) of each prompt."""
+    tokens = tokenizer(list(prompts), padding=False)["input_ids"]
+    for prompt, ids in zip(prompts, tokens, strict=True):
+        if not ids:
+            raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, needs at least one")
+    return [torch.tensor(ids) for ids in tokens]
 
 
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
