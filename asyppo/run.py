@@ -32,7 +32,7 @@ def new_run_path(config: AsyPPOConfig) -> Path:
 
 
 class RunDirectory:
-    """``config.yaml``, ``metrics.jsonl`` and ``samples.jsonl`` of one run; curves and checkpoints lie beside them."""
+    """``config.yaml``, ``metrics.jsonl`` and ``samples.jsonl`` of one run; report and checkpoints lie beside them."""
 
     def __init__(self, config: AsyPPOConfig):
         self.path = new_run_path(config)

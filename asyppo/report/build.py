@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from asyppo.config import ConfigError
 from asyppo.report import tokens
 from asyppo.report.figures import number
 from asyppo.report.runs import Run, differences, labels, read_run
@@ -26,15 +27,19 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of one run, or of several overlaid, and return where it is.
 
     ``out`` defaults to ``report.html`` in the run's directory, and for several runs in the current one. A file of that
-    name is replaced. Raises ConfigError for a path that is no run.
+    name is replaced. Raises ConfigError for a path that is no run, or one that
+    cannot be written.
     """
     runs = [read_run(Path(path)) for path in paths]
     out = out or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     page = build_page(runs)
     # A report that is open in a browser, or the last good one, is not left half written.
     part = out.with_name(f"{out.name}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out)
+    try:
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, out)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {str(out)!r}: {error.strerror}") from error
     return out
 
 

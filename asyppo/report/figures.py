@@ -170,7 +170,7 @@ def rewards(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     if len(runs) > 1 or len(levels) > 6:
         return bands("Reward of responses", "reward", runs, names, lambda s: np.array([s.reward]))
     columns = _columns(scored[0])
-    data = []
+    data: list[dict[str, Any]] = []
     for i, level in enumerate(levels):
         share = [sum(s.reward == level for s in members) / len(members) for _, members in columns]
         data.append(

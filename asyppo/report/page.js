@@ -322,8 +322,9 @@
   function drawValues() {
     const plot = element("values-plot");
     const critics = Object.keys(sample?.columns ?? {}).filter((name) => /^value_\d+$/.test(name));
-    element("values").hidden = !critics.length;
-    if (!critics.length || !window.Plotly) return;
+    const shown = critics.length && sample.columns.value && sample.tokens.length;
+    element("values").hidden = !shown;
+    if (!shown || !window.Plotly) return;
     const position = sample.tokens.map((_, t) => t + 1);
     const line = (name, y, n, dash, width = 1.4) => ({
       type: "scatter", mode: "lines", name, x: position, y: Array.from(y),

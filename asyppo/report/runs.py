@@ -193,7 +193,7 @@ def _read_samples(path: Path, notes: list[str]) -> tuple[list[Sample], int]:
             # The last line goes with the rest so that a half-written one is known as such.
             chosen = places[:-1:every] + places[-1:]
             notes.append(
-                f"samples.jsonl is {offset / 1e6:,.0f} MB long: {len(chosen):,} of its {len(places):,} lines were "
+                f"samples.jsonl is {offset / 1e6:,.1f} MB long: {len(chosen):,} of its {len(places):,} lines were "
                 "read, evenly spaced."
             )
         samples = [_sample(row) for row in _objects((_line(file, *place) for place in chosen), path.name, notes)]
@@ -214,7 +214,7 @@ def _objects(lines: Any, name: str, notes: list[str]) -> Iterator[dict[str, Any]
         row: Any = None
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             last_is_whole = line.endswith(b"\n")
         if isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool):
             yield row
