@@ -190,6 +190,7 @@ def rewards(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     )
     layout = {
         "barmode": "stack",
+        "legend": {"traceorder": "normal"},
         "bargap": 0.08,
         "xaxis": {"title": {"text": "step"}},
         "yaxis": {"title": {"text": "share of responses"}, "range": [0, 1]},
@@ -244,27 +245,32 @@ def calibration(title: str, series: dict[str, tuple[np.ndarray, np.ndarray]], sa
     )
 
 
-def by_position(
+def by_tenth(
     title: str,
     unit: str,
     samples: dict[str, list[Sample]],
     quantities: dict[str, Callable[[Sample], np.ndarray | None]],
+    tenths: Callable[[list[Sample]], list[np.ndarray]],
     says: str,
 ) -> Chart | None:
-    """Return means of per-token quantities in ten stretches of the response, one curve a run and quantity."""
+    """Return means of per-token quantities by tenths of the tokens, one curve a run and quantity.
+
+    ``tenths`` gives each response's tokens their number from 0 to 9, -1 for none: ``of_response`` or
+    ``of_disagreement``, whose docstring names the axis.
+    """
     data, rows = [], []
     middles = [10 * i + 5 for i in range(10)]
     for r, (name, of_run) in enumerate(samples.items()):
+        places = tenths(of_run)
         for q, (quantity, of_sample) in enumerate(quantities.items()):
             total, count = np.zeros(10), np.zeros(10)
-            for sample in of_run:
+            for sample, place in zip(of_run, places, strict=True):
                 values = of_sample(sample)
                 if values is None:
                     continue
-                valid = np.isfinite(values)
-                decile = (10 * np.arange(len(values)) // max(len(values), 1))[valid]
-                total += np.bincount(decile, weights=values[valid], minlength=10)
-                count += np.bincount(decile, minlength=10)
+                valid = np.isfinite(values) & (place >= 0)
+                total += np.bincount(place[valid], weights=values[valid], minlength=10)
+                count += np.bincount(place[valid], minlength=10)
             if not count.any():
                 continue
             mean = np.divide(total, count, out=np.full(10, math.nan), where=count > 0)
@@ -275,11 +281,33 @@ def by_position(
     if not data:
         return None
     layout = {
-        "xaxis": {"title": {"text": "position in the response"}, "ticksuffix": " %", "range": [0, 100]},
+        "xaxis": {"title": {"text": tenths.__doc__}, "ticksuffix": " %", "range": [0, 100]},
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
         "showlegend": len(data) > 1,
     }
     return Chart(title, data, layout, says, Table(["", *(f"{m - 5}–{m + 5} %" for m in middles)], rows))
+
+
+def of_response(samples: list[Sample]) -> list[np.ndarray]:
+    """position in the response"""
+    return [10 * np.arange(len(s.tokens or ())) // max(len(s.tokens or ()), 1) for s in samples]
+
+
+def of_disagreement(samples: list[Sample]) -> list[np.ndarray]:
+    """rank of σ among the tokens of its step"""
+    places = [np.full(len(s.tokens or ()), -1) for s in samples]
+    for step in {s.step for s in samples}:
+        members = [i for i, s in enumerate(samples) if s.step == step and "std" in s.columns]
+        if not members:
+            continue
+        std = np.concatenate([samples[i].columns["std"] for i in members])
+        place = np.full(len(std), -1)
+        order = np.argsort(std, kind="stable")[: np.isfinite(std).sum()]  # NaN comes last
+        place[order] = 10 * np.arange(len(order)) // max(len(order), 1)
+        ends = np.cumsum([len(places[i]) for i in members])
+        for i, part in zip(members, np.split(place, ends[:-1]), strict=True):
+            places[i] = part
+    return places
 
 
 def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
@@ -320,6 +348,7 @@ def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
         )
     layout = {
         "barmode": "stack",
+        "legend": {"traceorder": "normal"},
         "bargap": 0.08,
         "xaxis": {"title": {"text": "step" if len(runs) == 1 else ""}},
         "yaxis": {"title": {"text": "seconds a step"}},
@@ -388,7 +417,7 @@ def _line(
 
 def _pattern(i: int) -> dict[str, Any]:
     """Hatching in the colour of the panel, over a bar's own."""
-    shape = PATTERNS[i % len(PATTERNS)]
+    shape = PATTERNS[(i + i // 8) % len(PATTERNS)]  # after eight, colours begin again
     return {"shape": shape, "fillmode": "overlay", "fgcolor": "--panel", "fgopacity": 0.55, "size": 6, "solidity": 0.2}
 
 

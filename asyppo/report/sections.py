@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,11 +13,13 @@ from asyppo.report.figures import (
     Chart,
     Table,
     bands,
-    by_position,
+    by_tenth,
     calibration,
     common_tokens,
     curves,
     dropped,
+    of_disagreement,
+    of_response,
     phases,
     rewards,
 )
@@ -183,25 +185,41 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
         ),
         "No shares of tokens were recorded.",
     )
-    profile = {name: _third(run, 2) for run, name in several}
+    late = {name: _third(run, 2) for run, name in several}
+    shares: dict[str, Callable[[Sample], np.ndarray | None]] = {
+        "advantage masked": lambda s: dropped(s, "advantage_keep"),
+        "entropy filtered": lambda s: dropped(s, "entropy_keep"),
+    }
+    said = "Last third of training."
     section.add(
-        by_position(
-            "σ along the response", "mean σ", profile, {"σ": lambda s: s.columns.get("std")}, "Last third of training."
-        ),
+        by_tenth("σ along the response", "mean σ", late, {"σ": _column("std")}, of_response, said),
         "No σ per token: where critics disagree is not shown.",
     )
     section.add(
-        by_position(
-            "Masked along the response",
-            "share of tokens",
-            profile,
-            {
-                "advantage masked": lambda s: dropped(s, "advantage_keep"),
-                "entropy filtered": lambda s: dropped(s, "entropy_keep"),
-            },
-            "Last third of training.",
-        ),
+        by_tenth("Masked along the response", "share of tokens", late, shares, of_response, said),
         "No masks per token: where tokens are masked is not shown.",
+    )
+    section.add(
+        by_tenth(
+            "Advantage by disagreement",
+            "mean |advantage|, whitened",
+            late,
+            {"advantage": lambda s: None if "advantage" not in s.columns else np.abs(s.columns["advantage"])},
+            of_disagreement,
+            f"{said} What the mask takes is on the left.",
+        ),
+        "No advantages by σ: what masking takes away is not shown.",
+    )
+    section.add(
+        by_tenth(
+            "Entropy by disagreement",
+            "mean entropy (nats)",
+            late,
+            {"entropy": _column("entropy")},
+            of_disagreement,
+            f"{said} What the filter takes is on the right.",
+        ),
+        "No entropies by σ: what filtering takes away is not shown.",
     )
     for run, name in several:
         table = common_tokens(_third(run, 2))
@@ -267,6 +285,10 @@ def _last_part(metric: str) -> str:
     """What tells a metric apart from its relatives: the number in the middle of its name, or the end."""
     numbered = re.search(r"/(\d+)/", metric)
     return numbered[1] if numbered else metric.rsplit("/", 1)[-1]
+
+
+def _column(name: str) -> Callable[[Sample], np.ndarray | None]:
+    return lambda sample: sample.columns.get(name)
 
 
 def _third(run: Run, which: int) -> list[Sample]:
