@@ -24,7 +24,7 @@ SHOW = """
 const list = document.getElementById('samples');
 list.value = String(arguments[0]);
 list.dispatchEvent(new Event('change'));
-document.querySelector('#colour input[value=advantage]').click();
+document.querySelector('#colour input[value=std]').click();
 document.activeElement.blur();
 const viewer = document.querySelector('.viewer');
 viewer.scrollIntoView({block: 'center', behavior: 'instant'});
@@ -34,12 +34,12 @@ return [box.x, box.y + scrollY, box.width, box.height];
 
 
 def telling(run: Run) -> int:
-    """Return the number in the page of a late response of which both masks took tokens and whose advantages differ."""
+    """Return the number in the page of a late response of which both masks took tokens and whose σ differs most."""
 
     def differing(sample: Sample) -> float:
         marked = all((~sample.flags[name]).sum() >= 2 for name in FLAGS)
         late = sample.step > run.last_step / 2
-        return float(np.ptp(sample.columns["advantage"])) if sample.split == "train" and marked and late else -1.0
+        return float(np.ptp(sample.columns["std"])) if sample.split == "train" and marked and late else -1.0
 
     return int(np.argmax([differing(sample) if sample.tokens else -1 for _, sample in choose([run])]))
 

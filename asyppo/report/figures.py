@@ -129,7 +129,7 @@ def bands(
     several = len(runs) > 1
     for r, (run, name) in enumerate(zip(runs, names, strict=True)):
         steps, gathered = [], []
-        for center, members in _columns(run.trained):
+        for center, members in _columns(s for s in run.samples if s.split == "train"):
             parts = [part for part in map(of_sample, members) if part is not None]
             values = np.concatenate(parts) if parts else np.zeros(0)
             values = values[np.isfinite(values)]
@@ -142,10 +142,8 @@ def bands(
         color = _color(r)
         if not several:
             data += _band(steps, quantiles[:, 0], quantiles[:, 4], "--series-1-faint", "5–95 %")
-        data += _band(
-            steps, quantiles[:, 1], quantiles[:, 3], f"{color}-soft", f"{name}, 25–75 %" if several else "25–75 %"
-        )
-        label = f"{name}, median" if several else "median"
+        data += _band(steps, quantiles[:, 1], quantiles[:, 3], f"{color}-soft", "" if several else "25–75 %")
+        label = name if several else "median"
         data.append(_line(label, steps, quantiles[:, 2], color=r, symbol=r, width=2.2))
         for when, row in (("first", quantiles[0]), ("last", quantiles[-1])):
             rows.append([f"{name}, {when}" if several else when, *map(number, row)])
@@ -156,7 +154,7 @@ def bands(
         title,
         data,
         layout,
-        "Of the responses in samples.jsonl.",
+        "Median and quartiles of the responses in samples.jsonl." if several else "Of the responses in samples.jsonl.",
         Table(["", "5 %", "25 %", "median", "75 %", "95 %"], rows),
     )
 
@@ -167,10 +165,24 @@ def rewards(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     levels = sorted({s.reward for of_run in scored for s in of_run})
     if not levels:
         return None
-    if len(runs) > 1 or len(levels) > 6:
-        return bands("Reward of responses", "reward", runs, names, lambda s: np.array([s.reward]))
-    columns = _columns(scored[0])
+    if len(levels) > 6:
+        return bands("Rewards of responses", "reward", runs, names, lambda s: np.array([s.reward]))
     data: list[dict[str, Any]] = []
+    if len(runs) > 1:
+        for r, (samples, name) in enumerate(zip(scored, names, strict=True)):
+            columns = _columns(samples)
+            share = [sum(s.reward == levels[-1] for s in members) / len(members) for _, members in columns]
+            if share:
+                data.append(_line(name, [center for center, _ in columns], share, color=r, symbol=r))
+        title = f"Share of responses with reward {levels[-1]:g}"
+        layout: dict[str, Any] = {
+            "xaxis": {"title": {"text": "step"}},
+            "yaxis": {"title": {"text": "share"}, "range": [0, 1]},
+            "showlegend": True,
+        }
+        rows = [[str(trace["name"]), number(trace["y"][0]), number(trace["y"][-1])] for trace in data]
+        return Chart(title, data, layout, "Of those in samples.jsonl.", Table(["", "first", "last"], rows))
+    columns = _columns(scored[0])
     for i, level in enumerate(levels):
         share = [sum(s.reward == level for s in members) / len(members) for _, members in columns]
         data.append(
@@ -190,7 +202,6 @@ def rewards(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     )
     layout = {
         "barmode": "stack",
-        "legend": {"traceorder": "normal"},
         "bargap": 0.08,
         "xaxis": {"title": {"text": "step"}},
         "yaxis": {"title": {"text": "share of responses"}, "range": [0, 1]},
@@ -334,25 +345,18 @@ def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
         seconds = [float(np.mean([row.get(f"timing_s/{phase}") or 0.0 for row in part] or [0.0])) for part in parts]
         overall = [row.get(f"timing_s/{phase}") or 0.0 for of_run in timed for row in of_run]
         rows.append([phase, number(float(np.mean(overall))), number(float(np.sum(overall)))])
-        data.append(
-            {
-                "type": "bar",
-                "name": phase,
-                "x": x,
-                "y": plain(seconds),
-                "marker": {
-                    "color": _color(i),
-                    "pattern": _pattern(i),
-                },
-            }
-        )
+        bar: dict[str, Any] = {"type": "bar", "name": phase, "marker": {"color": _color(i), "pattern": _pattern(i)}}
+        # Names of runs need the width of the chart, steps its height.
+        lying = {"orientation": "h", "y": x, "x": plain(seconds)}
+        data.append(bar | (lying if len(runs) > 1 else {"x": x, "y": plain(seconds)}))
+    steps, axis = {"title": {"text": "step"}}, {"title": {"text": "seconds a step"}}
     layout = {
         "barmode": "stack",
-        "legend": {"traceorder": "normal"},
-        "bargap": 0.08,
-        "xaxis": {"title": {"text": "step" if len(runs) == 1 else ""}},
-        "yaxis": {"title": {"text": "seconds a step"}},
+        "bargap": 0.08 if len(runs) == 1 else 0.3,
+        "xaxis": steps if len(runs) == 1 else axis,
+        "yaxis": axis if len(runs) == 1 else {"autorange": "reversed"},
         "showlegend": True,
+        "hovermode": "x unified" if len(runs) == 1 else "y unified",
     }
     says = "Evaluation and saving count in the step that did them."
     return Chart("Time by phase", data, layout, says, Table(["", "seconds a step", "seconds in all"], rows))
@@ -422,12 +426,11 @@ def _pattern(i: int) -> dict[str, Any]:
 
 
 def _band(x: list[Any], low: np.ndarray, high: np.ndarray, color: str, name: str) -> list[dict[str, Any]]:
-    """Two traces that fill what is between them."""
+    """Two traces that fill what is between them; without a name, the legend leaves them out."""
     edge: dict[str, Any] = {"type": "scatter", "x": x, "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    edge["legendgroup"] = name
     return [
         edge | {"y": plain(low), "showlegend": False},
-        edge | {"y": plain(high), "name": name, "fill": "tonexty", "fillcolor": color},
+        edge | {"y": plain(high), "name": name, "showlegend": bool(name), "fill": "tonexty", "fillcolor": color},
     ]
 
 

@@ -54,7 +54,7 @@
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("--text") },
       hoverlabel: { bgcolor: color("--panel"), bordercolor: color("--rule"), font: { color: color("--text") } },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 }, ...given.legend },
+      legend: { orientation: "h", traceorder: "normal", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 }, ...given.legend },
     };
   }
 

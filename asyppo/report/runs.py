@@ -28,6 +28,8 @@ NUMBERS = (
 """Per-token numbers of ``samples.jsonl``; those of each critic, ``values``, come on top."""
 FLAGS = ("advantage_keep", "entropy_keep")
 """Per-token truth values of ``samples.jsonl``."""
+UNSET = "–"
+"""Stands for a setting that a run's configuration does not have."""
 READ_BYTES = 200_000_000
 """Of a longer ``samples.jsonl``, evenly spaced lines that come to about so much are read."""
 
@@ -119,22 +121,20 @@ def read_run(path: Path) -> Run:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Return a name for each run: its own, its path where two are equal, and up to three settings that differ."""
+    """Return a name for each run in legends: its own, its path where two are equal, and two settings that differ."""
     names = [run.name for run in runs]
     names = [name if names.count(name) == 1 else str(run.path) for name, run in zip(names, runs, strict=True)]
-    differing = list(differences(runs).items())[:3]
-    out = []
-    for i, name in enumerate(names):
-        settings = ", ".join(f"{key.rsplit('.', 1)[-1]} {values[i]}" for key, values in differing)
-        out.append(f"{name} ({settings})" if settings else name)
-    return out
+    # A setting that one of them does not know tells versions apart, not runs.
+    telling = [values for values in differences(runs).values() if UNSET not in values][:2]
+    settings = [", ".join(values[i] for values in telling) for i in range(len(runs))]
+    return [f"{name} ({of_run})" if of_run else name for name, of_run in zip(names, settings, strict=True)]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return the settings in which the runs differ, each with its value in every run, as text."""
     flat = [dict(_flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
-    rows = {key: [str(settings.get(key, "–")) for settings in flat] for key in keys}
+    rows = {key: [str(settings.get(key, UNSET)) for settings in flat] for key in keys}
     return {key: row for key, row in rows.items() if key not in ("run_name", "output_dir") and len(set(row)) > 1}
 
 

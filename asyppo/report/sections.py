@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -41,12 +42,12 @@ class Section:
     missing: list[str] = field(default_factory=list)
     """What cannot be shown, and why."""
 
-    def add(self, chart: Chart | None, otherwise: str) -> None:
-        """Add the chart, or say why there is none."""
-        if chart is None:
+    def add(self, otherwise: str, *charts: Chart | None) -> None:
+        """Add the charts there are; without one, say why."""
+        there = [chart for chart in charts if chart is not None]
+        self.charts += there
+        if not there:
             self.missing.append(otherwise)
-        else:
-            self.charts.append(chart)
 
 
 def sections_of(runs: Sequence[Run], names: Sequence[str]) -> list[Section]:
@@ -62,30 +63,36 @@ def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
         "Held-out accuracy and the reward of the sampled batch; how rewards, entropies and lengths are distributed.",
     )
     section.add(
-        curves(
+        "Neither reward nor held-out accuracy was recorded.",
+        *charts_of(
             "Reward and held-out accuracy",
             runs,
             names,
             {"critic/score/mean": "reward", "eval/accuracy": "held-out accuracy"},
             says="Mean over the sampled batch; prompts that are never trained on.",
+            prefix="",
         ),
-        "Neither reward nor held-out accuracy was recorded.",
     )
-    section.add(rewards(runs, names), "No rewards of sampled responses: their distribution is not shown.")
+    section.add("No rewards of sampled responses: their distribution is not shown.", rewards(runs, names))
     section.add(
-        bands("Entropy of tokens", "nats", runs, names, lambda s: s.columns.get("entropy")),
         "No entropy per token: its distribution is not shown.",
+        bands("Entropy of tokens", "nats", runs, names, _column("entropy")),
     )
     section.add(
-        bands("Response length", "tokens", runs, names, lambda s: np.array([len(s.tokens or ())])),
         "No responses with tokens: the distribution of lengths is not shown.",
+        bands(
+            "Response length", "tokens", runs, names, lambda s: None if s.tokens is None else np.array([len(s.tokens)])
+        ),
     )
     section.add(
-        curves("KL to the policy that sampled", runs, names, {"actor/ppo_kl": "KL"}, says="Mean of log π_old − log π."),
         "No KL was recorded.",
+        *charts_of(
+            "KL to the policy that sampled", runs, names, {"actor/ppo_kl": "KL"}, says="Mean of log π_old − log π."
+        ),
     )
     section.add(
-        curves(
+        "No clipped share was recorded.",
+        *charts_of(
             "Clipped share",
             runs,
             names,
@@ -93,7 +100,6 @@ def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
             says="Tokens whose ratio gives no gradient.",
             zero=True,
         ),
-        "No clipped share was recorded.",
     )
     return section
 
@@ -106,47 +112,39 @@ def critics(runs: Sequence[Run], names: Sequence[str]) -> Section:
         "V̄, the mean over critics, against what the response came to. Critics are fitted to a step's own responses "
         "before they score them, each to its share.",
     )
-    judged = [(run, name) for run, name in zip(runs, names, strict=True) if run.has_critics]
-    if not judged:
-        section.missing.append("No critics in this run: an advantage is the reward normalised within a prompt's group.")
+    if not any(run.has_critics for run in runs):
+        section.missing.append("No critics: an advantage is the reward normalised within a prompt's group.")
         return section
-    kept, kept_names = [run for run, _ in judged], [name for _, name in judged]
+    section.missing += [f"No critics in {n}." for run, n in zip(runs, names, strict=True) if not run.has_critics]
+    kept = [run if run.has_critics else _blank(run) for run in runs]
     losses = {key: f"critic {m[1]}" for key in _metrics(kept) if (m := re.fullmatch(r"critic/(\d+)/vf_loss", key))}
     section.add(
-        curves("Loss of each critic", kept, kept_names, losses, says="Squared error on its own share.", zero=True),
         "No losses of critics were recorded.",
+        *charts_of("Loss of each critic", kept, names, losses, says="Squared error on its own share.", zero=True),
     )
     section.add(
-        curves(
+        "No explained variance was recorded.",
+        *charts_of(
             "Explained variance",
             kept,
-            kept_names,
+            names,
             {"critic/vf_explained_var": "explained variance"},
             says="Of the returns, by V̄. 1: exact. 0: no better than a constant.",
         ),
-        "No explained variance was recorded.",
     )
-    late = {name: _third(run, 2) for run, name in judged}
-    if len(judged) == 1:
-        run = kept[0]
-        by_time = {third: _predictions(run, _third(run, i)) for i, third in enumerate(THIRDS)}
-        by_place = {
-            f"{third} of the response": _predictions(run, _third(run, 2), place=i) for i, third in enumerate(THIRDS)
-        }
-        section.add(
-            calibration("Calibration by position", by_place, "Last third of training."),
-            "No values per token: calibration by position is not shown.",
-        )
-        section.add(
-            calibration("Calibration over training", by_time, "All positions."),
-            "No values per token: calibration over training is not shown.",
-        )
-    else:
-        by_run = {name: _predictions(run, late[name]) for run, name in judged}
-        section.add(
-            calibration("Calibration", by_run, "Last third of training, all positions."),
-            "No values per token: calibration is not shown.",
-        )
+    otherwise = "No values per token: calibration is not shown."
+    if len(runs) > 1:
+        by_run = {name: _predictions(run, _third(run, 2)) for run, name in zip(kept, names, strict=True)}
+        section.add(otherwise, calibration("Calibration", by_run, "Last third of training, all positions."))
+        return section
+    [run] = kept
+    by_place = {f"{t} of the response": _predictions(run, _third(run, 2), place=i) for i, t in enumerate(THIRDS)}
+    by_time = {f"{t} of training": _predictions(run, _third(run, i)) for i, t in enumerate(THIRDS)}
+    section.add(
+        otherwise,
+        calibration("Calibration by position", by_place, "Last third of training."),
+        calibration("Calibration over training", by_time, "All positions."),
+    )
     return section
 
 
@@ -155,51 +153,65 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
     section = Section(
         "masks",
         "Where do they disagree, and what is masked?",
-        "σ is the standard deviation over critics. The lowest σ of a batch lose their advantage (nothing to learn "
-        "where critics agree), the highest their entropy bonus (exploration there is noise).",
+        "σ is the standard deviation over critics. The tokens of lowest σ lose their advantage (nothing to learn where "
+        "critics agree), those of highest σ their entropy bonus (exploration there is noise).",
     )
-    several = [(run, name) for run, name in zip(runs, names, strict=True) if _disagree(run)]
-    if not several:
+    if not any(map(_disagree, runs)):
         section.missing.append("Fewer than two critics: there is no disagreement, and nothing is masked.")
         return section
-    kept, kept_names = [run for run, _ in several], [name for _, name in several]
+    section.missing += [
+        f"Fewer than two critics in {n}." for run, n in zip(runs, names, strict=True) if not _disagree(run)
+    ]
+    kept = [run if _disagree(run) else _blank(run) for run in runs]
     section.add(
-        curves(
+        "No σ was recorded.",
+        *charts_of(
             "Disagreement σ",
             kept,
-            kept_names,
+            names,
             {f"critic/std/{which}": which for which in ("high", "mean", "low")},
             says="Below low: advantage masked. Above high: entropy filtered.",
             zero=True,
         ),
-        "No σ was recorded.",
     )
     section.add(
-        curves(
-            "Share of tokens masked",
+        "No shares of tokens were recorded.",
+        *charts_of(
+            "Share of tokens",
             kept,
-            kept_names,
+            names,
             {"actor/adv_mask_frac": "advantage masked", "actor/entropy_keep_frac": "entropy kept"},
             says="Ties in σ are kept.",
             zero=True,
         ),
-        "No shares of tokens were recorded.",
     )
-    late = {name: _third(run, 2) for run, name in several}
+    late = {name: _third(run, 2) for run, name in zip(kept, names, strict=True)}
+    said = "Last third of training."
+    section.add(
+        "No σ per token: where critics disagree is not shown.",
+        by_tenth("σ along the response", "mean σ", late, {"σ": _column("std")}, of_response, said),
+    )
     shares: dict[str, Callable[[Sample], np.ndarray | None]] = {
         "advantage masked": lambda s: dropped(s, "advantage_keep"),
         "entropy filtered": lambda s: dropped(s, "entropy_keep"),
     }
-    said = "Last third of training."
+    one_by_one = [shares] if len(runs) == 1 else [{name: share} for name, share in shares.items()]
     section.add(
-        by_tenth("σ along the response", "mean σ", late, {"σ": _column("std")}, of_response, said),
-        "No σ per token: where critics disagree is not shown.",
-    )
-    section.add(
-        by_tenth("Masked along the response", "share of tokens", late, shares, of_response, said),
         "No masks per token: where tokens are masked is not shown.",
+        *(
+            by_tenth(
+                f"{'Masked' if len(part) > 1 else next(iter(part)).capitalize()} along the response",
+                "share of tokens",
+                late,
+                part,
+                of_response,
+                said,
+            )
+            for part in one_by_one
+        ),
     )
     section.add(
+        "No advantages by σ: what masking takes away is not shown.",
         by_tenth(
             "Advantage by disagreement",
             "mean |advantage|, whitened",
@@ -208,9 +220,9 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
             of_disagreement,
             f"{said} What the mask takes is on the left.",
         ),
-        "No advantages by σ: what masking takes away is not shown.",
     )
     section.add(
+        "No entropies by σ: what filtering takes away is not shown.",
         by_tenth(
             "Entropy by disagreement",
             "mean entropy (nats)",
@@ -219,28 +231,23 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
             of_disagreement,
             f"{said} What the filter takes is on the right.",
         ),
-        "No entropies by σ: what filtering takes away is not shown.",
     )
-    for run, name in several:
-        table = common_tokens(_third(run, 2))
+    for name, samples in late.items():
+        table = common_tokens(samples)
         if table is not None:
             title = "Tokens on which critics agree least and most"
-            section.tables.append(
-                (
-                    title if len(several) == 1 else f"{title}: {name}",
-                    "By mean σ, of tokens that occur at least 10 times in the last third of training.",
-                    table,
-                )
-            )
+            says = "By mean σ, of tokens that occur at least 10 times in the last third of training."
+            section.tables.append((title if len(runs) == 1 else f"{title}: {name}", says, table))
     return section
 
 
 def time(runs: Sequence[Run], names: Sequence[str]) -> Section:
     """Where the time goes."""
     section = Section("time", "Where does the time go?", "Wall time of a step by phase, throughput, and memory.")
-    section.add(phases(runs, names), "No times were recorded.")
+    section.add("No times were recorded.", phases(runs, names))
     section.add(
-        curves(
+        "No throughput was recorded.",
+        *charts_of(
             "Throughput",
             runs,
             names,
@@ -249,14 +256,35 @@ def time(runs: Sequence[Run], names: Sequence[str]) -> Section:
             says="Prompt and response tokens.",
             zero=True,
         ),
-        "No throughput was recorded.",
     )
     memory = {key: key.split("/")[-1] for key in _metrics(runs) if re.search(r"memory.*_gb$", key)}
     section.add(
-        curves("Memory", runs, names, memory, unit="GiB", zero=True),
         "No memory was recorded: it is measured on a GPU.",
+        *charts_of("Memory", runs, names, memory, unit="GiB", zero=True),
     )
     return section
+
+
+def charts_of(
+    title: str,
+    runs: Sequence[Run],
+    names: Sequence[str],
+    metrics: dict[str, str],
+    prefix: str | None = None,
+    **options: Any,
+) -> list[Chart | None]:
+    """Return one chart of the metrics, or for several runs one a metric, so that a legend names runs only.
+
+    The title of one of them is ``prefix``, by default the title and a colon, and the metric's name.
+    """
+    prefix = f"{title}: " if prefix is None else prefix
+    if len(runs) == 1 or len(metrics) == 1:
+        return [curves(title, runs, names, metrics, **options)]
+    titles = [prefix + name for name in metrics.values()]
+    return [
+        curves(own[:1].upper() + own[1:], runs, names, {metric: name}, **options)
+        for own, (metric, name) in zip(titles, metrics.items(), strict=True)
+    ]
 
 
 def everything_of(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, list[Chart]]]:
@@ -289,6 +317,11 @@ def _last_part(metric: str) -> str:
 
 def _column(name: str) -> Callable[[Sample], np.ndarray | None]:
     return lambda sample: sample.columns.get(name)
+
+
+def _blank(run: Run) -> Run:
+    """The run without what it wrote: nothing of it is drawn, and the other runs keep their colours."""
+    return replace(run, metrics=[], samples=[])
 
 
 def _third(run: Run, which: int) -> list[Sample]:
