@@ -7,7 +7,7 @@ one run differ in colour and dash, runs in colour and marker, so that no differe
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -363,27 +363,36 @@ def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
 
 
 def common_tokens(samples: Iterable[Sample]) -> Table | None:
-    """Return the ten tokens of lowest and the ten of highest mean σ, of those that occur at least ten times."""
-    count: Counter[str] = Counter()
-    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    """Return the ten tokens of highest and the ten of lowest mean σ, of those that occur at least ten times."""
+    codes: dict[str, int] = {}
+    of_tokens: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
     for sample in samples:
         std = sample.columns.get("std")
         if std is None or sample.tokens is None:
             continue
-        masked, filtered = dropped(sample, "advantage_keep"), dropped(sample, "entropy_keep")
-        for t, token in enumerate(sample.tokens):
-            if math.isfinite(std[t]):
-                count[token] += 1
-                sums[token] += [std[t], 0 if masked is None else masked[t], 0 if filtered is None else filtered[t]]
-    means = sorted(((sums[token] / n, token) for token, n in count.items() if n >= 10), key=lambda pair: -pair[0][0])
-    if not means:
+        no_flags = np.zeros(len(std))
+        masked, filtered = (dropped(sample, flag) for flag in ("advantage_keep", "entropy_keep"))
+        columns.append(
+            np.stack([std, no_flags if masked is None else masked, no_flags if filtered is None else filtered])
+        )
+        of_tokens.append(np.array([codes.setdefault(token, len(codes)) for token in sample.tokens], dtype=int))
+    if not codes:
         return None
-    chosen = means if len(means) <= 20 else [*means[:10], *means[-10:]]
+    table, code = np.concatenate(columns, axis=1), np.concatenate(of_tokens)
+    valid = np.isfinite(table[0])
+    table, code = table[:, valid], code[valid]
+    count = np.bincount(code, minlength=len(codes))
+    std, masked, filtered = (
+        np.bincount(code, weights=row, minlength=len(codes)) / np.maximum(count, 1) for row in table
+    )
+    order = [c for c in np.argsort(-std, kind="stable") if count[c] >= 10]
+    chosen = order if len(order) <= 20 else [*order[:10], *order[-10:]]
+    texts = list(codes)
     rows = [
-        [_quoted(token), f"{count[token]:,}", number(mean[0]), f"{mean[1]:.0%}", f"{mean[2]:.0%}"]
-        for mean, token in chosen
+        [_quoted(texts[c]), f"{count[c]:,}", number(std[c]), f"{masked[c]:.0%}", f"{filtered[c]:.0%}"] for c in chosen
     ]
-    return Table(["token", "times", "mean σ", "advantage masked", "entropy filtered"], rows)
+    return Table(["token", "times", "mean σ", "advantage masked", "entropy filtered"], rows) if rows else None
 
 
 def plain(values: Any) -> list[float | None]:

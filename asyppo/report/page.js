@@ -384,7 +384,7 @@
     if (moves && event.key in moves) select(moves[event.key], true);
     else if (event.key === "j" || (event.key === "ArrowDown" && inTokens)) step(1);
     else if (event.key === "k" || (event.key === "ArrowUp" && inTokens)) step(-1);
-    else if (QUANTITIES[event.key - 1] && !inList) {
+    else if (view.scales[QUANTITIES[event.key - 1]?.name] && !inList) {
       quantity = QUANTITIES[event.key - 1];
       if (sample?.tokens) paint();
     } else return;

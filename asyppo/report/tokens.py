@@ -54,7 +54,7 @@ def pack(sample: Sample) -> dict[str, Any]:
         "group": sample.group,
         "tokens": sample.tokens,
         "columns": {name: _floats(column) for name, column in sample.columns.items()},
-        "flags": {name: "".join("1" if kept else "0" for kept in flags) for name, flags in sample.flags.items()},
+        "flags": {name: (flags.astype(np.uint8) + ord("0")).tobytes().decode() for name, flags in sample.flags.items()},
     }
 
 
