@@ -243,7 +243,7 @@ def calibration(title: str, series: dict[str, tuple[np.ndarray, np.ndarray]], sa
     )
     layout = {
         "xaxis": {"title": {"text": "predicted: V̄"}},
-        "yaxis": {"title": {"text": "outcome: mean reward"}},
+        "yaxis": {"title": {"text": "outcome: mean return"}},
         "showlegend": True,
         "hovermode": "closest",
     }

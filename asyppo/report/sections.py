@@ -109,8 +109,7 @@ def critics(runs: Sequence[Run], names: Sequence[str]) -> Section:
     section = Section(
         "critics",
         "Are the critics calibrated?",
-        "V̄, the mean over critics, against what the response came to. Critics are fitted to a step's own responses "
-        "before they score them, each to its share.",
+        f"V̄, the mean over critics, against what the response came to. {_seen(runs)}",
     )
     if not any(run.has_critics for run in runs):
         section.missing.append("No critics: an advantage is the reward normalised within a prompt's group.")
@@ -319,6 +318,23 @@ def _column(name: str) -> Callable[[Sample], np.ndarray | None]:
     return lambda sample: sample.columns.get(name)
 
 
+SEEN = {
+    "after": "Critics are fitted to a step's own responses before they score them, each to its share.",
+    "before": "Critics score a step's responses before they are fitted to them.",
+    "cross_fit": "A response's V̄ leaves out the critic that was fitted to it.",
+}
+"""Whether V̄ is a prediction, by the setting ``advantage_values``."""
+
+
+def _seen(runs: Sequence[Run]) -> str:
+    ways = {str(run.config.get("advantage_values", "after")) for run in runs if run.has_critics}
+    return (
+        SEEN.get(ways.pop(), "")
+        if len(ways) == 1
+        else "Whether critics had seen a response depends on advantage_values."
+    )
+
+
 def _blank(run: Run) -> Run:
     """The run without what it wrote: nothing of it is drawn, and the other runs keep their colours."""
     return replace(run, metrics=[], samples=[])
@@ -333,17 +349,21 @@ def _third(run: Run, which: int) -> list[Sample]:
 def _predictions(run: Run, samples: Iterable[Sample], place: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """V̄ and outcome of tokens; of a third of the response, if one is named.
 
-    The outcome is the reward, discounted to the token.
+    The outcome is the Monte Carlo return that the critics learned, with all that the run counted into it. Where the run
+    has none, since its returns bootstrap, it is the reward discounted to the token.
     """
-    gamma = run.config.get("gamma", 1.0)
+    gamma, critic = run.config.get("gamma", 1.0), run.config.get("critic")
     gamma = float(gamma) if isinstance(gamma, (int, float)) else 1.0
+    bootstrapped = isinstance(critic, dict) and critic.get("value_lambda", 1.0) != 1.0
     predicted, outcome = [np.zeros(0)], [np.zeros(0)]
     for sample in samples:
         value = sample.columns.get("value")
         if value is None or not sample.critics:
             continue
         position = np.arange(len(value))
-        came_to = sample.reward * gamma ** (len(value) - 1.0 - position)
+        came_to = sample.columns.get("returns")
+        if came_to is None or bootstrapped:
+            came_to = sample.reward * gamma ** (len(value) - 1.0 - position)
         chosen = np.isfinite(value) & np.isfinite(came_to)
         if place is not None:
             chosen &= 3 * position // len(value) == place

@@ -172,6 +172,11 @@ def test_runs_without_critics_and_of_older_versions(make_run: Make) -> None:
     ppo = write_report([make_run("ppo", critics=1)]).read_text()
     assert "Fewer than two critics" in ppo
     assert "Calibration by position" in ppo
+    assert "before they score them" in ppo
+    ways = [make_run(way, config={"advantage_values": way}) for way in ("before", "cross_fit")]
+    assert "before they are fitted to them" in write_report(ways[:1]).read_text()
+    assert "leaves out the critic" in write_report(ways[1:]).read_text()
+    assert "depends on advantage_values" in write_report(ways, ways[0] / "both.html").read_text()
 
     def old(row: dict[str, Any]) -> dict[str, Any]:
         return {key: row[key] for key in ("step", "split", "prompt", "completion", "reward")}
@@ -255,6 +260,10 @@ def test_outcomes_are_discounted_and_thirds_are_of_the_response(make_run: Make) 
     predicted, outcome = sections._predictions(run, run.samples)
     assert predicted.tolist() == [1, 2, 3, 4, 5]
     assert outcome.tolist() == [0.25, 0.5, 1, 2, 4]
+    run.samples[0].columns["returns"] = np.arange(6.0)
+    assert sections._predictions(run, run.samples)[1].tolist() == [0, 1, 2, 3, 4]
+    run.config["critic"] = {"value_lambda": 0.9}
+    assert sections._predictions(run, run.samples)[1].tolist() == outcome.tolist(), "bootstrapped returns are none"
     for place, values in enumerate(([1, 2], [3, 4], [5])):
         assert sections._predictions(run, run.samples, place)[0].tolist() == values
 
