@@ -150,7 +150,7 @@
     return { ...packed, columns: Object.fromEntries(columns) };
   }
 
-  /** Text with what cannot be seen, or would reorder its neighbours, spelled out. */
+  /** Text with what cannot be seen, or would reorder its neighbours, spelled out; a last line break stays away. */
   function spell(parent, text) {
     const hidden = /[\p{Cc}\p{Cs}\p{Zl}\p{Zp}\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]/gu;
     let end = 0;
@@ -162,7 +162,7 @@
       const code = match[0].codePointAt(0);
       const shown = { 9: "⇥", 10: "⏎", 13: "␍" }[code];
       symbol.textContent = shown ?? `⟨U+${code.toString(16).toUpperCase().padStart(4, "0")}⟩`;
-      if (shown && code !== 13) parent.append(match[0]);
+      if (code === 9 || (code === 10 && end < text.length)) parent.append(match[0]);
     }
     parent.append(text.slice(end));
   }
@@ -228,7 +228,9 @@
     if (sample.truncated) facts.push("cut off at the longest length");
     if (view.runs.length > 1) facts.unshift(view.runs[index.run[i]]);
     if (!sample.tokens) facts.push("text only: no tokens were written");
-    element("sample-facts").textContent = facts.join(" · ");
+    element("sample-facts").replaceChildren();
+    spell(element("sample-facts"), facts.join(" · "));
+    for (const controls of document.querySelectorAll(".response .controls")) controls.hidden = !sample.tokens;
     spell(element("prompt"), sample.prompt);
     if (sample.tokens) {
       const all = document.createDocumentFragment();
@@ -240,6 +242,8 @@
         span.setAttribute("role", "option");
         span.tabIndex = -1;
         spell(span, text);
+        // Outside, or the marks of the token would begin the next line.
+        if (text.endsWith("\n")) all.append("\n");
       });
       response.append(all);
     } else {

@@ -244,7 +244,7 @@ def test_what_is_shown_is_what_was_written(page: Page, make_run: Make) -> None:
         assert float(shown[name]) == pytest.approx(value, rel=0.01), name
     assert shown["in the policy loss"] == ("kept" if row["advantage_keep"][3] else "masked")
     assert shown["in the entropy bonus"] == ("kept" if row["entropy_keep"][3] else "filtered")
-    assert page.text("#prompt").replace("⏎", "") == row["prompt"]
+    assert page.text("#prompt") == row["prompt"].replace("\n", "⏎")  # its only line break is the last character
     assert "reward " + str(int(row["reward"])) in page.text("#sample-facts")
 
 
@@ -275,6 +275,7 @@ def test_filters(page: Page, make_run: Make) -> None:
     page.choose("filter-split", "eval")
     assert page.js(options) == passing(lambda row: True, "eval")
     assert page.text("#response") == "0"
+    assert not page.find("#colour").is_displayed(), "text without tokens has no colours"
 
 
 def test_text_is_readable_on_every_colour(page: Page, make_run: Make) -> None:
@@ -348,6 +349,7 @@ def test_hostile_text_stays_text(page: Page, make_run: Make) -> None:
     assert tokens[10] == "half ⟨U+D83D⟩ of a pair ⟨U+DC00⟩"
     box = page.js("const r = document.getElementById('response'); return [r.scrollWidth, r.clientWidth]")
     assert box[0] <= box[1] + 1
+    assert page.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     page.open(write_report([make_run("innocent", steps=3)])).draw_everything()
     assert page.js(made_of) == mine
 
