@@ -338,7 +338,7 @@
     const data = critics.map((name, m) => line(`critic ${m}`, sample.columns[name], (m % 6) + 2, ["dash", "dot", "dashdot"][m % 3]));
     data.push(line("V̄", sample.columns.value, 1, "solid", 2.4));
     if (reward !== null) data.push(line("reward", position.map(() => reward), 7, "longdash", 1));
-    const ticks = { tick0: 1, dtick: Math.ceil(position.length / 15) };
+    const ticks = position.length <= 30 ? { tick0: 1, dtick: Math.ceil(position.length / 15) } : {};
     const layout = { xaxis: { title: { text: "token" }, ...ticks }, yaxis: {}, showlegend: true, shapes: cursor() };
     draw({ data, layout }, plot);
   }
