@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyppo.report import write_report
+from asyppo.report import build, write_report
 from asyppo.report.tokens import SCALED
 
 
@@ -94,6 +94,14 @@ class Page:
             "s.dispatchEvent(new Event('input', {bubbles: true}))",
             name,
             value,
+        )
+
+    def wait_for(self, selector: str) -> None:
+        """Wait until there is such an element."""
+        self.browser.set_script_timeout(20)
+        self.browser.execute_async_script(
+            "const look = () => document.querySelector(arguments[0]) ? arguments[1]() : setTimeout(look, 20); look()",
+            selector,
         )
 
     def draw_everything(self) -> int:
@@ -329,15 +337,16 @@ def test_hostile_text_stays_text(page: Page, make_run: Make) -> None:
         page.js("document.querySelector('#response .token').focus()")
         page.keys(digit, "j")
     assert page.js("return window.pwned") is None
-    # What the page is made of is what an innocent run's is made of.
-    made_of = (
-        "return [...new Set([...document.querySelectorAll('body *:not(svg *)')].map(e => e.localName))].sort().join()"
+    # The page is made of what its template, its script and Plotly use.
+    made_of = page.js(
+        "return [...new Set([...document.querySelectorAll('body, body *:not(svg *)')].map(e => e.localName))]"
     )
+    template = (Path(build.__file__).with_name("page.html")).read_text()
+    assert set(made_of) <= {*re.findall(r"<([a-z0-9]+)", template), "svg"}
     foreign = (
         "return document.querySelectorAll('img, iframe, a:not([href^=\"#\"]), main svg a, main script, main style')"
         ".length"
     )
-    mine = page.js(made_of)
     assert page.js(foreign) == 0
     tokens = page.js("return [...document.querySelectorAll('#response .token')].map(t => t.textContent)")
     assert tokens[0] == HOSTILE[0]
@@ -350,8 +359,6 @@ def test_hostile_text_stays_text(page: Page, make_run: Make) -> None:
     box = page.js("const r = document.getElementById('response'); return [r.scrollWidth, r.clientWidth]")
     assert box[0] <= box[1] + 1
     assert page.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    page.open(write_report([make_run("innocent", steps=3)])).draw_everything()
-    assert page.js(made_of) == mine
 
 
 def test_scripts_that_get_in_are_not_run(browser: Any, make_run: Make) -> None:
@@ -421,7 +428,7 @@ def test_other_numbers_of_critics(page: Page, make_run: Make, critics: int) -> N
 
 def test_several_runs(page: Page, make_run: Make, tmp_path: Path) -> None:
     runs = [make_run(f"run-{i}", seed=i, critics=2 - i) for i in range(3)]
-    page.open(write_report(runs, tmp_path / "all.html")).draw_everything()
+    page.open(write_report(runs, tmp_path / "all.html")).wait_for("#learning .legend")
     assert page.js("return document.querySelectorAll('#run h1').length") == 3
     legend = page.js("return [...document.querySelectorAll('#learning .plot')][0].textContent")
     for name in ("run-0", "run-1", "run-2"):
