@@ -25,6 +25,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from asyppo.commands import COMMANDS, Command, configuration
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.fields import by_path, check_names, did_you_mean, groups
+from asyppo.signals import exiting_at_once
 
 PACKAGE = Path(str(files("asyppo")))
 READY_CONFIGS = {"default": PACKAGE / "default.yaml"} | {
@@ -116,7 +117,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     made = parser(name)
     _check_options(made, arguments)
     if command.settings:
-        arguments = [*_implied(command, arguments), *_with_config_files(arguments)]
+        arguments = [*_implied(command, arguments), *_with_flags(_with_config_files(arguments))]
     try:
         return made.instantiate(made.parse_args(arguments))
     except ArgumentError as error:
@@ -156,6 +157,16 @@ def _with_config_files(arguments: Sequence[str]) -> list[str]:
         else:
             done.append(argument)
     return done
+
+
+def _with_flags(arguments: Sequence[str]) -> list[str]:
+    """``--policy.use_peft`` alone is ``--policy.use_peft=true``."""
+    flags = {f"--{path}" for path, field in by_path(AsyPPOConfig).items() if field.annotation is bool}
+    followers = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in flags and follower.startswith("--") else argument
+        for argument, follower in zip(arguments, followers, strict=True)
+    ]
 
 
 def _config_file(name: str) -> Path:
@@ -214,11 +225,12 @@ def _in_one_line(message: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``asyppo`` and return its exit status: 0; 1 for a run that failed; 2 for a setting, a file or a reward
-    function that cannot work."""
+    function that cannot work; 130 and 143 for one that SIGINT or SIGTERM ended, as a shell has it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         namespace = parse_arguments(arguments)
-        return COMMANDS[arguments[0]].run(namespace)
+        with exiting_at_once():  # but for the training loop, which ends its step first
+            return COMMANDS[arguments[0]].run(namespace)
     except Exception as error:
         status = getattr(error, "exit_status", None)
         if status is None:  # a fault of ours, whose place is in the traceback

@@ -61,6 +61,14 @@ def _train(namespace: Namespace) -> int:
     from asyppo.build import build_trainer
 
     result = build_trainer(config).train()
+    if result.stopped_by is not None:
+        path = result.run.path
+        print(
+            f"asyppo: stopped by {result.stopped_by.name}; to go on: asyppo train --config {path / 'config.yaml'} "
+            f"--run_name {path.name} --resume",
+            file=sys.stderr,
+        )
+        return 128 + result.stopped_by
     before, after = result.accuracy_before, result.accuracy_after
     if before is not None and after is not None:
         print(f"held-out accuracy: {before:.4f} -> {after:.4f}")
@@ -162,6 +170,28 @@ def _report(namespace: Namespace) -> int:
     return 0
 
 
+def _plan_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the work and the weights (FSDP2).")
+    parser.add_argument(
+        "--prompt_length",
+        type=int,
+        default=1024,
+        metavar="TOKENS",
+        help="Longest prompt to expect, where data.max_prompt_length does not say.",
+    )
+
+
+def _plan(namespace: Namespace) -> int:
+    config = configuration(namespace)
+    for name in ("gpus", "prompt_length"):
+        if namespace[name] < 1:
+            raise ConfigError(f"--{name}: got {namespace[name]}, needs an integer of at least 1")
+    from asyppo.plan import make_plan
+
+    print(make_plan(config, gpus=namespace.gpus, prompt_length=namespace.prompt_length).table())
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a policy",
@@ -179,4 +209,10 @@ COMMANDS: dict[str, Command] = {
         without_config="A checkpoint of a run starts out from the run's own.",
     ),
     "report": Command("show runs as one HTML page: curves, calibration, masks, and tokens", _report, _report_arguments),
+    "plan": Command(
+        "estimate the memory of a configuration on each GPU, by phase of a step",
+        _plan,
+        _plan_arguments,
+        settings=True,
+    ),
 }

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig
-from asyppo.data import Row
-from asyppo.rewards import RewardFunc, compute_rewards
+from asyppo.data import Row, prompt_text
+from asyppo.rewards import RewardFunc, RewardFunction, compute_rewards
 from asyppo.sampler import Sampler
 
 
@@ -113,7 +113,7 @@ def _mean(values: Sequence[float]) -> float:
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Return the probability that among k of n responses, drawn without putting back, at least one is right: the
     unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
+    return (math.comb(n, k) - math.comb(n - right, k)) / math.comb(n, k)
 
 
 def clustered_estimate(scores: Sequence[float], responses: int, z: float = 1.959964) -> Estimate:
@@ -140,7 +140,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompts: Sequence[Tensor],
-    reward_func: RewardFunc,
+    reward_func: RewardFunc | RewardFunction,
     config: AsyPPOConfig,
     *,
     progress: Callable[[int], None] = lambda count: None,
@@ -171,10 +171,11 @@ def evaluate(
             progress(len(chosen))
     repeated = [rows[i] for i in numbers]
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-    [rewards] = compute_rewards([reward_func], repeated, completions)
+    ids = [response.tokens.tolist() for response in responses]
+    rewards = compute_rewards([reward_func], repeated, completions, ids).scores
     samples = [
         {
-            "prompt": row["prompt"],
+            "prompt": prompt_text(row["prompt"]),
             "completion": completion,
             "reward": reward,
             "truncated": response.truncated,

@@ -128,16 +128,48 @@ def check_names(root: type, tree: Any, where: str, prefix: str = "") -> None:
             check_names(root, value, where, path + ".")
 
 
+# What other trainers call a field: TRL, verl, OpenRLHF.
+ELSEWHERE = {
+    "actor_learning_rate": "learning_rate",
+    "clip_ratio": "epsilon",
+    "clip_ratio_high": "epsilon_high",
+    "cliprange": "epsilon",
+    "critic_learning_rate": "critic.learning_rate",
+    "entropy_coeff": "entropy_coef",
+    "eps_clip": "epsilon",
+    "eval_steps": "eval.every",
+    "kl_coef": "beta",
+    "lambd": "lam",
+    "loss_agg_mode": "loss_aggregation",
+    "lr": "learning_rate",
+    "max_new_tokens": "max_completion_length",
+    "max_response_length": "max_completion_length",
+    "model": "policy.model_name_or_path",
+    "n_samples_per_prompt": "num_generations",
+    "num_ppo_epochs": "num_iterations",
+    "num_train_epochs": "max_steps",
+    "per_device_train_batch_size": "prompts_per_step",
+    "ppo_epochs": "num_iterations",
+    "ppo_max_token_len_per_gpu": "max_tokens_per_micro_batch",
+    "rollout_batch_size": "prompts_per_step",
+    "total_training_steps": "max_steps",
+    "train_batch_size": "prompts_per_step",
+}
+
+
 def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str | None:
     """Return the known path that ``name`` was likely meant to be; None if no path is near.
 
-    A name that is right but for where it stands (``num_critics``) comes first, then the most alike in letters.
+    A name that is right but for where it stands (``num_critics``) comes first, then what other trainers call a field,
+    then the most alike in letters.
     """
     last = name.rsplit(".", 1)[-1]
     moved = [path for path in known if path.rsplit(".", 1)[-1] == last]
     alike = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     # A name can stand in several branches; the nearest of them is the most alike as a whole.
-    return (difflib.get_close_matches(name, moved, n=1, cutoff=0.0) or alike or [None])[0]
+    moved = difflib.get_close_matches(name, moved, n=1, cutoff=0.0)
+    elsewhere = [path for path in (ELSEWHERE.get(last),) if path in known]
+    return next(iter([*moved, *elsewhere, *alike]), None)
 
 
 def did_you_mean(name: str, known: Mapping[str, Any] | list[str], prefix: str = "") -> str:

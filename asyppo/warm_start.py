@@ -13,6 +13,8 @@ import json
 import random
 import shutil
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,9 +22,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from asyppo import durable
 from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
 from asyppo.data import Row
-from asyppo.run import ProgressDisplay
+from asyppo.progress import ProgressDisplay
 
 
 def worked_solution(expression: str, noise: float, guess: float, rng: random.Random) -> str:
@@ -44,34 +47,46 @@ def worked_solution(expression: str, noise: float, guess: float, rng: random.Ran
     return "".join(f"{t}, " for t in totals[:-1]) + f"<answer>{totals[-1]}</answer>"
 
 
-def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], device: torch.device) -> tuple[Path, Path]:
+def build(
+    config: WarmStartConfig, data: DataConfig, train_rows: Sequence[Row], device: torch.device
+) -> tuple[Path, Path]:
     """Return the directories of the policy and of the checkpoint of the critics, making them if they are not cached.
 
-    Only ``train_rows`` are learned from, so held-out prompts stay unseen.
+    Only ``train_rows`` are learned from, so held-out prompts stay unseen. Raises WriteError.
     """
-    if data.task.name != "chain_sum":
-        raise ConfigError(f"data.task.name: got {data.task.name!r}, needs chain_sum, which warm_start has solutions of")
+    for name in (task.name for task in data.tasks or [data.task]):
+        if name != "chain_sum":
+            raise ConfigError(f"data.task.name: got {name!r}, needs chain_sum, which warm_start has solutions of")
     settings = {"warm_start": asdict(replace(config, cache_dir="")), "data": asdict(data), "format": 1}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        tokenizer = _make_tokenizer(train_rows)
-        for name, shape in (("policy", config.policy), ("critic", config.critic)):
-            model = _teach(name, shape, tokenizer, train_rows, config, device)
-            model.save_pretrained(partial / name)
-            tokenizer.save_pretrained(partial / name)
+        with durable.writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            for left in directory.parent.glob(".warm-start-*"):  # by a killed process, unless it is still at it
+                if time.time() - left.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(left)
+            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.exists():
+            tokenizer = _make_tokenizer(train_rows)
+            for name, shape in (("policy", config.policy), ("critic", config.critic)):
+                model = _teach(name, shape, tokenizer, train_rows, config, device)
+                with durable.writing(directory / name):
+                    model.save_pretrained(partial / name)
+                    tokenizer.save_pretrained(partial / name)
+            with durable.writing(directory):
+                durable.flush_tree(partial)
+                partial.rename(directory)
+                durable.flush(directory.parent)
+        except durable.WriteError:
+            if not directory.exists():  # else another run made the same at the same time
                 raise
-            shutil.rmtree(partial)  # another run made the same at the same time
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return directory / "policy", directory / "critic"
 
 
-def _make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
+def _make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -102,7 +117,7 @@ def _teach(
     name: str,
     shape: ModelShape,
     tokenizer: PreTrainedTokenizerFast,
-    rows: list[Row],
+    rows: Sequence[Row],
     config: WarmStartConfig,
     device: torch.device,
 ) -> Qwen3ForCausalLM:

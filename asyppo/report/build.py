@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
@@ -17,6 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from asyppo.config import ConfigError
+from asyppo.durable import write_text
 from asyppo.report import tokens
 from asyppo.report.figures import number
 from asyppo.report.runs import Run, differences, labels, read_run
@@ -32,12 +32,10 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = [read_run(Path(path)) for path in paths]
     out = out or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
-    page = build_page(runs)
-    # A report that is open in a browser, or the last good one, is not left half written.
-    part = out.with_name(f"{out.name}.part")
+    # A name may hold what UTF-8 does not.
+    page = build_page(runs).encode("utf-8", "replace").decode()
     try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, out)
+        write_text(out, page)  # at once: one that is open in a browser is not left half written
     except OSError as error:
         raise ConfigError(f"--out: cannot write {str(out)!r}: {error.strerror}") from error
     return out

@@ -325,7 +325,7 @@ def test_hostile_text_stays_text(page: Page, make_run: Make) -> None:
     run = make_run(tokens=len(HOSTILE), steps=3, change=change, config={h: h for h in HOSTILE[:4]})
     rows = read_jsonl(run / "metrics.jsonl")
     for row in rows:
-        row |= {f"{h}/x": 1.0 for h in HOSTILE[:4]} | {"timing_s/<b onclick=alert(1)>": 1.0}
+        row |= {f"{h}/x": 1.0 for h in [*HOSTILE[:4], HOSTILE[10]]} | {"timing_s/<b onclick=alert(1)>": 1.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with open(run / "samples.jsonl", "a") as file:
         file.write(

@@ -77,7 +77,7 @@ def test_a_whole_run(make_run: Make) -> None:
     assert "".join(first["tokens"]) == first["completion"]
     assert {"value_0", "value_1", "value", "std", "log_ratio"} <= set(first["columns"])
     assert "half written" not in out.read_text()
-    assert not list(out.parent.glob("*.part"))
+    assert not list(out.parent.glob(".*"))
 
 
 def test_what_the_page_may_load(make_run: Make) -> None:

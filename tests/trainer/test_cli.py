@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from asyppo import config as config_module
 from asyppo.cli import main, parse
 from asyppo.config import AsyPPOConfig
+from asyppo.fields import ELSEWHERE, by_path, nearest
 from asyppo.run import read_jsonl
 
 TINY = """
@@ -143,6 +144,30 @@ def test_eval_of_a_run_and_of_its_model(tiny: list[str], tmp_path: Path, capsys:
     assert "has no checkpoint, needs one" in capsys.readouterr().err
 
 
+def test_going_on(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = [*tiny, "--run_name", "one", "--resume"]
+    assert main(command) == 0  # there is no such run yet
+    first = capsys.readouterr().out
+    rows = metrics(tmp_path / "runs" / "one")
+    assert main(command) == 0  # it is at its end
+    assert capsys.readouterr().out == first
+    assert metrics(tmp_path / "runs" / "one") == rows
+    assert main([*command, "--max_steps", "3"]) == 0
+    assert metrics(tmp_path / "runs" / "one")[:3] == rows
+    assert len(metrics(tmp_path / "runs" / "one")) == 4
+    capsys.readouterr()
+    assert main([*command, "--seed", "1", "--beta", "0.1"]) == 2
+    err = capsys.readouterr().err
+    assert "config.yaml: seed is 0 there, got 1, beta is 0.0 there, got 0.1; --resume may change max_steps, " in err
+    assert len(err.splitlines()) == 1
+    for file in (tmp_path / "runs" / "one").glob("checkpoint-*/rng.json"):
+        file.unlink()
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("asyppo: error: no checkpoint in ")
+    assert "Traceback" not in err
+
+
 def test_falling_short_is_an_error(tiny: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main([*tiny, "--eval.min_gain", "0.9"]) == 1
     out, err = capsys.readouterr()
@@ -166,6 +191,7 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--critic.num_critic", "1"], "--critic.num_critic: unknown option; did you mean --critic.num_critics?"),
         (["--num_critics=1"], "--num_critics: unknown option; did you mean --critic.num_critics?"),
         (["--lerning_rate", "1"], "--lerning_rate: unknown option; did you mean --learning_rate?"),
+        (["--kl_coef=1"], "--kl_coef: unknown option; did you mean --beta?"),
         (["--warm_start.stesp", "1"], "--warm_start.stesp: unknown option; did you mean --warm_start.steps?"),
         (["--data.task.parms.min_terms", "1"], "did you mean --data.task.params?"),
         (["--critic", "{num_critc: 3}"], "critic.num_critc: unknown key in --critic; did you mean critic.num_critics?"),
@@ -196,13 +222,18 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--policy.model_name_or_path", "/x"], "policy.model_name_or_path"),
         (["--critic.model_name_or_path", "/x"], "critic.model_name_or_path"),
         (["--warm_start", "null", "--policy.model_name_or_path", "/no/such/model"], "model_name_or_path"),
-        (["--run_name", "taken"], "run_name"),
+        (["--run_name", "taken"], "taken exists, needs a new name, or --resume to go on with that run"),
+        (["--resume"], "run_name: got None, needs the name of the run that --resume goes on with"),
+        (["--run_name", "taken", "--resume"], "taken has no config.yaml, needs the directory of a run"),
+        (["--save_total_limit", "0"], "save_total_limit: got 0, needs an integer of at least 1"),
+        (["--report_to", "[visdom]"], "report_to"),
     ],
 )
 def test_a_setting_that_cannot_work(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], named: str
 ) -> None:
     (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "notes").write_text("")
     assert main([*tiny, *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -311,6 +342,19 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
     assert "--epsilon_high [default: 0.28; a number]" in text
     assert "--warm_start.critic.hidden_size [default: 64; an integer]" in text
     assert "those where critics agree most, whose advantage is masked. The paper's." in text
+
+
+def test_names_of_other_trainers_lead_to_fields() -> None:
+    known = by_path(AsyPPOConfig)
+    assert set(ELSEWHERE.values()) <= set(known)
+    assert not set(ELSEWHERE) & set(known)
+    assert all(nearest(name, known) == path for name, path in ELSEWHERE.items())
+
+
+def test_true_goes_without_saying() -> None:
+    config = parse(["train", "--policy.use_peft", "--seed", "3", "--policy.trust_remote_code"])
+    assert (config.policy.use_peft, config.policy.trust_remote_code, config.seed) == (True, True, 3)
+    assert not parse(["train", "--policy.use_peft", "false"]).policy.use_peft
 
 
 def test_without_a_file_the_embedded_default_runs() -> None:
