@@ -23,6 +23,11 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asyppo.trainer.report_at_the_end", lambda path: None)
 
 
+def evaluation(accuracy: float) -> Any:
+    """What the trainer wants of an evaluation."""
+    return SimpleNamespace(metrics=lambda: {"eval/accuracy": accuracy})
+
+
 def score(completions: list[str], **_: Any) -> list[float]:
     """Number of a's."""
     return [float(c.count("a")) for c in completions]
@@ -106,7 +111,7 @@ def test_the_best_accuracy(tiny_config: Make, tiny_trainer: Make, monkeypatch: p
     accuracy, diary = [0.1, 0.3, 0.3, 0.2], Diary()
     config = tiny_config(max_steps=3, save_steps=1, evaluation={"every": 1})
     trainer = tiny_trainer(config, score, callbacks=[diary])
-    monkeypatch.setattr(trainer, "evaluate", lambda run, step: SimpleNamespace(metrics=lambda: {"eval/accuracy": accuracy[step]}))
+    monkeypatch.setattr(trainer, "evaluate", lambda run, step: evaluation(accuracy[step]))
     run = trainer.train().run
     state = diary.told[-1]["state"]
     assert (state.best_metric, state.best_global_step) == (0.3, 1)

@@ -223,6 +223,7 @@ def test_two_signals(place: Path) -> None:
     assert not (place / "runs" / "twice" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step(place: Path) -> None:
     process = command(place, "early", "--warm_start.steps", "100000")
     lines_until(process, "^teach the policy 50/")

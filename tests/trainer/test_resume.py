@@ -109,9 +109,12 @@ def run(tiny_config: Make, tiny_trainer: Make) -> Callable[..., Any]:
     return train
 
 
-ALGORITHMS: dict[str, dict[str, Any]] = {"asyppo": {}, "ppo": {"algorithm": "ppo"}, "grpo": {"algorithm": "grpo"}}
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "asyppo": {"beta": 0.1},
+    "ppo": {"algorithm": "ppo"},
+    "grpo": {"algorithm": "grpo"},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "reference": {"beta": 0.1},
     "warm-up": {"warmup_steps": 3, "critic": {"warmup_steps": 2}},
     "many updates": {
         "num_iterations": 2,
@@ -139,6 +142,7 @@ def test_wherever_it_stops_it_goes_on_as_if_it_had_not(run: Make, options: dict[
         assert stop_and_go_on(run, stop, options) == expected, stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_whatever_has_a_state_goes_on(run: Make, options: dict[str, Any]) -> None:
     expected = written(run("whole", **options).run.path)
