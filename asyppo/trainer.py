@@ -31,13 +31,13 @@ from asyppo.checkpoint import (
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
 from asyppo.data import Prompt, PromptSchedule, Row, fitting, prompt_tokens
-from asyppo.durable import WriteError, writing
+from asyppo.durable import WriteError
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loading import critics_of, load_tokenizer, policy_of
 from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.progress import ProgressDisplay, Timer
-from asyppo.report import plot_curves
+from asyppo.report import report_at_the_end
 from asyppo.rewards import RewardFunc, Rewards, compute_rewards, resolve_reward_funcs
 from asyppo.rng import seed_everything
 from asyppo.rollout import Group, Sample, keep_unequal
@@ -177,8 +177,7 @@ class AsyPPOTrainer:
                 if stop:
                     break
         hooks("on_train_end")
-        with writing(run.path / "curves.png"):
-            plot_curves(run.metrics, run.path / "curves.png")
+        report_at_the_end(run.path)
         if self.skipped_in_a_row >= config.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them step "

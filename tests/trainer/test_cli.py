@@ -73,7 +73,7 @@ def test_a_whole_run_and_a_second_one(tiny: list[str], tmp_path: Path, capsys: p
     rows = metrics(tmp_path / "runs" / "one")
     assert [f"{rows[i]['eval/accuracy']:.4f}" for i in (0, -1)] == list(accuracy.groups())
     paths = [Path(line.split(maxsplit=1)[1]) for line in lines[1:]]
-    assert [path.name for path in paths] == ["one", "metrics.jsonl", "curves.png", "samples.jsonl", "checkpoint-2"]
+    assert [path.name for path in paths] == ["one", "metrics.jsonl", "report.html", "samples.jsonl", "checkpoint-2"]
     assert all(path.exists() for path in paths)
     AutoModelForCausalLM.from_pretrained(paths[-1] / "policy")
 
