@@ -29,17 +29,26 @@ class Batch:
     group: Tensor
     """int64 [B]: which prompt of the step it answers."""
     reward: Tensor
-    """float32 [B, T]: nonzero at the last token of a response only."""
+    """float32 [B, T]: a response's score at its last token, and rewards of tokens at their own."""
     sampler_logprob: Tensor
     """float32 [B, T]: log-prob of each token as the sampler computed it."""
     truncated: Tensor
     """bool [B]: cut off by the length limit."""
+    score: Tensor
+    """float32 [B]: what the reward functions gave, whatever is added to ``reward`` later."""
+    ignored: Tensor
+    """bool [B]: no loss counts it."""
 
     @property
     def mask(self) -> Tensor:
         """bool [B, T]: True on response tokens."""
         steps = torch.arange(self.reward.shape[1], device=self.tokens.device)
         return steps < self.response_length[:, None]
+
+    @property
+    def learned(self) -> Tensor:
+        """bool [B, T]: the response tokens that losses count."""
+        return self.mask & ~self.ignored[:, None]
 
     @property
     def length(self) -> Tensor:
@@ -54,18 +63,25 @@ def make_batch(
     prompts: Sequence[Tensor],
     responses: Sequence[Tensor],
     logprobs: Sequence[Tensor],
-    scores: Sequence[float],
+    scores: Sequence[float | Tensor],
     truncated: Sequence[bool],
     group: Sequence[int],
     *,
     pad_token_id: int,
     device: torch.device,
 ) -> Batch:
-    """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``."""
+    """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``.
+
+    A response's score is a number, or a reward for each of its tokens (float32 [length]).
+    """
     sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     response_length = torch.tensor([len(r) for r in responses])
     reward = torch.zeros(len(responses), int(response_length.max()))
-    reward[torch.arange(len(responses)), response_length - 1] = torch.tensor(scores, dtype=torch.float32)
+    for row, (score, length) in enumerate(zip(scores, response_length.tolist(), strict=True)):
+        if isinstance(score, Tensor):
+            reward[row, :length] = score
+        else:
+            reward[row, length - 1] = score
     return Batch(
         tokens=_pad(sequences, pad_token_id).to(device),
         prompt_length=torch.tensor([len(p) for p in prompts]).to(device),
@@ -74,6 +90,8 @@ def make_batch(
         reward=reward.to(device),
         sampler_logprob=_pad(logprobs, 0.0).to(device),
         truncated=torch.tensor(truncated).to(device),
+        score=reward.sum(dim=1).to(device),
+        ignored=torch.zeros(len(responses), dtype=torch.bool, device=device),
     )
 
 
@@ -102,16 +120,21 @@ class MicroBatch:
         row, column = self.predicts
         return self.input_ids[row, column + 1]
 
+    @property
+    def flat_predicts(self) -> Tensor:
+        """int64 [N]: ``predicts`` as one number, row * s + column."""
+        row, column = self.predicts
+        return row * self.input_ids.shape[1] + column
+
     def select(self, hidden: Tensor) -> Tensor:
         """Return the hidden states [N, H], of [b, s, H], that predict the response tokens."""
-        row, column = self.predicts
-        return hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)
+        return hidden.flatten(0, 1).index_select(0, self.flat_predicts)
 
 
-def micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
-    """Cut ``rows`` (int64 [b]) out of ``batch``."""
+def micro_batch(batch: Batch, rows: Tensor, width: int | None = None) -> MicroBatch:
+    """Cut ``rows`` (int64 [b]) out of ``batch``, padded to ``width`` (None: to the longest of them)."""
     length = batch.length[rows]
-    width = int(length.max())
+    width = int(length.max()) if width is None else width
     mask = torch.arange(width, device=rows.device) < length[:, None]
     local_row, position = batch.mask[rows].nonzero(as_tuple=True)
     return MicroBatch(
@@ -136,6 +159,20 @@ def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1
         yield micro_batch(batch, order[start : start + count])
         start += count
         at_least -= 1
+
+
+def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[list[MicroBatch]]:
+    """Cut M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a share, that have at most
+    ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run out has no rows."""
+    orders = [rows[torch.argsort(batch.length[rows], descending=True, stable=True)] for rows in shares]
+    lengths = [batch.length[order].tolist() for order in orders]
+    start = 0
+    while start < max(map(len, lengths)):
+        # The first row of each share is the longest of its piece.
+        width = max(of_share[start] for of_share in lengths if start < len(of_share))
+        end = start + max(1, max_tokens // (width * len(shares)))
+        yield [micro_batch(batch, order[start:end], width) for order in orders]
+        start = end
 
 
 def split_responses(group: Tensor, num_critics: int, generator: torch.Generator) -> Tensor:

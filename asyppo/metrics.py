@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +13,16 @@ from asyppo.advantage import LearningSignal
 from asyppo.batch import Batch
 from asyppo.config import AsyPPOConfig
 from asyppo.reduce import masked_extremes, masked_mean, masked_moments
+from asyppo.rewards import Rewards
 from asyppo_kernels import LinearPPOLoss
 
 Row = dict[str, float]
 
 
-def of_batch(
-    batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor, rewards: dict[str, list[float]]
-) -> Row:
+def of_batch(batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor) -> Row:
     """Metrics of the sampled batch and of what the critics say of it."""
     mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
-    score, length = batch.reward.sum(dim=1), batch.response_length.float()
+    length = batch.response_length.float()
     gap = (old_logprob - batch.sampler_logprob).abs()
     _, error_variance = masked_moments(signal.returns - signal.value, mask)
     _, return_variance = masked_moments(signal.returns, mask)
@@ -30,8 +30,8 @@ def of_batch(
         "response_length/clip_ratio": masked_mean(batch.truncated, everyone),
         "prompt_length/mean": masked_mean(batch.prompt_length, everyone),
         "actor/entropy": masked_mean(entropy, mask),
-        "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, mask),
-        "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, mask),
+        "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, batch.learned),
+        "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, batch.learned),
         # Not defined where returns do not vary.
         "critic/vf_explained_var": 1 - error_variance / torch.where(return_variance > 1e-8, return_variance, math.nan),
         "critic/std/mean": masked_mean(signal.std, mask),
@@ -41,7 +41,8 @@ def of_batch(
         "sampling/sampling_logp_difference/max": masked_extremes(gap, mask)[1],
     }
     for name, value, where in (
-        ("critic/score", score, everyone),
+        ("critic/score", batch.score, everyone),
+        ("critic/rewards", batch.reward.sum(dim=1), everyone),
         ("critic/advantages", signal.raw_advantage, mask),
         ("critic/returns", signal.returns, mask),
         ("critic/values", signal.value, mask),
@@ -49,9 +50,27 @@ def of_batch(
     ):
         row[f"{name}/mean"] = masked_mean(value, where)
         row[f"{name}/min"], row[f"{name}/max"] = masked_extremes(value, where)
-    for name, of_function in rewards.items():
-        row[f"rewards/{name}/mean"] = sum(of_function) / len(of_function)
     return {key: float(value) for key, value in row.items()}
+
+
+def of_importance_weights(weight: Tensor, mask: Tensor) -> Row:
+    """Metrics of the tokens' importance weights, under TRL's names."""
+    low, high = masked_extremes(weight, mask)
+    return {
+        "sampling/importance_sampling_ratio/mean": float(masked_mean(weight, mask)),
+        "sampling/importance_sampling_ratio/min": float(low),
+        "sampling/importance_sampling_ratio/max": float(high),
+    }
+
+
+def of_rewards(rewards: Rewards) -> Row:
+    """Mean and standard deviation of each reward function over the samples that are its own, and its timeouts."""
+    row: Row = {}
+    for name, of_function in rewards.by_function.items():
+        own = torch.tensor([reward is not None for reward in of_function])
+        mean, variance = masked_moments(torch.tensor([reward or 0.0 for reward in of_function]), own)
+        row[f"rewards/{name}/mean"], row[f"rewards/{name}/std"] = float(mean), float(variance.sqrt())
+    return row | {f"rewards/{name}/timeouts": float(count) for name, count in rewards.timeouts.items()}
 
 
 def of_time(batch: Batch, seconds: Row, device: torch.device) -> Row:
@@ -111,14 +130,44 @@ class PolicyUpdates:
         norms = [norm for norm in self.norms if norm is not None]
         row = {
             "actor/loss": loss,
-            "actor/pg_loss": loss + self.config.entropy_coef * entropy - self.config.beta * kl,
+            "actor/pg_loss": loss + self.config.entropy_coef * entropy - self.config.kl_in_loss * kl,
             "actor/entropy_loss": entropy,
             "actor/ppo_kl": log_ratio / max(tokens, 1),
             "actor/pg_clipfrac": clipped / max(tokens, 1),
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "actor/skipped_updates": float(steps - len(norms)),
         }
-        return row | ({"actor/kl_loss": kl} if self.config.beta > 0 else {})
+        return row | ({"actor/kl_loss": kl} if self.config.kl_in_loss > 0 else {})
+
+
+class CriticUpdates:
+    """Gathers the statistics of the optimizer steps of M critics in one training step."""
+
+    def __init__(self, num_critics: int):
+        self.losses: list[list[float]] = [[] for _ in range(num_critics)]
+        self.norms: list[list[float | None]] = [[] for _ in range(num_critics)]
+
+    def stepped(self, losses: Sequence[float], norms: Sequence[float | None], active: Sequence[bool]) -> None:
+        """Count an optimizer step: losses and gradient norms of the M critics, None: that critic's was skipped. Those
+        that are not ``active`` had nothing to learn."""
+        for m, is_active in enumerate(active):
+            if is_active:
+                self.losses[m].append(losses[m])
+                self.norms[m].append(norms[m])
+
+    def row(self) -> Row:
+        """Return the metrics of each critic, as means over its optimizer steps, and their means over critics."""
+        row: Row = {}
+        for m, (losses, norms) in enumerate(zip(self.losses, self.norms, strict=True)):
+            taken = [norm for norm in norms if norm is not None]
+            row[f"critic/{m}/vf_loss"] = sum(losses) / len(losses)
+            row[f"critic/{m}/grad_norm"] = sum(taken) / len(taken) if taken else math.nan
+            row[f"critic/{m}/skipped_updates"] = float(len(norms) - len(taken))
+        count = len(self.losses)
+        for name in ("vf_loss", "grad_norm"):
+            row[f"critic/{name}"] = sum(row[f"critic/{m}/{name}"] for m in range(count)) / count
+        row["critic/skipped_updates"] = sum(row[f"critic/{m}/skipped_updates"] for m in range(count))
+        return row
 
 
 def summary(row: Row) -> str:

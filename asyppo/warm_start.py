@@ -14,7 +14,8 @@ import math
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from asyppo import durable
 from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
 from asyppo.data import Row
-from asyppo.run import ProgressDisplay
+from asyppo.progress import ProgressDisplay
 
 
 def chain_sum_solution(metadata: dict[str, Any], noise: float, guess: float, rng: random.Random) -> str:
@@ -71,38 +73,54 @@ SOLUTIONS: dict[str, Solution] = {"chain_sum": chain_sum_solution, "gcd": gcd_so
 """Worked solutions by reasoning-gym task, from its row's metadata."""
 
 
-def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], device: torch.device) -> tuple[Path, Path]:
+def worked_solution(row: Row, noise: float, guess: float, rng: random.Random) -> str:
+    """Return a solution of a row, with mistakes."""
+    metadata = row["entry"]["metadata"]
+    return SOLUTIONS[metadata["source_dataset"]](metadata, noise, guess, rng)
+
+
+def build(
+    config: WarmStartConfig, data: DataConfig, train_rows: Sequence[Row], device: torch.device
+) -> tuple[Path, Path]:
     """Return the directories of the policy and of the checkpoint of the critics, making them if they are not cached.
 
-    Only ``train_rows`` are learned from, so held-out prompts stay unseen.
+    Only ``train_rows`` are learned from, so held-out prompts stay unseen. Raises WriteError.
     """
-    solution = SOLUTIONS.get(data.task.name)
-    if solution is None:
-        raise ConfigError(
-            f"data.task.name: got {data.task.name!r}, needs one of {', '.join(SOLUTIONS)}, which warm_start has "
-            "solutions of"
-        )
+    for name in (task.name for task in data.tasks or [data.task]):
+        if name not in SOLUTIONS:
+            raise ConfigError(
+                f"data.task.name: got {name!r}, needs one of {', '.join(SOLUTIONS)}, which warm_start has solutions of"
+            )
     settings = {"warm_start": asdict(replace(config, cache_dir="")), "data": asdict(data), "format": 1}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        tokenizer = _make_tokenizer(train_rows, solution)
-        for name, shape in (("policy", config.policy), ("critic", config.critic)):
-            model = _teach(name, shape, tokenizer, train_rows, solution, config, device)
-            model.save_pretrained(partial / name)
-            tokenizer.save_pretrained(partial / name)
+        with durable.writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            for left in directory.parent.glob(".warm-start-*"):  # by a killed process, unless it is still at it
+                if time.time() - left.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(left)
+            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.exists():
+            tokenizer = _make_tokenizer(train_rows)
+            for name, shape in (("policy", config.policy), ("critic", config.critic)):
+                model = _teach(name, shape, tokenizer, train_rows, config, device)
+                with durable.writing(directory / name):
+                    model.save_pretrained(partial / name)
+                    tokenizer.save_pretrained(partial / name)
+            with durable.writing(directory):
+                durable.flush_tree(partial)
+                partial.rename(directory)
+                durable.flush(directory.parent)
+        except durable.WriteError:
+            if not directory.exists():  # else another run made the same at the same time
                 raise
-            shutil.rmtree(partial)  # another run made the same at the same time
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return directory / "policy", directory / "critic"
 
 
-def _make_tokenizer(rows: list[Row], solution: Solution) -> PreTrainedTokenizerFast:
+def _make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -119,7 +137,7 @@ def _make_tokenizer(rows: list[Row], solution: Solution) -> PreTrainedTokenizerF
         show_progress=False,
     )
     rng = random.Random(0)
-    solutions = [solution(row["entry"]["metadata"], 0.0, 0.0, rng) for row in rows[:2000]]
+    solutions = [worked_solution(row, 0.0, 0.0, rng) for row in rows[:2000]]
     texts = [
         row["prompt"] + text.replace("<answer>", "").replace("</answer>", "")
         for row, text in zip(rows[:2000], solutions, strict=True)
@@ -133,8 +151,7 @@ def _teach(
     name: str,
     shape: ModelShape,
     tokenizer: PreTrainedTokenizerFast,
-    rows: list[Row],
-    solution: Solution,
+    rows: Sequence[Row],
     config: WarmStartConfig,
     device: torch.device,
 ) -> Qwen3ForCausalLM:
@@ -166,7 +183,7 @@ def _teach(
     with ProgressDisplay(f"teach the {name}", config.steps, every=50) as progress:
         for _ in range(config.steps):
             chosen = [rng.randrange(len(rows)) for _ in range(config.batch_size)]
-            texts = [solution(rows[i]["entry"]["metadata"], config.noise, config.guess, rng) for i in chosen]
+            texts = [worked_solution(rows[i], config.noise, config.guess, rng) for i in chosen]
             solutions = tokenizer(texts)["input_ids"]
             responses = [[*s, tokenizer.eos_token_id] for s in solutions]
             tokens = [torch.tensor(prompts[i] + r) for i, r in zip(chosen, responses, strict=True)]

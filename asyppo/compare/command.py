@@ -9,9 +9,10 @@ from pathlib import Path
 
 from asyppo.compare import figure
 from asyppo.compare.grid import Grid, load_grid
-from asyppo.compare.runner import Stopped, finished, last_step, run_grid
+from asyppo.compare.runner import finished, last_step, log_path, run_grid
 from asyppo.compare.summary import as_json, markdown, summarize
-from asyppo.run import ProgressDisplay
+from asyppo.progress import ProgressDisplay
+from asyppo.signals import StopSignals
 
 
 def compare(path: Path, out: Path, jobs: int | None = None) -> int:
@@ -23,21 +24,25 @@ def compare(path: Path, out: Path, jobs: int | None = None) -> int:
     """
     grid = load_grid(path)
     jobs = jobs or os.cpu_count() or 1
-    total = sum(grid.arms[run.arm]["max_steps"] for run in grid.runs)
-    stopped, failed = False, {}
-    with ProgressDisplay("steps", total, every=max(1, total // 100)) as progress:
-        progress.start_from(sum(last_step(out, run) for run in grid.runs))
-        try:
-            failed = run_grid(grid, out, jobs, progress.reach)
-        except Stopped:
-            stopped = True
+    total, done = sum(grid.arms[run.arm]["max_steps"] for run in grid.runs), sum(last_step(out, r) for r in grid.runs)
+    with (
+        StopSignals("finishing the steps that run, and saving") as signals,
+        ProgressDisplay("step", total, done=done, every=max(1, total // 200)) as progress,
+    ):
+        failed = run_grid(
+            grid,
+            out,
+            jobs,
+            stopped=lambda: signals.received is not None,
+            progress=lambda steps, note: progress.advance(note, count=steps - progress.done),
+        )
     write(grid, out)
     for run, reason in failed.items():
-        print(f"asyppo: error: run {run.name} failed: {reason}; see {out / 'logs' / run.name}.txt", file=sys.stderr)
+        print(f"asyppo: error: run {run.name} failed: {reason}; see {log_path(out, run)}", file=sys.stderr)
     left = sum(not finished(out, run, grid) for run in grid.runs)
     if left:
         print(f"{left} of {len(grid.runs)} runs are not finished; the same command goes on", file=sys.stderr)
-    return 130 if stopped else int(bool(failed))
+    return int(bool(failed)) if signals.received is None else 128 + signals.received
 
 
 def write(grid: Grid, out: Path) -> None:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ class Grid:
         return [Run(arm, seed) for seed in self.seeds for arm in self.arms]
 
 
-def load_grid(path: Path, base: Settings | None = None) -> Grid:
-    """Read a grid from a YAML file. ``base``: settings in place of those its ``config`` names. Raises ConfigError."""
+def load_grid(path: Path) -> Grid:
+    """Read a grid from a YAML file. Raises ConfigError."""
     content = read_settings(path)
     if unknown := set(content) - KEYS:
         raise ConfigError(f"{path}: got the key {min(unknown)!r}, needs {', '.join(sorted(KEYS))}")
@@ -70,10 +71,11 @@ def load_grid(path: Path, base: Settings | None = None) -> Grid:
     reference = content.get("reference", next(iter(arms)))
     if reference not in arms:
         raise ConfigError(f"reference: got {reference!r}, needs one of the arms: {', '.join(arms)}")
-    if base is None:
-        base = read_settings(_config_path(content.get("config", "default"), path.parent))
+    base = read_settings(_config_path(content.get("config", "default"), path.parent))
     common = merged(base, content.get("set") or {})
     grid = Grid({str(name): merged(common, change or {}) for name, change in arms.items()}, seeds, str(reference))
+    for name, settings in grid.arms.items():
+        _check(name, settings)
     names = [run.name for run in grid.runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"arms: got {', '.join(arms)}, needs names that differ in letters and digits")
@@ -81,11 +83,22 @@ def load_grid(path: Path, base: Settings | None = None) -> Grid:
 
 
 def _config_path(name: str, beside: Path) -> Path:
-    from asyppo.cli import DEFAULT_CONFIG
+    from asyppo.cli import READY_CONFIGS
 
-    if name == "default":
-        return DEFAULT_CONFIG
-    return beside / name
+    return READY_CONFIGS[name] if name in READY_CONFIGS else beside / name
+
+
+def _check(arm: str, settings: Settings) -> None:
+    """Raise ConfigError if ``asyppo train`` would refuse the settings, before hours have gone into other arms."""
+    from asyppo.cli import parse
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "arm.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        try:
+            parse(["train", "--config", str(file)])
+        except ConfigError as error:
+            raise ConfigError(f"arms: {arm}: {str(error).replace(f' in {file}', '')}") from error
 
 
 def read_settings(path: Path) -> Settings:

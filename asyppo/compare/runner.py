@@ -18,10 +18,6 @@ from asyppo.run import read_jsonl
 POLL_SECONDS = 0.5
 
 
-class Stopped(Exception):
-    """The user stopped the comparison; every run has saved what it had."""
-
-
 def run_path(out: Path, run: Run) -> Path:
     """Return the directory of a run."""
     return out / "runs" / run.name
@@ -40,38 +36,34 @@ def finished(out: Path, run: Run, grid: Grid) -> bool:
     return last_step(out, run) >= steps and (run_path(out, run) / f"checkpoint-{steps}").exists()
 
 
-def run_grid(grid: Grid, out: Path, jobs: int, progress: Callable[[int, str], None]) -> dict[Run, str]:
+def run_grid(
+    grid: Grid, out: Path, jobs: int, *, stopped: Callable[[], bool], progress: Callable[[int, str], None]
+) -> dict[Run, str]:
     """Run what is not finished, ``jobs`` runs at a time, and return what went wrong, by run.
 
-    A run that fails does not stop the others. ``progress`` gets the number of steps done in all and a note, about
-    every half second. Raises Stopped on an interrupt, after the running ones have saved and ended.
+    A run that fails does not stop the others. Once ``stopped()`` is true no run is started, and those that go on end
+    after their step, with a checkpoint. ``progress`` gets the number of steps done in all and the names of what runs,
+    about every half second.
     """
     waiting = [run for run in grid.runs if not finished(out, run, grid)]
     running: dict[Run, subprocess.Popen] = {}
     failed: dict[Run, str] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                running[run] = _start(grid, out, run, jobs)
-            time.sleep(POLL_SECONDS)
-            for run, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[run]
-                    if process.returncode:
-                        failed[run] = _last_line(_log(out, run)) or f"exit status {process.returncode}"
-            done = sum(last_step(out, run) for run in grid.runs)
-            progress(done, ", ".join(run.name for run in running))
-    except KeyboardInterrupt as interrupt:
-        for process in running.values():
-            process.send_signal(signal.SIGINT)
-        for process in running.values():
-            process.wait()
-        raise Stopped from interrupt
-    finally:
-        for process in running.values():
-            if process.poll() is None:
-                process.kill()
+    told = False
+    while running or (waiting and not stopped()):
+        while waiting and len(running) < jobs and not stopped():
+            run = waiting.pop(0)
+            running[run] = _start(grid, out, run, jobs)
+        time.sleep(POLL_SECONDS)
+        if stopped() and not told:
+            told = True
+            for process in running.values():
+                process.send_signal(signal.SIGINT)
+        for run, process in list(running.items()):
+            if process.poll() is not None:
+                del running[run]
+                if process.returncode and not told:
+                    failed[run] = _last_line(log_path(out, run)) or f"exit status {process.returncode}"
+        progress(sum(last_step(out, run) for run in grid.runs), ", ".join(run.name for run in running))
     return failed
 
 
@@ -85,12 +77,12 @@ def _start(grid: Grid, out: Path, run: Run, jobs: int) -> subprocess.Popen:
         "run_name": run.name,
     }
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    log = _log(out, run)
+    log = log_path(out, run)
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with open(log, "a") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "asyppo", "train", "--config", str(config), "--resume", "true"],
+            [sys.executable, "-m", "asyppo", "train", "--config", str(config), "--resume"],
             stdout=output,
             stderr=subprocess.STDOUT,
             # One process a core: more threads than cores only wait for each other.
@@ -99,7 +91,8 @@ def _start(grid: Grid, out: Path, run: Run, jobs: int) -> subprocess.Popen:
         )
 
 
-def _log(out: Path, run: Run) -> Path:
+def log_path(out: Path, run: Run) -> Path:
+    """Return the file with what a run printed."""
     return out / "logs" / f"{run.name}.txt"
 
 

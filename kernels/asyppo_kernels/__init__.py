@@ -5,6 +5,7 @@ from asyppo_kernels.ensemble_gae import EnsembleGAE, ensemble_gae
 from asyppo_kernels.ensemble_value import EnsembleValue, ensemble_value
 from asyppo_kernels.linear_logprob import LinearLogprob, linear_logprob
 from asyppo_kernels.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
+from asyppo_kernels.stacked_layers import StackedRMSNorm, stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
 
 __all__ = [
     "AgreementMasks",
@@ -12,9 +13,13 @@ __all__ = [
     "EnsembleValue",
     "LinearLogprob",
     "LinearPPOLoss",
+    "StackedRMSNorm",
     "agreement_masks",
     "ensemble_gae",
     "ensemble_value",
     "linear_logprob",
     "linear_ppo_loss",
+    "stacked_qk_norm_rope",
+    "stacked_rms_norm",
+    "stacked_swiglu",
 ]

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from asyppo.batch import Batch, make_batch
 from asyppo.config import AsyPPOConfig, CriticConfig, EvalConfig
-from asyppo.critics import Critics
+from asyppo.critics import make_critics
 from asyppo.data import Row
+from asyppo.evaluate import Evaluation
 from asyppo.policy import Policy
 from asyppo.sampler import Response
 from asyppo.trainer import AsyPPOTrainer
@@ -79,7 +80,7 @@ def tiny_critic() -> Callable[..., Qwen3ForTokenClassification]:
 
     def make(seed: int = 0, **changes: Any) -> Qwen3ForTokenClassification:
         torch.manual_seed(seed)
-        config = Qwen3Config(**shape(num_hidden_layers=1, num_labels=1, **changes))
+        config = Qwen3Config(**shape(**{"num_hidden_layers": 1, "num_labels": 1} | changes))
         config.classifier_dropout = 0.0
         return Qwen3ForTokenClassification(config).eval()
 
@@ -169,7 +170,7 @@ def tiny_trainer(
         critics = [tiny_critic(seed=10 + m) for m in range(config.num_critics)]
         return AsyPPOTrainer(
             policy=kw.pop("policy", None) or Policy(tiny_lm(), temperature=config.temperature, dtype=dtype),
-            critics=Critics(critics, dtype=dtype) if critics else None,
+            critics=make_critics(critics, config.critic, dtype=dtype) if critics else None,
             tokenizer=tokenizer,
             reward_funcs=[reward],
             train_dataset=kw.pop("train_dataset", prompts),
@@ -199,5 +200,16 @@ def ragged_batch() -> Callable[..., Batch]:
             pad_token_id=pad,
             device=torch.device("cpu"),
         )
+
+    return make
+
+
+@pytest.fixture
+def scripted_evaluation() -> Callable[[float], Evaluation]:
+    """Make an evaluation of ten prompts, one response each, so many of them right."""
+
+    def make(accuracy: float) -> Evaluation:
+        right = [[i < round(10 * accuracy)] for i in range(10)]
+        return Evaluation([""] * 10, right, [{"response_length": 1, "truncated": False}] * 10)
 
     return make

@@ -154,8 +154,16 @@ def test_an_unfinished_run_is_not_in_the_summary(tmp_path: Path, capsys: pytest.
 def compare(tmp_path: Path, *arguments: str, **options: Any) -> subprocess.Popen:
     """Start ``asyppo compare`` as a user would."""
     return subprocess.Popen(
-        [sys.executable, "-m", "asyppo", "compare", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]
-        + list(arguments),
+        [
+            sys.executable,
+            "-m",
+            "asyppo",
+            "compare",
+            str(tmp_path / "grid.yaml"),
+            "--out",
+            str(tmp_path / "out"),
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
