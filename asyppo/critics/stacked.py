@@ -147,7 +147,7 @@ class Stacked(Critics):
         """Values [M, n] at the tokens ``index``, [n] or [M, n]."""
         hidden = self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
         update = None
-        cos, sin = layout.rotary(self.rotary_emb, self.norm.weight)
+        cos, sin = layout.rotary(self.rotary_emb)
         for layer in self.layers:
             hidden, update = layer(hidden, update, cos, sin, layout.attend)
         # From here on only what is read.

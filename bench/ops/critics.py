@@ -58,7 +58,7 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
         for rows, width in BATCHES[scale]
         for count in CRITICS[scale]
         for ragged in (True, False)
-        if ragged or count == 2
+        if ragged or count <= 2
         for backward in (False, True)
     ]
 
