@@ -98,6 +98,8 @@ def batch_of(given: Inputs) -> Any:
         reward=torch.zeros_like(given["target"]),
         sampler_logprob=torch.zeros_like(given["target"]),
         truncated=nothing.bool(),
+        score=torch.zeros(rows, device=given["tokens"].device),
+        ignored=nothing.bool(),
     )
 
 

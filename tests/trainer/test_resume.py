@@ -30,8 +30,8 @@ STEPS = 5
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of a tiny run's time would be the picture, which is drawn from the metrics, and waiting for the disk."""
-    monkeypatch.setattr("asyppo.trainer.plot_curves", lambda metrics, image: None)
+    """Most of a tiny run's time would be its report, and waiting for the disk."""
+    monkeypatch.setattr("asyppo.trainer.report_at_the_end", lambda path: None)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
@@ -72,7 +72,7 @@ def without_clock(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def written(run: Path) -> dict[str, Any]:
-    """All that a run is to have in common with one that did not stop: logs, curves, weights of the last checkpoint."""
+    """All that a run is to have in common with one that did not stop: logs, weights of the last checkpoint."""
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     names = [name for name in board.Tags()["scalars"] if not name.startswith(("timing_s/", "perf/"))]
     [*_, last] = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

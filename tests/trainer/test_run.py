@@ -71,14 +71,13 @@ def test_what_a_run_writes(tiny_config: Make, tiny_trainer: Make, capsys: pytest
         "config.yaml",
         "metrics.jsonl",
         "samples.jsonl",
-        "curves.png",
+        "report.html",
         "tensorboard",
         ".lock",
         "checkpoint-3",
         "checkpoint-4",
     }
     assert result.checkpoint == run / "checkpoint-4"
-    assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     rows = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]

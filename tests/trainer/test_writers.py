@@ -21,9 +21,9 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of a tiny run's time would be the picture."""
-    monkeypatch.setattr("asyppo.trainer.plot_curves", lambda metrics, image: None)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much of a tiny run's time would be its report."""
+    monkeypatch.setattr("asyppo.trainer.report_at_the_end", lambda path: None)
 
 
 def score(completions: list[str], **_: Any) -> list[float]:
