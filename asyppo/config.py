@@ -240,6 +240,9 @@ class AsyPPOConfig:
     logging_samples: int = 16
     """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
     log-probs of each token."""
+    diagnostics_steps: int = 0
+    """Every n steps also measure what share of the policy gradient's norm each mask removes, by four more backward
+    passes; 0: never. Our choice."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """Where metrics go besides ``metrics.jsonl``. ``wandb`` and ``trackio`` have to be installed."""
     max_skipped_steps: int = 3
@@ -406,7 +409,7 @@ class AsyPPOConfig:
             self.save_total_limit,
             "an integer of at least 1, or null",
         )
-        for name in ("save_steps", "logging_samples", "warmup_steps", "overlong_buffer_len"):
+        for name in ("save_steps", "logging_samples", "diagnostics_steps", "warmup_steps", "overlong_buffer_len"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
         _need(self.critic.lora_alpha > 0, "critic.lora_alpha", self.critic.lora_alpha, "a positive number")
         _need(

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asyppo.advantage import LearningSignal
+from asyppo.advantage import LearningSignal, token_weights
 from asyppo.batch import Batch, MicroBatch
+from asyppo.config import AsyPPOConfig
 from asyppo.policy import Policy
 from asyppo.reduce import masked_mean, masked_moments
 
 Row = dict[str, float]
 
 
-def of_critics(value: Tensor, returns: Tensor, std: Tensor, entropy: Tensor, mask: Tensor) -> Row:
-    """Explained variance of each critic, and what the disagreement goes along with.
-
-    ``value`` [M, B, T]; ``returns``, ``std`` (σ), ``entropy`` [B, T]; ``mask`` bool [B, T]. NaN where something does
-    not vary.
+def of_critics(signal: LearningSignal, entropy: Tensor, mask: Tensor) -> Row:
+    """Explained variance of each critic, and Pearson's correlation of the disagreement σ with the error |V̄ - R| and
+    with the policy's ``entropy`` [B, T], over the tokens in ``mask`` bool [B, T]. NaN where something does not vary.
     """
     row = {
-        f"critic/{m}/vf_explained_var": explained_variance(of_critic, returns, mask)
-        for m, of_critic in enumerate(value)
+        f"critic/{m}/vf_explained_var": explained_variance(value, signal.returns, mask)
+        for m, value in enumerate(signal.values)
     }
-    error = (value.mean(dim=0) - returns).abs()
-    row["critic/std/corr_abs_error"] = correlation(std, error, mask)
-    row["critic/std/corr_entropy"] = correlation(std, entropy, mask)
+    row["critic/std/corr_abs_error"] = correlation(signal.std, (signal.value - signal.returns).abs(), mask)
+    row["critic/std/corr_entropy"] = correlation(signal.std, entropy, mask)
     return {name: float(number) for name, number in row.items()}
 
 
@@ -51,9 +49,9 @@ def masked_gradient_shares(
     policy: Policy,
     batch: Batch,
     signal: LearningSignal,
-    token_weight: Tensor,
     old_logprob: Tensor,
-    micros: Iterable[MicroBatch],
+    micros: Sequence[MicroBatch],
+    config: AsyPPOConfig,
 ) -> Row:
     """Norm of the part of the policy's gradient that each mask removes, over the norm of the whole, at ρ = 1.
 
@@ -61,8 +59,8 @@ def masked_gradient_shares(
     ``actor/entropy_filter_grad_share``: of the gradient of the entropy bonus, what tokens outside I^H would add. Takes
     four backward passes over ``batch`` and leaves no gradient behind. NaN where the whole is 0.
     """
-    micros = list(micros)
-    everything = batch.mask
+    weight = token_weights(batch.learned, torch.arange(len(batch), device=batch.tokens.device), config.loss_aggregation)
+    everything = batch.learned
     advantage_only: dict[str, Any] = {"advantage": signal.advantage, "entropy_coef": 0.0}
     entropy_only: dict[str, Any] = {"advantage": torch.zeros_like(signal.advantage), "entropy_coef": 1.0}
 
@@ -74,7 +72,7 @@ def masked_gradient_shares(
                 loss={
                     "old_logprob": old_logprob[micro.grid],
                     "advantage": part["advantage"][micro.grid],
-                    "token_weight": token_weight[micro.grid],
+                    "token_weight": weight[micro.grid],
                     "advantage_keep": keep[micro.grid],
                     "entropy_keep": keep[micro.grid],
                     "entropy_coef": part["entropy_coef"],

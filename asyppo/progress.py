@@ -69,7 +69,7 @@ class ProgressDisplay:
         self.done += count
         if self.bar is not None:
             self.bar.update(self.task, advance=count, note=note)
-        elif self.done % self.every == 0 or self.done == self.total:
+        elif self.done // self.every > (self.done - count) // self.every or (count and self.done == self.total):
             elapsed = time.perf_counter() - self.start
             left = elapsed / (self.done - self.done_before) * (self.total - self.done)
             print(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from asyppo import metrics
+from asyppo import diagnostics, metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, length_adaptive_lambda, token_weights
 from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses
 from asyppo.callbacks import Callbacks
@@ -264,6 +264,12 @@ class AsyPPOTrainer:
                         entropy_fraction=config.entropy_filter_fraction,
                         quantile_scope=config.quantile_scope,
                     )
+                row |= diagnostics.of_critics(signal, entropy, batch.mask)
+                if config.diagnostics_steps and step % config.diagnostics_steps == 0:
+                    with timer.phase("diagnostics"):
+                        row |= diagnostics.masked_gradient_shares(
+                            self.policy, batch, signal, old_logprob, list(self._micro_batches(batch)), config
+                        )
             else:
                 with timer.phase("adv"):
                     signal = group_signal(

@@ -42,6 +42,7 @@ def draw(summaries: list[ArmSummary], image: Path) -> None:
     by_time.set(title="by time in training steps", xlabel="seconds, mean over seeds")
     for axis in (by_step, by_time):
         axis.grid(alpha=0.3)
-    by_step.legend(fontsize=8, title="arm (seeds)")
+    if by_step.lines:
+        by_step.legend(fontsize=8, title="arm (seeds)")
     figure.savefig(image, dpi=120)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,6 @@ from pathlib import Path
 import yaml
 
 from asyppo.compare.grid import Grid, Run
-from asyppo.run import read_jsonl
 
 POLL_SECONDS = 0.5
 
@@ -26,8 +26,9 @@ def run_path(out: Path, run: Run) -> Path:
 def last_step(out: Path, run: Run) -> int:
     """Return the number of steps that a run has logged."""
     metrics = run_path(out, run) / "metrics.jsonl"
-    rows = read_jsonl(metrics) if metrics.exists() else []
-    return rows[-1]["step"] if rows else 0
+    # The last line may be half written.
+    whole = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def finished(out: Path, run: Run, grid: Grid) -> bool:

@@ -1,0 +1,119 @@
+"""What a run says of its critics and masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from asyppo.advantage import LearningSignal
+from asyppo.diagnostics import correlation, explained_variance, masked_gradient_shares, of_critics
+from asyppo.run import RunDirectory
+
+Make = Callable[..., Any]
+
+
+def test_explained_variance_by_hand() -> None:
+    returns, mask = torch.tensor([[0.0, 1.0, math.nan]]), torch.tensor([[True, True, False]])
+    # Errors -0.5 and 0.5: variance 0.25, as that of the returns.
+    assert float(explained_variance(torch.tensor([[0.5, 0.5, 9.0]]), returns, mask)) == pytest.approx(0.0)
+    assert float(explained_variance(torch.tensor([[0.25, 0.75, 9.0]]), returns, mask)) == pytest.approx(0.75)
+    # A constant shift is no error of it.
+    assert float(explained_variance(returns + 3, returns, mask)) == pytest.approx(1.0)
+    assert math.isnan(explained_variance(returns, torch.ones(1, 3), mask))
+
+
+def test_correlation_is_pearsons() -> None:
+    x, y = torch.randn(2, 50), torch.randn(2, 50)
+    mask = torch.rand(2, 50) < 0.7
+    y = torch.where(mask, y + x, math.nan)
+    expected = torch.corrcoef(torch.stack([x[mask], y[mask]]))[0, 1]
+    assert float(correlation(x, y, mask)) == pytest.approx(float(expected), abs=1e-5)
+    assert math.isnan(correlation(torch.ones(2, 50), x, mask))
+
+
+def signal_of(batch: Any, **changes: Any) -> LearningSignal:
+    zero = torch.zeros_like(batch.reward)
+    fields = {
+        "advantage": torch.where(batch.mask, 1.0, 0.0),
+        "advantage_keep": batch.mask,
+        "entropy_keep": batch.mask,
+        "raw_advantage": zero,
+        "returns": zero,
+        "value": zero,
+        "values": zero[None],
+        "std": zero,
+        "low": torch.tensor(0.0),
+        "high": torch.tensor(0.0),
+    }
+    return LearningSignal(**(fields | changes))
+
+
+def test_disagreement_that_is_the_error(ragged_batch: Make) -> None:
+    batch = ragged_batch()
+    returns = torch.randn_like(batch.reward)
+    error = torch.rand_like(returns)
+    values = torch.stack([returns + error, returns - error, returns + error])
+    signal = signal_of(batch, returns=returns, value=returns + error, values=values, std=2 * error)
+    row = of_critics(signal, -error, batch.mask)
+    assert row["critic/std/corr_abs_error"] == pytest.approx(1.0, abs=1e-4)
+    assert row["critic/std/corr_entropy"] == pytest.approx(-1.0, abs=1e-4)
+    assert row["critic/0/vf_explained_var"] == row["critic/2/vf_explained_var"]
+    assert set(row) >= {f"critic/{m}/vf_explained_var" for m in range(3)}
+
+
+def test_the_share_of_the_gradient_that_a_mask_removes(
+    tiny_trainer: Make, tiny_config: Make, ragged_batch: Make
+) -> None:
+    config = tiny_config()
+    trainer, batch = tiny_trainer(config, lambda completions, **_: [0.0] * len(completions)), ragged_batch()
+    policy = trainer.policy
+
+    def shares(signal: LearningSignal) -> dict[str, float]:
+        micros = list(trainer._micro_batches(batch))
+        old, _ = policy.logprobs(batch, micros)
+        return masked_gradient_shares(policy, batch, signal, old, micros, config)
+
+    nothing, first = torch.zeros_like(batch.mask), batch.mask.clone()
+    first[3:] = False
+    none = shares(signal_of(batch))
+    assert none == {"actor/adv_mask_grad_share": 0.0, "actor/entropy_filter_grad_share": 0.0}
+    everything = shares(signal_of(batch, advantage_keep=nothing, entropy_keep=nothing))
+    assert everything["actor/adv_mask_grad_share"] == pytest.approx(1.0)
+    assert everything["actor/entropy_filter_grad_share"] == pytest.approx(1.0)
+    assert all(p.grad is None for p in policy.parameters())
+
+    # By hand, at ratio 1: the gradient of -A log π over the tokens left out, and over all of them.
+    advantage = torch.randn_like(batch.reward)
+    got = shares(signal_of(batch, advantage=advantage, advantage_keep=batch.mask & ~first, entropy_keep=batch.mask))
+    norms = []
+    for chosen in (first, batch.mask):
+        loss = torch.zeros(())
+        for b in range(len(batch)):
+            prompt, length = int(batch.prompt_length[b]), int(batch.response_length[b])
+            ids = batch.tokens[b : b + 1, : prompt + length]
+            logprob = policy.model(input_ids=ids).logits[0, prompt - 1 : -1].log_softmax(-1)
+            logprob = logprob.gather(1, ids[0, prompt:, None])[:, 0]
+            loss = loss - (chosen[b, :length] * advantage[b, :length] * logprob).sum() / length
+        policy.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None]))
+    assert got["actor/adv_mask_grad_share"] == pytest.approx(float(norms[0] / norms[1]), rel=1e-4)
+    assert got["actor/entropy_filter_grad_share"] == 0.0
+
+
+def test_in_a_run(tiny_trainer: Make, tiny_config: Make) -> None:
+    """They change nothing that is learned."""
+    rows = []
+    for every in (0, 2):
+        config = tiny_config(max_steps=2, diagnostics_steps=every, run_name=f"run-{every}")
+        trainer = tiny_trainer(config, lambda completions, **_: [float(c.count("a")) for c in completions])
+        with RunDirectory(config) as run:
+            rows.append([trainer.step(step, run) for step in (1, 2)])
+    assert "actor/adv_mask_grad_share" not in rows[1][0]
+    assert 0 <= rows[1][1]["actor/adv_mask_grad_share"] <= 2
+    for name in ("actor/pg_loss", "actor/grad_norm", "critic/vf_loss"):
+        assert rows[0][1][name] == rows[1][1][name]
