@@ -175,6 +175,15 @@ def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int)
         start = end
 
 
+def minibatches(
+    rows: Tensor, num_iterations: int, num_mini_batches: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield ``num_iterations`` shuffled passes over ``rows``, each cut into ``num_mini_batches`` even parts."""
+    for _ in range(num_iterations):
+        order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        yield from (part for part in order.tensor_split(num_mini_batches) if len(part))
+
+
 def split_responses(group: Tensor, num_critics: int, generator: torch.Generator) -> Tensor:
     """Assign each response to one critic: int64 [B] in 0 … M-1 (AsyPPO, group-level non-overlapping split).
 

@@ -12,11 +12,11 @@ from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data import fitting, load_eval_rows, load_train_rows, prompt_tokens
 from asyppo.evaluate import Evaluation, evaluate
-from asyppo.loading import choose_device, critics_of, load_tokenizer, policy_of
+from asyppo.loading import choose_device, critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
 from asyppo.progress import ProgressDisplay
 from asyppo.rewards import resolve_reward_funcs
 from asyppo.run import run_path
-from asyppo.trainer import AsyPPOTrainer, make_sampler, prompt_limit
+from asyppo.trainer import AsyPPOTrainer
 from asyppo.writers import check_writers
 
 

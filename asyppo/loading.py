@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics, load_critics
 from asyppo.policy import Policy, compute_dtype
+from asyppo.sampler import ContinuousBatchingSampler, GenerateSampler, Sampler
 
 
 def choose_device(config: AsyPPOConfig) -> torch.device:
@@ -75,3 +77,39 @@ def _shared(config: AsyPPOConfig) -> dict[str, Any]:
         "attn_implementation": config.policy.attn_implementation,
         "trust_remote_code": config.policy.trust_remote_code,
     }
+
+
+def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
+    """Return the sampler that ``config`` asks for."""
+    continuous = config.sampler == "continuous" or (config.sampler == "auto" and policy.device.type == "cuda")
+    return (ContinuousBatchingSampler if continuous else GenerateSampler)(
+        policy.model,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=config.generation_batch_size,
+        dtype=policy.dtype,
+    )
+
+
+def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends a response: the generation config's, and the tokenizer's."""
+    configured = policy.model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)
+
+
+def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
+    """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
+    configs = [m.config.get_text_config() for m in (policy.model, critics) if m is not None]
+    positions = [getattr(c, "max_position_embeddings", None) or sys.maxsize for c in configs]
+    if config.max_completion_length >= min(positions):
+        raise ConfigError(
+            f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "
+            "positions of the models, so that a prompt fits, too"
+        )
+    return min(positions) - config.max_completion_length
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token, or the end-of-sequence token where there is none; lengths say what is padding."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

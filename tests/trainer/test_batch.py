@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyppo.batch import Batch, make_batch, micro_batch, micro_batches, split_responses
+from asyppo.batch import Batch, make_batch, micro_batch, micro_batches, minibatches, split_responses
 
 PAD, EOS = 0, 1
 
@@ -136,3 +136,17 @@ def test_split_favours_no_response() -> None:
     counts = sum(split(group, 2, seed=s) for s in range(400))
     # Each response goes to critic 1 half of the time: 200 of 400, with a deviation of 10.
     assert (counts - 200).abs().max() < 50, counts
+
+
+def test_minibatches_are_shuffled_even_and_complete() -> None:
+    rows = torch.tensor([5, 7, 8, 11, 13])
+    parts = list(minibatches(rows, 2, 2, torch.Generator().manual_seed(0)))
+    assert [len(part) for part in parts] == [3, 2, 3, 2]
+    passes = [torch.cat(parts[:2]).tolist(), torch.cat(parts[2:]).tolist()]
+    assert sorted(passes[0]) == sorted(passes[1]) == rows.tolist()
+    assert passes[0] != passes[1]
+
+
+def test_more_minibatches_than_rows() -> None:
+    parts = list(minibatches(torch.tensor([1, 2]), 1, 5, torch.Generator()))
+    assert [len(part) for part in parts] == [1, 1]

@@ -29,7 +29,7 @@ def score(completions: list[str], **_: Any) -> list[float]:
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Much of a tiny run's time would be its report."""
-    monkeypatch.setattr("asyppo.trainer.report_at_the_end", lambda path: None)
+    monkeypatch.setattr("asyppo.loop.report_at_the_end", lambda path: None)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ STEPS = 5
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a tiny run's time would be its report, and waiting for the disk."""
-    monkeypatch.setattr("asyppo.trainer.report_at_the_end", lambda path: None)
+    monkeypatch.setattr("asyppo.loop.report_at_the_end", lambda path: None)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 

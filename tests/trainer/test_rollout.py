@@ -112,10 +112,10 @@ def test_further_prompts_leave_those_of_the_steps_alone(tiny_config: Make, tiny_
     def make(dynamic_sampling: bool) -> Any:
         return tiny_trainer(tiny_config(dynamic_sampling=dynamic_sampling), hard_ones_differ, train_dataset=ROWS)
 
-    own = [[make(on)._rows_of_batch(step, 0) for step in (1, 2, 3)] for on in (False, True)]
+    own = [[make(on).rollout._rows_of_batch(step, 0) for step in (1, 2, 3)] for on in (False, True)]
     assert own[0] == own[1]
     trainer = make(True)
-    further = [tuple(trainer._rows_of_batch(step, batch)) for step in (1, 2, 3) for batch in (1, 2, 3)]
+    further = [tuple(trainer.rollout._rows_of_batch(step, batch)) for step in (1, 2, 3) for batch in (1, 2, 3)]
     assert len(set(further)) > 6
 
 

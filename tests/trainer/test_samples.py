@@ -49,10 +49,10 @@ def test_what_a_training_step_logs(
 
     config = tiny_config(algorithm=algorithm, logging_samples=5, num_iterations=2, num_mini_batches=2)
     trainer = tiny_trainer(config, score)
-    keep("sample")
+    keep("rollout")
     with RunDirectory(config) as run:
         trainer.step(1, run)
-    batch, _, _ = seen["sample"]
+    batch, _, _ = seen["rollout"]
     samples = read_jsonl(run.samples)
     assert [row["group"] for row in samples] == [0, 0, 1, 1, 2]  # responses 0, 2, 4, 7, 9 of 12
     for index, row in zip([0, 2, 4, 7, 9], samples, strict=True):

@@ -175,7 +175,7 @@ class Chance:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.shares: list[list[int]] = []
         self.minibatches: list[list[int]] = []
-        split, cut = asyppo.trainer.split_responses, asyppo.trainer._minibatches
+        split, cut = asyppo.trainer.split_responses, asyppo.trainer.minibatches
 
         def remember_split(*arguments: Any) -> Tensor:
             share = split(*arguments)
@@ -188,7 +188,7 @@ class Chance:
                 yield rows
 
         monkeypatch.setattr(asyppo.trainer, "split_responses", remember_split)
-        monkeypatch.setattr(asyppo.trainer, "_minibatches", remember_minibatches)
+        monkeypatch.setattr(asyppo.trainer, "minibatches", remember_minibatches)
 
 
 def change(before: Any, after: Any) -> dict[str, Tensor]:

@@ -243,20 +243,6 @@ def test_masters_are_float32_so_that_small_updates_count(tiny_config: Make, tiny
         assert kept < 0.01 * sum(a.numel() for a, _ in large)
 
 
-def test_minibatches_are_shuffled_even_and_complete() -> None:
-    rows = torch.tensor([5, 7, 8, 11, 13])
-    parts = list(asyppo.trainer._minibatches(rows, 2, 2, torch.Generator().manual_seed(0)))
-    assert [len(part) for part in parts] == [3, 2, 3, 2]
-    passes = [torch.cat(parts[:2]).tolist(), torch.cat(parts[2:]).tolist()]
-    assert sorted(passes[0]) == sorted(passes[1]) == rows.tolist()
-    assert passes[0] != passes[1]
-
-
-def test_more_minibatches_than_rows() -> None:
-    parts = list(asyppo.trainer._minibatches(torch.tensor([1, 2]), 1, 5, torch.Generator()))
-    assert [len(part) for part in parts] == [1, 1]
-
-
 # --- steps that are not finite ---
 
 

@@ -1,0 +1,191 @@
+"""The loop around the steps: evaluation, checkpoints, callbacks, signals, and going on where a run stopped."""
+
+from __future__ import annotations
+
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from asyppo import metrics
+from asyppo.callbacks import Callbacks
+from asyppo.checkpoint import (
+    Trained,
+    checkpoints,
+    last_valid_checkpoint,
+    load_checkpoint,
+    publish_checkpoint,
+    write_checkpoint,
+)
+from asyppo.config import AsyPPOConfig
+from asyppo.critics import Critics
+from asyppo.data import Row
+from asyppo.durable import WriteError
+from asyppo.evaluate import Evaluation, evaluate
+from asyppo.policy import Policy
+from asyppo.progress import ProgressDisplay
+from asyppo.report import report_at_the_end
+from asyppo.rewards import RewardFunction
+from asyppo.rng import seed_everything
+from asyppo.rollout import Rollout
+from asyppo.run import RunDirectory
+from asyppo.sampler import Sampler
+from asyppo.signals import StopSignals
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. A checkpoint has been saved; the message names it."""
+
+    exit_status = 1
+
+
+@dataclass
+class TrainResult:
+    """What a run came to."""
+
+    run: RunDirectory
+    checkpoint: Path
+    accuracy_before: float | None
+    accuracy_after: float | None
+    stopped_by: signal.Signals | None = None
+    """The signal that ended it before ``max_steps``."""
+
+
+class TrainingLoop(ABC):
+    """Runs the steps of a trainer. What they learn is the trainer's; what is kept of them, and when, is here."""
+
+    config: AsyPPOConfig
+    policy: Policy
+    critics: Critics | None
+    tokenizer: PreTrainedTokenizerBase
+    eval_dataset: Sequence[Row]
+    reward_funcs: Sequence[RewardFunction]
+    sampler: Sampler
+    rollout: Rollout
+    callbacks: Sequence[TrainerCallback]
+    policy_optimizer: Any
+    skipped_in_a_row: int
+    """Steps up to the last one whose loss or gradient was not finite."""
+
+    @abstractmethod
+    def step(self, step: int, run: RunDirectory) -> dict[str, float]:
+        """Do one step, counted from 1, and return its metrics."""
+
+    @abstractmethod
+    def trained(self) -> Trained:
+        """Return what a checkpoint saves beside the loop's own few numbers, by name."""
+
+    def train(self) -> TrainResult:
+        """Run until ``max_steps``, with ``config.resume`` from the run's last checkpoint on, and return what came of
+        it.
+
+        SIGINT and SIGTERM end it after the step, with a checkpoint. Raises TrainingError when ``max_skipped_steps``
+        steps in a row were not finite, after saving a checkpoint, and when something cannot be written.
+        """
+        hooks = Callbacks(
+            self.callbacks,
+            self.config,
+            model=self.policy.model,
+            processing_class=self.tokenizer,
+            optimizer=self.policy_optimizer,
+        )
+        with RunDirectory(self.config) as run:
+            try:
+                return self._train(run, hooks)
+            except WriteError as error:
+                saved = checkpoints(run.path)
+                last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+                raise TrainingError(f"{error}; {last}") from error
+
+    def _train(self, run: RunDirectory, hooks: Callbacks) -> TrainResult:
+        config = self.config
+        first, checkpoint = self.resume(run, hooks)
+        hooks("on_train_begin")
+        if first == 1 and not hooks.state.log_history and (evaluation := self.evaluate(run, step=0)) is not None:
+            hooks.evaluated(0, evaluation.metrics())
+            hooks.log(row := {"step": 0, **evaluation.metrics()})
+            run.log_metrics(row)
+        with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
+            for step in range(first, config.max_steps + 1):
+                hooks.begin_step()
+                row = self.step(step, run)
+                hooks.end_step(step)
+                if hooks.control.should_evaluate or hooks.control.should_training_stop:
+                    start = time.perf_counter()
+                    if (evaluation := self.evaluate(run, step)) is not None:
+                        row |= {**evaluation.metrics(), "timing_s/eval": time.perf_counter() - start}
+                        hooks.evaluated(step, evaluation.metrics())
+                hooks.log(row)
+                failed = self.skipped_in_a_row >= config.max_skipped_steps
+                stop = hooks.control.should_training_stop or failed or signals.received is not None
+                if stop or hooks.control.should_save:
+                    checkpoint = self.save(run, step, row, hooks)
+                else:
+                    run.log_metrics(row)
+                progress.advance(metrics.summary(row))
+                if stop:
+                    break
+        hooks("on_train_end")
+        report_at_the_end(run.path)
+        if self.skipped_in_a_row >= config.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them step "
+                f"{hooks.state.global_step}; weights of before are in {checkpoint}. A lower learning rate may help."
+            )
+        assert checkpoint is not None  # the last step saved one
+        accuracies = [row["eval/accuracy"] for row in hooks.state.log_history if "eval/accuracy" in row]
+        before, after = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
+        unfinished = hooks.state.global_step < config.max_steps
+        return TrainResult(run, checkpoint, before, after, signals.received if unfinished else None)
+
+    def resume(self, run: RunDirectory, hooks: Callbacks) -> tuple[int, Path | None]:
+        """Put everything back to the run's last checkpoint, and cut off what was logged after it. Returns the step to
+        go on with, and the checkpoint; 1 and None where there is none."""
+        state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "callbacks": {}}
+        checkpoint = last_valid_checkpoint(run.path)
+        seed_everything(self.config.seed * 1_000_003)
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.trained())
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        run.start(state["step"])
+        hooks.resume(state["step"], run.rows(), state["callbacks"])
+        return state["step"] + 1, checkpoint
+
+    def evaluate(self, run: RunDirectory, step: int) -> Evaluation | None:
+        """Evaluate on the held-out prompts and log the samples; None if there are no such prompts."""
+        if not self.eval_dataset:
+            return None
+        prompts = self.rollout.tokenize([row["prompt"] for row in self.eval_dataset])
+        evaluation = evaluate(self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs, self.config)
+        run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
+        return evaluation
+
+    def save(
+        self, run: RunDirectory, step: int, row: dict[str, float] | None = None, hooks: Callbacks | None = None
+    ) -> Path:
+        """Save a checkpoint of policy, critics and optimizers, and log ``row``, the step's metrics.
+
+        Whatever lies before a checkpoint is in the logs: it gets its name once the row is on the disk.
+        """
+        start = time.perf_counter()
+        remembered = {
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "accuracy": (row or {}).get("eval/accuracy"),
+            "callbacks": {} if hooks is None else hooks.state_dict(),
+        }
+        partial = write_checkpoint(
+            run.path, step, self.policy, self.critics, self.tokenizer, self.trained(), remembered
+        )
+        if row is not None:
+            row["timing_s/save_checkpoint"] = time.perf_counter() - start
+            run.log_metrics(row)
+        run.flush()
+        checkpoint = publish_checkpoint(partial, self.config.save_total_limit)
+        if hooks is not None:
+            hooks.saved(checkpoint)
+        return checkpoint
