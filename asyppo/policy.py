@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from asyppo.batch import Batch, MicroBatch
 from asyppo.config import ConfigError
+from asyppo.distributed import sum_over_ranks
+from asyppo.sharding import decoder_layers, shard
 from asyppo_kernels import LinearLogprob, LinearPPOLoss, linear_logprob, linear_ppo_loss
 
 
@@ -88,6 +91,10 @@ class Policy(nn.Module):
         """Where the weights are."""
         return self.model.device
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over ``mesh``, layer by layer."""
+        shard(self, decoder_layers(self.model), mesh, self.dtype)
+
     def autocast(self) -> torch.autocast:
         """Return the context in which the model computes in ``dtype``."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
@@ -116,6 +123,7 @@ class Policy(nn.Module):
         for micro in micros:
             result = self(micro)
             logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
+        logprob, entropy = sum_over_ranks(torch.stack([logprob, entropy])).unbind()
         return logprob, entropy
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 
 from asyppo.config import ConfigError
 from asyppo.data import Row
+from asyppo.distributed import divided
 
 RewardFunc = Callable[..., "list[float | None]"]
 
@@ -53,8 +54,18 @@ def resolve_reward_funcs(funcs: Sequence[str | RewardFunc]) -> list[RewardFunc]:
 def compute_rewards(funcs: Sequence[RewardFunc], rows: Sequence[Row], completions: Sequence[str]) -> list[list[float]]:
     """Return each function's rewards ``[function][sample]``; None ("not mine") counts as 0.
 
-    Raises RewardError, which names the function and the sample, for a wrong length or a non-finite number.
+    Raises RewardError, which names the function and the sample, for a wrong length or a non-finite number. Each rank
+    calls the functions on its own prompts.
     """
+
+    def own(part: slice) -> list[tuple[float, ...]]:
+        return list(zip(*_rewards(funcs, rows[part], completions[part]), strict=True))
+
+    by_sample = divided(own, [id(row) for row in rows])
+    return [list(of_function) for of_function in zip(*by_sample, strict=True)]
+
+
+def _rewards(funcs: Sequence[RewardFunc], rows: Sequence[Row], completions: Sequence[str]) -> list[list[float]]:
     prompts = [row["prompt"] for row in rows]
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"} if rows else {}
     return [_checked(func, func(prompts=prompts, completions=list(completions), **columns), prompts) for func in funcs]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from asyppo.distributed import divided, own_randomness
 
 
 @dataclass
@@ -100,6 +102,28 @@ class GenerateSampler:
             Response(tokens[row, :n].clone(), logprob[row, :n].clone(), not done)
             for row, (n, done) in enumerate(zip(length.tolist(), finished.tolist(), strict=True))
         ]
+
+
+class DividedSampler:
+    """``Sampler`` of several ranks: each samples its own prompts, whole groups, and gets the responses of all.
+
+    ``weights`` is the context in which the model of ``sampler`` has its weights. Ranks draw different random numbers,
+    so samples depend on their number.
+    """
+
+    def __init__(self, sampler: Sampler, weights: Callable[[], AbstractContextManager[None]] = nullcontext):
+        self.sampler, self.weights = sampler, weights
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        """Return one response for each prompt (int64 [length])."""
+
+        def own(part: slice) -> list[Response]:
+            return self.sampler.sample(
+                prompts[part], max_completion_length=max_completion_length, temperature=temperature
+            )
+
+        with self.weights(), own_randomness():
+            return divided(own, [prompt.tolist() for prompt in prompts])
 
 
 class _TemperLogitsAndRecord(LogitsProcessor):

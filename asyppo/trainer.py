@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from asyppo import metrics
@@ -21,12 +24,14 @@ from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
 from asyppo.data import PromptSchedule, Row
+from asyppo.distributed import sum_over_ranks
 from asyppo.evaluate import evaluate
 from asyppo.policy import Policy
 from asyppo.report import plot_curves
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
-from asyppo.sampler import GenerateSampler, Sampler
+from asyppo.sampler import DividedSampler, GenerateSampler, Sampler
+from asyppo.sharding import WholeCopy, clip_gradients, total_norm
 from asyppo_kernels import ensemble_gae
 
 
@@ -62,7 +67,9 @@ class AsyPPOTrainer:
         eval_dataset: Sequence[Row] = (),
         config: AsyPPOConfig,
         sampler: Sampler | None = None,
+        mesh: DeviceMesh | None = None,
     ):
+        """``mesh``, of ``distributed.processes``: shard the models over it."""
         config.validate()
         num_critics = 0 if critics is None else len(critics)
         if num_critics != config.num_critics:
@@ -75,22 +82,33 @@ class AsyPPOTrainer:
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
         self.reward_funcs = resolve_reward_funcs(reward_funcs)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.reference = _frozen_copy(policy) if config.beta > 0 else None
+        generating, weights = policy.model, nullcontext
+        if mesh is not None:
+            device = torch.device(mesh.device_type)
+            whole = WholeCopy(policy, policy.dtype, device)
+            generating, weights = whole.module.model, partial(whole.of, policy)
+            policy.shard(mesh)
+            if self.reference is not None:
+                self.reference.shard(mesh)
+            if critics is not None:
+                critics.shard(mesh)
         self.device = policy.device
         self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
-        self.sampler = sampler or GenerateSampler(
-            policy.model,
+        sampler = sampler or GenerateSampler(
+            generating,
             eos_token_ids=eos_token_ids(policy, tokenizer),
             pad_token_id=pad_token_id(tokenizer),
             batch_size=config.generation_batch_size,
             autocast=policy.autocast(),
         )
+        self.sampler = DividedSampler(sampler, weights)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizer = None
         if critics is not None:
             self.critic_optimizer = CriticOptimizer(
                 critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
             )
-        self.reference = _frozen_copy(policy) if config.beta > 0 else None
         self.skipped_in_a_row = 0
 
     def train(self) -> TrainResult:
@@ -286,6 +304,7 @@ class AsyPPOTrainer:
                 result.loss.backward()
                 loss += result.loss.detach()
                 updates.add(result, arguments)
+            loss = sum_over_ranks(loss)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
         return updates.row() | {"actor/lr": self.policy_optimizer.param_groups[0]["lr"]}
@@ -382,9 +401,12 @@ def _clip_and_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor
 ) -> float | None:
     """Clip the gradient, step, and return its norm; where loss or norm is not finite, skip the step, return None."""
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    total = total_norm(gradients)
+    norm = float(total)
     finite = math.isfinite(norm) and math.isfinite(float(loss))
     if finite:
+        clip_gradients(gradients, max_grad_norm, total)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm if finite else None

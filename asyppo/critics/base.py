@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from asyppo.batch import Batch, MicroBatch
 
@@ -32,6 +33,10 @@ class Critics(nn.Module, ABC):
 
     def __len__(self) -> int:
         return len(self.models)
+
+    @abstractmethod
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over ``mesh``, layer by layer."""
 
     @abstractmethod
     def values(self, batch: Batch, max_tokens: int) -> Tensor:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
+from asyppo.sharding import member
 from asyppo_kernels.stacked_layers import stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
@@ -31,10 +33,10 @@ def stack_parameter(modules: Sequence[nn.Module], name: str) -> nn.Parameter | N
     return stacked
 
 
-def tie(modules: Sequence[nn.Module], name: str, stacked: nn.Parameter) -> None:
-    """Make the parameter ``name`` of module m a view of ``stacked[m]``, a leaf of its own."""
+def tie(modules: Sequence[nn.Module], name: str, stacked: nn.Parameter, mesh: DeviceMesh | None = None) -> None:
+    """Make the parameter ``name`` of module m a view of ``stacked[m]``, a leaf of its own; ``mesh``: see ``member``."""
     for m, module in enumerate(modules):
-        setattr(module, name, nn.Parameter(stacked.detach()[m]))
+        setattr(module, name, nn.Parameter(member(stacked, m, mesh)))
 
 
 class StackedLinear(nn.Module):
@@ -144,7 +146,9 @@ class StackedLayer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream [M, N, H] and an update [M, N, H] that is still to be added to it."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._summed, hidden, cos, sin, attend, use_reentrant=False, preserve_rng_state=False), None
+            return checkpoint(
+                self._summed, hidden, cos, sin, attend, use_reentrant=False, preserve_rng_state=False
+            ), None
         return self._layer(hidden, update, cos, sin, attend)
 
     def _layer(

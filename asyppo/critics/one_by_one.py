@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from asyppo.batch import Batch, MicroBatch, micro_batches
 from asyppo.config import ConfigError
 from asyppo.critics.base import Critics, Loss
 from asyppo.critics.loading import load_value_models
+from asyppo.distributed import sum_over_ranks
+from asyppo.sharding import decoder_layers, shard
 from asyppo_kernels import ensemble_value
 
 
@@ -74,6 +77,10 @@ class OneByOneCritics(Critics):
         weight, bias = model.score.weight.to(self.dtype), model.score.bias
         return ensemble_value(hidden[None], weight, None if bias is None else bias.to(self.dtype)).value[0]
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """See Critics."""
+        shard(self, decoder_layers(self), mesh, self.dtype)
+
     @torch.no_grad()
     def values(self, batch: Batch, max_tokens: int) -> Tensor:
         """See Critics."""
@@ -89,7 +96,7 @@ class OneByOneCritics(Critics):
         value = torch.zeros_like(batch.reward)
         for micro in micro_batches(batch, rows, max_tokens):
             value[micro.grid] = self(m, micro)
-        return value
+        return sum_over_ranks(value)
 
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
         """See Critics."""
@@ -99,7 +106,7 @@ class OneByOneCritics(Critics):
                 part = loss(micro, self(m, micro))
                 part.backward()
                 total[m] += part.detach()
-        return total
+        return sum_over_ranks(total)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no such

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
@@ -20,6 +21,8 @@ from asyppo.critics.base import Critics, Loss
 from asyppo.critics.layers import StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
 from asyppo.critics.layout import Layout, Packed, Padded, VarlenAttention
 from asyppo.critics.loading import load_value_models
+from asyppo.distributed import sum_over_ranks
+from asyppo.sharding import member, placement_of_stacked, shard, sum_whole_gradients
 from asyppo_kernels import ensemble_value
 
 
@@ -97,6 +100,7 @@ class StackedCritics(Critics):
         self.score = StackedLinear([model.score for model in models])
         # The family's own, so that every kind of rotary embedding works.
         self.rotary_emb = bodies[0].rotary_emb
+        self.mesh: DeviceMesh | None = None
         self.varlen: VarlenAttention | None = None
         if dtype in (torch.bfloat16, torch.float16) and self.score.weight.is_cuda:
             from torch.nn.attention.varlen import varlen_attn
@@ -133,7 +137,18 @@ class StackedCritics(Critics):
         for name, parameter in self.named_parameters():
             path, _, leaf = name.rpartition(".")
             roots: list[Any] = [m if path == "score" else m.base_model for m in self.models]
-            tie([root.get_submodule(path) for root in roots], leaf, parameter)
+            tie([root.get_submodule(path) for root in roots], leaf, parameter, self.mesh)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """See Critics: each rank has a piece of every critic, so that a critic's weights are still a view.
+
+        What no dimension but the first divides evenly into stays whole on every rank.
+        """
+        place = placement_of_stacked(mesh)
+        whole = {p for p in self.parameters() if place(p) is None}
+        shard(self, self.layers, mesh, self.dtype, shard_placement_fn=place, ignored_params=whole)
+        self.mesh = mesh
+        self.tie_models()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
@@ -199,7 +214,7 @@ class StackedCritics(Critics):
         for micro in micro_batches(batch, everything, max(1, max_tokens // len(self))):
             row, position = micro.grid
             value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts)
-        return value
+        return sum_over_ranks(value)
 
     @torch.no_grad()
     def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
@@ -208,7 +223,7 @@ class StackedCritics(Critics):
         for micros in share_micro_batches(batch, shares, max_tokens):
             for micro, own in zip(micros, self._on_shares(micros), strict=True):
                 value[micro.grid] = own
-        return value
+        return sum_over_ranks(value)
 
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
         """See Critics."""
@@ -217,7 +232,7 @@ class StackedCritics(Critics):
             parts = torch.stack([loss(*pair) for pair in zip(micros, self._on_shares(micros), strict=True)])
             parts.sum().backward()
             total += parts.detach()
-        return total
+        return sum_over_ranks(total)
 
     def _on_shares(self, micros: Sequence[MicroBatch]) -> list[Tensor]:
         """Values [N_m] of critic m at the response tokens of its own micro-batch, for all m in one pass."""
@@ -231,12 +246,14 @@ class StackedCritics(Critics):
 
     def collect_gradients(self) -> None:
         """See Critics: the models' gradients are views of the stack's."""
+        if self.mesh is not None:
+            sum_whole_gradients(self.parameters())
         for name, parameter in self.named_parameters():
             if parameter.grad is None:
                 continue
             for m, model in enumerate(self.models):
                 root: Any = model if name.startswith("score.") else model.base_model
-                root.get_parameter(name).grad = parameter.grad[m]
+                root.get_parameter(name).grad = member(parameter.grad, m, self.mesh)
 
     def release_gradients(self) -> None:
         """See Critics."""

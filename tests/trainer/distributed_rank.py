@@ -1,0 +1,200 @@
+"""One rank of the multi-process tests: ``distributed_rank.py FOLDER``, alone or under torchrun.
+
+Trains tiny models on scripted responses and saves, on rank 0, what came of it: ``FOLDER/{case}.pt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
+
+from asyppo.advantage import LearningSignal
+from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
+from asyppo.critics import make_critics
+from asyppo.distributed import processes, rank, world_size
+from asyppo.policy import Policy
+from asyppo.sampler import Response
+from asyppo.trainer import AsyPPOTrainer
+
+CHARACTERS = "abcdefghijklmnop"
+PAD, EOS = 0, 1
+PROMPTS = [
+    "ab",
+    "cdefg",
+    "h",
+    "ijkl",
+    "mno",
+    "pab",
+    "acegik",
+    "bd",
+    "lk",
+    "fff",
+    "gop",
+    "dcba",
+    "ehk",
+    "npa",
+    "bbc",
+    "oj",
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def shape(**changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(CHARACTERS) + 3,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    } | changes
+
+
+def policy(**changes: Any) -> Policy:
+    torch.manual_seed(0)
+    return Policy(Qwen3ForCausalLM(Qwen3Config(**shape(**changes))))
+
+
+def critic(seed: int) -> Qwen3ForTokenClassification:
+    torch.manual_seed(seed)
+    config = Qwen3Config(**shape(num_labels=1))
+    config.classifier_dropout = 0.0
+    return Qwen3ForTokenClassification(config)
+
+
+@dataclass
+class Scripted:
+    """A response that follows from the prompt and from which response to it it is, wherever it is sampled."""
+
+    longest: int
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        seen: dict[tuple, int] = {}
+        return [self._response(tuple(prompt.tolist()), seen) for prompt in prompts]
+
+    def _response(self, prompt: tuple[int, ...], seen: dict[tuple, int]) -> Response:
+        which = seen[prompt] = seen.get(prompt, -1) + 1
+        generator = torch.Generator().manual_seed(1000 * sum(prompt) + 10 * len(prompt) + which)
+        length = 1 + int(torch.randint(self.longest, (), generator=generator))
+        tokens = torch.randint(3, 3 + len(CHARACTERS), (length,), generator=generator)
+        if which % 4 < 3:
+            tokens[-1] = EOS
+        return Response(tokens, -torch.rand(length, generator=generator), truncated=int(tokens[-1]) != EOS)
+
+
+def likes_a(completions: list[str], **_: Any) -> list[float]:
+    return [c.count("a") + 0.1 * len(c) for c in completions]
+
+
+def make_config(**fields: Any) -> AsyPPOConfig:
+    critics = {"learning_rate": 1e-2, "num_mini_batches": 2} | fields.pop("critic", {})
+    defaults = {
+        "prompts_per_step": 5,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_tokens_per_micro_batch": 60,
+        "learning_rate": 1e-2,
+        "num_mini_batches": 3,
+        "entropy_coef": 0.01,
+        # With 0.2 two tokens of equal σ, up to rounding, would lie on either side of the threshold.
+        "advantage_mask_fraction": 0.15,
+        "entropy_filter_fraction": 0.15,
+    }
+    return AsyPPOConfig(**(defaults | fields), critic=CriticConfig(**critics))
+
+
+def make_trainer(config: AsyPPOConfig, mesh: DeviceMesh | None, **kw: Any) -> AsyPPOTrainer:
+    stacked = kw.pop("stacked", True)
+    critics = [critic(10 + m) for m in range(config.num_critics)]
+    settings = replace(config.critic, stacked=stacked)
+    return AsyPPOTrainer(
+        policy=policy(**kw.pop("policy", {})),
+        critics=make_critics(critics, settings) if critics else None,
+        tokenizer=tokenizer(),
+        reward_funcs=[likes_a],
+        train_dataset=[{"prompt": text} for text in PROMPTS],
+        config=config,
+        mesh=mesh,
+        **kw,
+    )
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, gathered."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def weights(trainer: AsyPPOTrainer) -> dict[str, Tensor]:
+    found = whole(trainer.policy)
+    for m, model in enumerate(trainer.critics.models if trainer.critics is not None else ()):
+        found |= {f"critic_{m}.{name}": value for name, value in whole(model).items()}
+    return found
+
+
+class NoRun:
+    """Takes what a step logs."""
+
+    def log_samples(self, rows: list) -> None:
+        """Forget it."""
+
+
+def train(config: AsyPPOConfig, mesh: DeviceMesh | None, steps: int = 2, **kw: Any) -> dict[str, Any]:
+    """Metrics of ``steps`` steps, signals, and weights after them."""
+    trainer = make_trainer(config, mesh, sampler=Scripted(config.max_completion_length), **kw)
+    signals: list[LearningSignal] = []
+    update = trainer.update_policy
+
+    def spy(batch: Any, signal: LearningSignal, *rest: Any) -> dict[str, float]:
+        signals.append(signal)
+        return update(batch, signal, *rest)
+
+    trainer.update_policy = spy  # type: ignore[method-assign]
+    rows = [trainer.step(step, NoRun()) for step in range(1, steps + 1)]  # type: ignore[arg-type]
+    return {"rows": rows, "signals": [vars(s) for s in signals], "weights": weights(trainer)}
+
+
+def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
+    return {
+        "asyppo": lambda: train(make_config(), mesh),
+    }
+
+
+def main(folder: Path) -> None:
+    """Run every case and save what came of it."""
+    settings = json.loads(os.environ.get("ASYPPO_TEST_DISTRIBUTED", "{}"))
+    with processes(DistributedConfig(timeout_s=120, **settings), torch.device("cpu")) as mesh:
+        for name, case in cases(mesh).items():
+            result = case()
+            if rank() == 0:
+                torch.save(result, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
