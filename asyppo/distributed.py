@@ -108,12 +108,13 @@ def divided(work: Callable[[slice], list[T]], keys: Sequence[Any]) -> list[T]:
     """Do on each rank its own part of a piece of work, and return all results in order.
 
     ``work`` takes a part of the items as a slice and returns one result for each. Parts have about the same number of
-    items; neighbours with equal ``keys``, one an item, such as those of a group, stay together. An error on one rank
-    is raised on every rank.
+    items; neighbours with equal ``keys``, one an item, such as those of a group, stay together. A rank without a part
+    does nothing. An error on one rank is raised on every rank.
     """
     if world_size() == 1:
         return work(slice(0, len(keys)))
-    outcomes = _gathered(_outcome(lambda: work(own_part(keys))))
+    part = own_part(keys)
+    outcomes = _gathered(_outcome(lambda: work(part)) if part.stop > part.start else [])
     return [result for outcome in outcomes for result in _result(outcome)]
 
 

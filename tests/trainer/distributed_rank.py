@@ -181,8 +181,17 @@ def train(config: AsyPPOConfig, mesh: DeviceMesh | None, steps: int = 2, **kw: A
 
 
 def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
+    """What is run, by name."""
+    lambda_below_1 = {"value_lambda": 0.9, "num_iterations": 2}
     return {
         "asyppo": lambda: train(make_config(), mesh),
+        "one_by_one": lambda: train(make_config(), mesh, stacked=False),
+        "ppo": lambda: train(make_config(algorithm="ppo", beta=0.1, critic=lambda_below_1), mesh),
+        "grpo": lambda: train(make_config(algorithm="grpo", loss_aggregation="token-mean", num_iterations=2), mesh),
+        "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
+        "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
+        # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
+        "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
     }
 
 
