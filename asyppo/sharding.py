@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from asyppo.distributed import sum_over_ranks
+
+T = TypeVar("T")
 
 
 def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> None:
@@ -40,6 +42,21 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, dtyp
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
     """Return the parts of ``module`` that FSDP2 gathers one by one, the root first."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def between_replicas_once(module: nn.Module, passes: Iterable[T]) -> Iterator[T]:
+    """Yield ``passes``, each of which runs ``module`` forward and backward. Where ``mesh`` has replicas, gradients are
+    summed over these in the last pass only."""
+    parts = fsdp_modules(module)[:1]
+    waiting: list[T] = []
+    for one in passes:
+        for part in parts:
+            part.set_requires_all_reduce(False)
+        yield from waiting
+        waiting = [one]
+    for part in parts:
+        part.set_requires_all_reduce(True)
+    yield from waiting
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -64,8 +81,11 @@ def placement_of_stacked(mesh: DeviceMesh) -> Callable[[Tensor], Shard | None]:
 
 
 def member(stacked: Tensor, m: int, mesh: DeviceMesh | None) -> Tensor:
-    """Return the part of critic ``m``, a view, of a stacked parameter or gradient. Where ``mesh`` shards others, what is
-    whole on every rank becomes a replicated DTensor, since one optimizer cannot take both kinds."""
+    """Return the part of critic ``m``, a view, of a stacked parameter or gradient.
+
+    Where ``mesh`` shards others, what is whole on every rank becomes a replicated DTensor, since one optimizer cannot
+    take both kinds.
+    """
     part = stacked.detach()[m]
     if mesh is None or isinstance(part, DTensor):
         return part

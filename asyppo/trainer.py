@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -31,7 +31,7 @@ from asyppo.report import plot_curves
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
 from asyppo.sampler import DividedSampler, GenerateSampler, Sampler
-from asyppo.sharding import WholeCopy, clip_gradients, total_norm
+from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norm
 from asyppo_kernels import ensemble_gae
 
 
@@ -83,7 +83,8 @@ class AsyPPOTrainer:
         self.reward_funcs = resolve_reward_funcs(reward_funcs)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.reference = _frozen_copy(policy) if config.beta > 0 else None
-        generating, weights = policy.model, nullcontext
+        generating: Any = policy.model
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext
         if mesh is not None:
             device = torch.device(mesh.device_type)
             whole = WholeCopy(policy, policy.dtype, device)
@@ -282,7 +283,8 @@ class AsyPPOTrainer:
         for rows in _minibatches(everything, config.num_iterations, config.num_mini_batches, generator):
             weight = token_weights(batch.mask, rows, config.loss_aggregation)
             loss = torch.zeros((), device=self.device)
-            for micro in self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps):
+            micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
+            for micro in between_replicas_once(self.policy, micros):
                 arguments = {
                     "old_logprob": old_logprob[micro.grid],
                     "advantage": signal.advantage[micro.grid],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from asyppo.batch import Batch, MicroBatch
+from asyppo.distributed import sum_over_ranks
 
 Loss = Callable[[MicroBatch, Tensor], Tensor]
 """``loss(micro, value)`` of one critic: its values [N] at the response tokens of ``micro`` to a scalar, which adds up
@@ -84,4 +85,8 @@ class PaddingCount:
         """Return the share of padding and start anew."""
         real, computed = self.real, self.computed
         self.real, self.computed = [], 0
-        return 1 - float(torch.stack(real).sum()) / computed if computed else 0.0
+        if not computed:
+            return 0.0
+        total = torch.stack(real).sum()
+        total, computed = sum_over_ranks(torch.stack([total, total.new_tensor(computed)])).tolist()
+        return 1 - total / computed

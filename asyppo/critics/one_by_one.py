@@ -16,7 +16,7 @@ from asyppo.config import ConfigError
 from asyppo.critics.base import Critics, Loss
 from asyppo.critics.loading import load_value_models
 from asyppo.distributed import sum_over_ranks
-from asyppo.sharding import decoder_layers, shard
+from asyppo.sharding import between_replicas_once, decoder_layers, shard
 from asyppo_kernels import ensemble_value
 
 
@@ -102,7 +102,7 @@ class OneByOneCritics(Critics):
         """See Critics."""
         total = torch.zeros(len(self), device=batch.tokens.device)
         for m, rows in enumerate(shares):
-            for micro in micro_batches(batch, rows, max_tokens):
+            for micro in between_replicas_once(self, micro_batches(batch, rows, max_tokens)):
                 part = loss(micro, self(m, micro))
                 part.backward()
                 total[m] += part.detach()

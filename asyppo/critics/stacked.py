@@ -22,7 +22,7 @@ from asyppo.critics.layers import StackedEmbedding, StackedLayer, StackedLinear,
 from asyppo.critics.layout import Layout, Packed, Padded, VarlenAttention
 from asyppo.critics.loading import load_value_models
 from asyppo.distributed import sum_over_ranks
-from asyppo.sharding import member, placement_of_stacked, shard, sum_whole_gradients
+from asyppo.sharding import between_replicas_once, member, placement_of_stacked, shard, sum_whole_gradients
 from asyppo_kernels import ensemble_value
 
 
@@ -228,7 +228,7 @@ class StackedCritics(Critics):
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
         """See Critics."""
         total = torch.zeros(len(self), device=batch.tokens.device)
-        for micros in share_micro_batches(batch, shares, max_tokens):
+        for micros in between_replicas_once(self, share_micro_batches(batch, shares, max_tokens)):
             parts = torch.stack([loss(*pair) for pair in zip(micros, self._on_shares(micros), strict=True)])
             parts.sum().backward()
             total += parts.detach()
