@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from asyppo.batch import Batch, MicroBatch
 from asyppo.config import ConfigError
 from asyppo.distributed import sum_over_ranks
-from asyppo.sharding import decoder_layers, shard
+from asyppo.sharding import decoder_layers, release, shard
 from asyppo_kernels import LinearLogprob, LinearPPOLoss, linear_logprob, linear_ppo_loss
 
 
@@ -123,6 +123,7 @@ class Policy(nn.Module):
         for micro in micros:
             result = self(micro)
             logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
+        release(self)
         logprob, entropy = sum_over_ranks(torch.stack([logprob, entropy])).unbind()
         return logprob, entropy
 

@@ -44,6 +44,12 @@ def fsdp_modules(module: nn.Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
+def release(module: nn.Module) -> None:
+    """Give back what the root of ``module`` has gathered: it keeps that after a pass, for a backward pass to come."""
+    for root in fsdp_modules(module)[:1]:
+        root.reshard()
+
+
 def between_replicas_once(module: nn.Module, passes: Iterable[T]) -> Iterator[T]:
     """Yield ``passes``, each of which runs ``module`` forward and backward. Where ``mesh`` has replicas, gradients are
     summed over these in the last pass only."""
@@ -157,19 +163,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all ``gradients`` together, a scalar that is the same on every rank.
+def total_norms(sets: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the Euclidean norm of each set of gradients, [number of sets], the same on every rank.
 
-    One all-reduce for all of them, where ``torch.nn.utils.get_total_norm`` has one for each.
+    One all-reduce in all, where ``torch.nn.utils.get_total_norm`` has one for each sharded gradient.
     """
-    sharded = [g for g in gradients if is_sharded(g)]
-    whole = [g for g in gradients if not is_sharded(g)]
-    norm = nn.utils.get_total_norm([local(g) for g in whole])
-    if not sharded:
-        return norm
-    square = nn.utils.get_total_norm([local(g) for g in sharded]).square()
-    dist.all_reduce(square, group=sharded[0].device_mesh.get_group("shard"))
-    return (square + norm.to(square.device).square()).sqrt()
+    norm = nn.utils.get_total_norm
+    whole = torch.stack([norm([local(g) for g in own if not is_sharded(g)]) for own in sets])
+    first = next((g for own in sets for g in own if is_sharded(g)), None)
+    if not isinstance(first, DTensor):
+        return whole
+    squares = torch.stack([norm([local(g) for g in own if is_sharded(g)]).to(first.device) for own in sets]).square()
+    dist.all_reduce(squares, group=first.device_mesh.get_group("shard"))
+    return (squares + whole.to(squares).square()).sqrt()
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from asyppo.report import plot_curves
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
 from asyppo.run import ProgressDisplay, RunDirectory, Timer
 from asyppo.sampler import DividedSampler, GenerateSampler, Sampler
-from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norm
+from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo_kernels import ensemble_gae
 
 
@@ -404,7 +404,7 @@ def _clip_and_step(
 ) -> float | None:
     """Clip the gradient, step, and return its norm; where loss or norm is not finite, skip the step, return None."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    total = total_norm(gradients)
+    [total] = total_norms([gradients])
     norm = float(total)
     finite = math.isfinite(norm) and math.isfinite(float(loss))
     if finite:

@@ -16,7 +16,7 @@ from asyppo.config import ConfigError
 from asyppo.critics.base import Critics, Loss
 from asyppo.critics.loading import load_value_models
 from asyppo.distributed import sum_over_ranks
-from asyppo.sharding import between_replicas_once, decoder_layers, shard
+from asyppo.sharding import between_replicas_once, decoder_layers, release, shard
 from asyppo_kernels import ensemble_value
 
 
@@ -96,6 +96,7 @@ class OneByOneCritics(Critics):
         value = torch.zeros_like(batch.reward)
         for micro in micro_batches(batch, rows, max_tokens):
             value[micro.grid] = self(m, micro)
+        release(self)
         return sum_over_ranks(value)
 
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:

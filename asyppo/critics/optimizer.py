@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asyppo.critics.base import Critics
-from asyppo.sharding import clip_gradients, total_norm
+from asyppo.sharding import clip_gradients, total_norms
 
 
 class CriticOptimizer:
@@ -33,9 +33,9 @@ class CriticOptimizer:
         """
         self.critics.collect_gradients()
         gradients = [[p.grad for p in own if p.grad is not None] for own in self.parameters]
-        norms = [total_norm(own) for own in gradients]
+        norms = total_norms(gradients)
         # The only time the host waits.
-        host = torch.stack([torch.stack(norms).to(losses.device), losses]).tolist()
+        host = torch.stack([norms.to(losses.device), losses]).tolist()
         found: list[float | None] = []
         for m, (norm_on_host, loss) in enumerate(zip(*host, strict=True)):
             finite = math.isfinite(norm_on_host) and math.isfinite(loss)

@@ -22,7 +22,7 @@ from asyppo.critics.layers import StackedEmbedding, StackedLayer, StackedLinear,
 from asyppo.critics.layout import Layout, Packed, Padded, VarlenAttention
 from asyppo.critics.loading import load_value_models
 from asyppo.distributed import sum_over_ranks
-from asyppo.sharding import between_replicas_once, member, placement_of_stacked, shard, sum_whole_gradients
+from asyppo.sharding import between_replicas_once, member, placement_of_stacked, release, shard, sum_whole_gradients
 from asyppo_kernels import ensemble_value
 
 
@@ -214,6 +214,7 @@ class StackedCritics(Critics):
         for micro in micro_batches(batch, everything, max(1, max_tokens // len(self))):
             row, position = micro.grid
             value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts)
+        release(self)
         return sum_over_ranks(value)
 
     @torch.no_grad()
@@ -223,6 +224,7 @@ class StackedCritics(Critics):
         for micros in share_micro_batches(batch, shares, max_tokens):
             for micro, own in zip(micros, self._on_shares(micros), strict=True):
                 value[micro.grid] = own
+        release(self)
         return sum_over_ranks(value)
 
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
 
+import asyppo.trainer
 from asyppo.advantage import LearningSignal
 from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
 from asyppo.critics import make_critics
 from asyppo.distributed import processes, rank, world_size
 from asyppo.policy import Policy
+from asyppo.run import Timer
 from asyppo.sampler import Response
 from asyppo.trainer import AsyPPOTrainer
 
@@ -180,6 +185,42 @@ def train(config: AsyPPOConfig, mesh: DeviceMesh | None, steps: int = 2, **kw: A
     return {"rows": rows, "signals": [vars(s) for s in signals], "weights": weights(trainer)}
 
 
+class Collectives(TorchDispatchMode):
+    """Counts collective operations by name while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.__name__.split(".")[0].strip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(mesh: DeviceMesh | None) -> dict[str, Any]:
+    """How many collectives each phase of a step takes."""
+    trainer = make_trainer(make_config(beta=0.1, max_tokens_per_micro_batch=10_000), mesh)
+    trainer.step(1, NoRun())  # type: ignore[arg-type]
+    counts: dict[str, Counter[str]] = {}
+
+    class CountingTimer(Timer):
+        @contextmanager
+        def phase(self, name: str) -> Iterator[None]:
+            with Collectives() as mode:
+                yield
+            counts[name] = mode.counts
+
+    asyppo.trainer.Timer = CountingTimer  # type: ignore[misc]
+    try:
+        trainer.step(2, NoRun())  # type: ignore[arg-type]
+    except KeyError:
+        pass
+    finally:
+        asyppo.trainer.Timer = Timer
+    return counts
+
+
 def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
     """What is run, by name."""
     lambda_below_1 = {"value_lambda": 0.9, "num_iterations": 2}
@@ -190,6 +231,7 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "grpo": lambda: train(make_config(algorithm="grpo", loss_aggregation="token-mean", num_iterations=2), mesh),
         "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
+        "collectives": lambda: collectives(mesh),
         # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
         "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
     }
@@ -200,6 +242,8 @@ def main(folder: Path) -> None:
     settings = json.loads(os.environ.get("ASYPPO_TEST_DISTRIBUTED", "{}"))
     with processes(DistributedConfig(timeout_s=120, **settings), torch.device("cpu")) as mesh:
         for name, case in cases(mesh).items():
+            if len(sys.argv) > 2 and name not in sys.argv[2:]:
+                continue
             result = case()
             if rank() == 0:
                 torch.save(result, folder / f"{name}.pt")
