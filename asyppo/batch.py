@@ -189,6 +189,16 @@ def _pieces_side_by_side(batch: Batch, shares: Sequence[Tensor], max_tokens: int
         start = end
 
 
+def token_imbalance(batch: Batch, passes: Sequence[Tensor]) -> float:
+    """Return the tokens of the rank that has most over those of the mean rank, summed over ``passes``, the rows (int64
+    [b]) of each; 1 is even."""
+    busiest = everyone = 0.0
+    for rows in passes:
+        loads = [float(batch.length[own].sum()) for own in share(rows, batch.length)]
+        busiest, everyone = busiest + max(loads) * len(loads), everyone + sum(loads)
+    return busiest / everyone
+
+
 def _in_step(of_ranks: Sequence[list[T]]) -> Iterator[T | None]:
     """Yield what is this rank's, and then None until the rank that has most is done, too: in every pass all ranks
     communicate."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from asyppo import metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
-from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses
+from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses, token_imbalance
 from asyppo.checkpoint import Trained, save_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
@@ -280,7 +280,8 @@ class AsyPPOTrainer:
         """Maximise the masked, clipped surrogate and the filtered entropy over the whole batch."""
         config, updates = self.config, metrics.PolicyUpdates(config=self.config)
         everything = torch.arange(len(batch), device=self.device)
-        for rows in _minibatches(everything, config.num_iterations, config.num_mini_batches, generator):
+        minibatches = list(_minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
+        for rows in minibatches:
             weight = token_weights(batch.mask, rows, config.loss_aggregation)
             loss = torch.zeros((), device=self.device)
             micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
@@ -309,7 +310,10 @@ class AsyPPOTrainer:
             loss = sum_over_ranks(loss)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
-        return updates.row() | {"actor/lr": self.policy_optimizer.param_groups[0]["lr"]}
+        return updates.row() | {
+            "actor/lr": self.policy_optimizer.param_groups[0]["lr"],
+            "perf/token_imbalance": token_imbalance(batch, minibatches),
+        }
 
     def evaluate(self, run: RunDirectory, step: int) -> float | None:
         """Accuracy on the held-out prompts, whose samples are logged; None if there are no such prompts."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 
 import asyppo.batch
 import asyppo.distributed
-from asyppo.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches
+from asyppo.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 from asyppo.critics import OneByOneCritics, StackedCritics
 from asyppo.distributed import divided, own_part, processes, share
@@ -105,6 +109,19 @@ def test_ranks_take_equally_many_micro_batches_of_the_critics_shares(
         assert torch.equal(seen.sort().values, rows)
 
 
+def test_imbalance_is_the_busiest_rank_over_the_mean(ranks: Make, ragged_batch: Make) -> None:
+    batch: Batch = ragged_batch()
+    rows = torch.arange(len(batch))
+    assert token_imbalance(batch, [rows]) == 1
+    ranks(0, 2)
+    one, other = rows[:1], rows[1:]  # a single row keeps one of the ranks idle
+    ideal = float(batch.length.sum()) / 2
+    parts = [float(batch.length[part].sum()) for part in share(other, batch.length)]
+    got = token_imbalance(batch, [one, other])
+    assert got == pytest.approx((float(batch.length[0]) + max(parts)) / ideal)
+    assert got > 1
+
+
 def zero_gradients(module: nn.Module) -> bool:
     """Every parameter has a gradient, and it is zero."""
     return all(p.grad is not None and not p.grad.any() for p in module.parameters())
@@ -187,6 +204,30 @@ def test_settings_are_checked(name: str) -> None:
     config = AsyPPOConfig(distributed=DistributedConfig(**{name: 0}))
     with pytest.raises(ConfigError, match=f"distributed.{name}: got 0, needs an integer of at least 1"):
         config.validate()
+
+
+def test_ranks_hear_from_each_other(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("communication_rank.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    heard = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert heard[0].pop("own numbers") != heard[1].pop("own numbers")
+    assert (heard[0].pop("called"), heard[1].pop("called")) == ([0], [])
+    assert (heard[0].pop("agreed"), heard[1].pop("agreed")) == ("rank 0 is well", "rank 1 is well")
+    assert heard[0] == heard[1]
+    heard[0].pop("common numbers")
+    assert heard[0] == {
+        "mesh": [2, "shard"],
+        "sum": [2.0, 1.0],
+        "divided": ["0@0", "1@0", "2@1", "3@1", "4@1", "5@1", "6@1"],
+        "few": ["0@1", "1@1", "2@1"],
+        "none": [],
+        "work fails": "rank 1 failed",
+        "from main": "from 0",
+        "main fails": "rank 0 failed",
+        "one fails": "rank 1 failed",
+    }
 
 
 def test_one_process_has_no_mesh() -> None:
