@@ -8,7 +8,7 @@ from typing import Any
 from asyppo_kernels._policy_head_kernels import launch_shape
 from asyppo_kernels.linear_logprob import kernels as linear_logprob
 from asyppo_kernels.linear_ppo_loss import kernels as linear_ppo_loss
-from bench import aot_ensemble
+from bench import aot_ensemble, aot_stacked
 from bench.aot import Case
 
 VOCABULARY = 151_936
@@ -74,4 +74,4 @@ def policy_head() -> Iterator[Case]:
         )
 
 
-CASES: list[Case] = [*policy_head(), *aot_ensemble.CASES]
+CASES: list[Case] = [*policy_head(), *aot_ensemble.CASES, *aot_stacked.CASES]

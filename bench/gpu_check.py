@@ -4,7 +4,7 @@ Runs from the tree with nothing installed (PYTHONPATH=kernels:.). Each step is a
 one that fails stops no other, and the exit status is 1 if any did.
 
     repeats    twenty runs of every op, bit-identical
-    capture    the ensemble ops, and the loss without compaction, replayed from a CUDA graph
+    capture    the ensemble ops, the stacked layers, and the loss without compaction, replayed from a CUDA graph
     large      rows beyond logit number 2^31, in one chunk
     tests      tests/ops with the Triton forms on the device
     bench      python -m bench.run, for what is left of the time
@@ -107,10 +107,35 @@ def ensemble(k: int, b: int, t: int, h: int) -> Callable[[], list[Tensor]]:
     return run
 
 
+def stacked(m: int, n: int, h: int, i: int, heads: tuple[int, int, int]) -> Callable[[], list[Tensor]]:
+    """The layers of stacked critics and their gradients, on inputs made once."""
+    from asyppo_kernels import stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).bfloat16().requires_grad_()
+
+    q_heads, k_heads, d = heads
+    x, residual, weight, both = leaf(m, n, h), leaf(m, n, h), leaf(m, h), leaf(m, n, 2 * i)
+    q, k, q_weight, k_weight = leaf(m, n, q_heads, d), leaf(m, n, k_heads, d), leaf(m, d), leaf(m, d)
+    cos, sin = torch.randn(2, n, d, device=DEVICE).bfloat16()
+    leaves = [x, residual, weight, both, q, k, q_weight, k_weight]
+
+    def run() -> list[Tensor]:
+        out = [
+            *stacked_rms_norm(x, weight, residual=residual, backend="triton"),
+            *stacked_qk_norm_rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, backend="triton"),
+            stacked_swiglu(*both.chunk(2, dim=-1), backend="triton"),
+        ]
+        return [*out, *torch.autograd.grad(out, leaves, [y.detach() for y in out])]
+
+    return run
+
+
 def capture() -> None:
     """What can be captured replays from a CUDA graph to the same bits; raises AssertionError otherwise."""
     torch.manual_seed(0)
     runs = {f"ensemble ops {shape}": ensemble(*shape) for shape in ((2, 64, 1024, 256), (5, 3, 5000, 96))}
+    runs["stacked layers"] = stacked(2, 8192, 1024, 3072, (16, 8, 128))
     runs["linear_ppo_loss, not compact"] = policy_loss(1000, 256, 50_257, torch.bfloat16, compact=False)
     for name, run in runs.items():
         stream = torch.cuda.Stream()
@@ -141,6 +166,7 @@ def repeats() -> None:
         "linear_ppo_loss, float16, not compact": policy_loss(1000, 256, 50_257, torch.float16, compact=False),
         "linear_logprob": logprob(4096, 512, 151_936, torch.bfloat16),
         "ensemble ops": ensemble(2, 64, 1024, 256),
+        "stacked layers": stacked(2, 8192, 1024, 3072, (16, 8, 128)),
     }
     for name, run in runs.items():
         first = run()
@@ -201,6 +227,7 @@ def small() -> None:
                 policy_loss(5, 32, v, dtype, logits_dtype=logits_dtype, compact=False)()
                 logprob(5, 32, v, dtype, logits_dtype=logits_dtype)()
     ensemble(2, 3, 300, 64)()
+    stacked(2, 37, 96, 80, (3, 1, 24))()
     torch.cuda.synchronize()
 
 

@@ -10,7 +10,7 @@ from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
 from asyppo_kernels.linear_logprob.reference import linear_logprob_reference
 from asyppo_kernels.linear_ppo_loss.reference import linear_ppo_loss_reference
 from bench.cases import Case, Inputs, Outputs
-from bench.ops import ensemble_value, linear_logprob, linear_ppo_loss
+from bench.ops import critics, ensemble_value, linear_logprob, linear_ppo_loss
 from bench.ops.policy_head import ROWS
 
 
@@ -89,10 +89,33 @@ def _masks(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> 
     return {"advantage_keep": advantage_keep, "entropy_keep": entropy_keep}
 
 
+def _critics(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:
+    """Each model by itself, through its own forward."""
+    from asyppo.batch import micro_batches
+
+    batch, shares = critics.batch_of(inputs), critics.shares_of(case)
+    value = torch.zeros(len(shares), *batch.reward.shape, dtype=dtype, device=case.device)
+    loss = torch.zeros(len(shares), dtype=dtype, device=case.device)
+    models = [model.to(dtype) for model in critics.models_of(case)]
+    everything = torch.arange(len(batch), device=case.device)
+    for m, model in enumerate(models):
+        for micro in micro_batches(batch, shares[m] if case.backward else everything, rows or critics.MAX_TOKENS):
+            with torch.set_grad_enabled(case.backward):
+                logits = model(input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False).logits
+                own = micro.select(logits)[:, 0]
+                value[m][micro.grid] = own.detach()
+                if case.backward:
+                    part = critics.squared_error(micro, own, inputs["target"])
+                    part.backward()
+                    loss[m] += part.detach()
+    return {"loss": loss, **critics.gradients_of(models)} if case.backward else {"value": value}
+
+
 _EVALUATE = {
     "linear_logprob": _policy_head,
     "linear_ppo_loss": _policy_head,
     "ensemble_value": _value,
     "ensemble_gae": _gae,
     "agreement_masks": _masks,
+    "critics": _critics,
 }

@@ -18,16 +18,15 @@ from asyppo.sharding import member
 from asyppo_kernels.stacked_layers import stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+MakeLinear = Callable[[Sequence[Any]], nn.Module]
 
 
-def stack_parameter(modules: Sequence[nn.Module], name: str) -> nn.Parameter | None:
-    """Return the parameters ``name`` of M modules stacked, [M, …], and make those views of it; None if they are None.
+def stack_parameter(modules: Sequence[nn.Module], name: str) -> nn.Parameter:
+    """Return the parameters ``name`` of M modules stacked, [M, …], and make those views of it.
 
     Each original is let go of before the next is stacked, so that the models are not in memory twice.
     """
     own = [getattr(module, name) for module in modules]
-    if own[0] is None:
-        return None
     stacked = nn.Parameter(own[0].detach()[None] if len(own) == 1 else torch.stack([p.detach() for p in own]))
     tie(modules, name, stacked)
     return stacked
@@ -45,7 +44,7 @@ class StackedLinear(nn.Module):
     def __init__(self, modules: Sequence[Any]):
         super().__init__()
         self.weight = stack_parameter(modules, "weight")  # [M, out, in]
-        self.bias = stack_parameter(modules, "bias")  # [M, out]
+        self.bias = None if modules[0].bias is None else stack_parameter(modules, "bias")  # [M, out]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [M, N, out] of x [M, N, in].
@@ -93,37 +92,38 @@ class StackedNorm(nn.Module):
 class StackedAttention(nn.Module):
     """M self-attentions: M is one more dimension of the batch."""
 
-    def __init__(self, modules: Sequence[Any], window: int | None, linear: Callable[..., nn.Module]):
+    def __init__(self, modules: Sequence[Any], window: int | None, linear: MakeLinear):
         super().__init__()
-        first = modules[0]
-        self.head_dim, self.window = first.head_dim, window
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, linear([getattr(module, name) for module in modules]))
-        self.normed = hasattr(first, "q_norm")
-        for name in ("q_norm", "k_norm") if self.normed else ():
-            setattr(self, name, StackedNorm([getattr(module, name) for module in modules]))
+        self.head_dim, self.window = modules[0].head_dim, window
+        self.q_proj = linear([module.q_proj for module in modules])
+        self.k_proj = linear([module.k_proj for module in modules])
+        self.v_proj = linear([module.v_proj for module in modules])
+        self.o_proj = linear([module.o_proj for module in modules])
+        if hasattr(modules[0], "q_norm"):
+            self.q_norm: StackedNorm | None = StackedNorm([module.q_norm for module in modules])
+            self.k_norm: StackedNorm | None = StackedNorm([module.k_norm for module in modules])
+        else:
+            self.q_norm = self.k_norm = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Return [M, N, H] of x [M, N, H]."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        norms = {}
-        if self.normed:
-            norms = {
-                "q_weight": self.q_norm.weight.to(x.dtype),
-                "k_weight": self.k_norm.weight.to(x.dtype),
-                "eps": self.q_norm.eps,
-            }
-        q, k = stacked_qk_norm_rope(q, k, cos, sin, **norms)
+        if self.q_norm is None or self.k_norm is None:
+            q, k = stacked_qk_norm_rope(q, k, cos, sin)
+        else:
+            q_weight, k_weight = self.q_norm.weight.to(x.dtype), self.k_norm.weight.to(x.dtype)
+            q, k = stacked_qk_norm_rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=self.q_norm.eps)
         return self.o_proj(attend(q, k, v, self.window))
 
 
 class StackedMLP(nn.Module):
     """M gated feed-forward layers."""
 
-    def __init__(self, modules: Sequence[Any], linear: Callable[..., nn.Module]):
+    def __init__(self, modules: Sequence[Any], linear: MakeLinear):
         super().__init__()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(self, name, linear([getattr(module, name) for module in modules]))
+        self.gate_proj = linear([module.gate_proj for module in modules])
+        self.up_proj = linear([module.up_proj for module in modules])
+        self.down_proj = linear([module.down_proj for module in modules])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [M, N, H] of x [M, N, H]."""
@@ -133,13 +133,19 @@ class StackedMLP(nn.Module):
 class StackedLayer(nn.Module):
     """M decoder layers. The last sum of a layer is left to the next norm, which adds and normalises in one launch."""
 
-    def __init__(self, modules: Sequence[Any], window: int | None, linear: Callable[..., nn.Module] = StackedLinear):
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        window: int | None,
+        gradient_checkpointing: bool,
+        linear: MakeLinear = StackedLinear,
+    ):
         super().__init__()
         self.input_layernorm = StackedNorm([module.input_layernorm for module in modules])
         self.self_attn = StackedAttention([module.self_attn for module in modules], window, linear)
         self.post_attention_layernorm = StackedNorm([module.post_attention_layernorm for module in modules])
         self.mlp = StackedMLP([module.mlp for module in modules], linear)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = gradient_checkpointing
 
     def forward(
         self, hidden: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend

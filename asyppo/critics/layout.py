@@ -108,7 +108,7 @@ class Packed:
         order = torch.argsort(mask.logical_not(), dim=1, stable=True)[:, :most]
         self.tokens = input_ids.flatten(1).gather(1, order)
         self.positions = order % input_ids.shape[2]
-        self.place = mask.cumsum(1) - 1
+        self.place = (mask.cumsum(1) - 1).clamp(min=0)
         lengths = torch.cat([length, (most - total)[:, None]], dim=1).repeat(copies, 1).flatten()
         self.starts = F.pad(lengths.cumsum(0), (1, 0)).int()
         self.varlen = varlen
@@ -120,7 +120,7 @@ class Packed:
 
     def index(self, flat: Tensor) -> Tensor:
         """See Layout."""
-        return self.place[0][flat] if flat.dim() == 1 else self.place.gather(1, flat)
+        return self.place[0][flat] if flat.dim() == 1 else self.place.expand(len(flat), -1).gather(1, flat)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """See Layout."""

@@ -57,7 +57,8 @@ def load_value_models(
         path_or_paths = [path_or_paths] * num_critics
     if len(path_or_paths) != num_critics:
         raise ConfigError(
-            f"critic.model_name_or_path: got {len(path_or_paths)} checkpoints, needs 1 or critic.num_critics = {num_critics}"
+            f"critic.model_name_or_path: got {len(path_or_paths)} checkpoints, needs 1 or "
+            f"critic.num_critics = {num_critics}"
         )
     models = []
     for path in map(str, path_or_paths):

@@ -35,7 +35,10 @@ class OneByOneCritics(Critics):
                     f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
                 )
             if gradient_checkpointing:
-                model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+                body = model.base_model
+                # Its name in newer versions of transformers, and in older ones.
+                enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
         self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
         self.dtype = dtype
         if gradient_checkpointing:
@@ -110,7 +113,7 @@ class OneByOneCritics(Critics):
         return sum_over_ranks(total)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no such
-        class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
+        """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no
+        such class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
         for m, model in enumerate(self.models):
             model.save_pretrained(Path(directory) / f"critic_{m}")

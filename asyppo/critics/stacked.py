@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ FAMILIES: dict[type, Callable[[Any, Any], int | None]] = {
 
 def why_not_stacked(model: Any) -> str | None:
     """Return why models like this one cannot be stacked, None if they can."""
-    body = getattr(model, "base_model", None)
+    body: Any = model.base_model
     if type(body) not in FAMILIES:
         names = ", ".join(family.__name__ for family in FAMILIES)
         return f"{type(body).__name__} is none of {names}"
@@ -90,12 +90,11 @@ class StackedCritics(Critics):
         bodies: list[Any] = [model.base_model for model in models]
         self.dtype, config = dtype, bodies[0].config
         self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
+        window = FAMILIES[type(bodies[0])]
         self.layers = nn.ModuleList(
-            StackedLayer(of_all, FAMILIES[type(bodies[0])](of_all[0], config))
+            StackedLayer(of_all, window(of_all[0], config), gradient_checkpointing)
             for of_all in zip(*(body.layers for body in bodies), strict=True)
         )
-        for layer in self.layers:
-            layer.gradient_checkpointing = gradient_checkpointing
         self.norm = StackedNorm([body.norm for body in bodies])
         self.score = StackedLinear([model.score for model in models])
         # The family's own, so that every kind of rotary embedding works.
@@ -103,9 +102,9 @@ class StackedCritics(Critics):
         self.mesh: DeviceMesh | None = None
         self.varlen: VarlenAttention | None = None
         if dtype in (torch.bfloat16, torch.float16) and self.score.weight.is_cuda:
-            from torch.nn.attention.varlen import varlen_attn
+            from torch.nn.attention import varlen
 
-            self.varlen = varlen_attn
+            self.varlen = cast(VarlenAttention, varlen.varlen_attn)
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,7 @@
 
 from bench.contenders import (  # noqa: F401  (importing registers)
     asyppo,
+    critics,
     cut_cross_entropy,
     liger,
     plain,

@@ -68,7 +68,9 @@ def test_importing_the_contenders_imports_no_peer() -> None:
 def test_ours_and_plain_torch_are_right(op: str) -> None:
     """In every case that is benchmarked, on tiny shapes."""
     for case in OPS[op].cases("quick", CPU):
-        entries = [e for e in contenders(op) if e.ours or e.name in ("plain torch", "plain torch loop", "sort")]
+        entries = [
+            e for e in contenders(op) if e.ours or e.name in ("plain torch", "plain torch loop", "sort", "one by one")
+        ]
         rows = measure(case, entries, budget=0.01, min_rounds=1, launches=False)
         bad = {row["contender"]: row["reason"] for row in rows if row["status"] == "failing"}
         assert not bad

@@ -17,6 +17,7 @@ def test_the_runs_it_repeats() -> None:
         gpu_check.policy_loss(5, 8, 97, torch.bfloat16, bias=True, softcap=20.0),
         gpu_check.policy_loss(5, 8, 97, torch.float16, compact=False),
         gpu_check.logprob(5, 8, 97, torch.float32, logits_dtype=torch.bfloat16),
+        gpu_check.stacked(2, 3, 8, 5, (2, 1, 4)),
     ):
         assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(run(), run(), strict=True))
 

@@ -79,7 +79,7 @@ def tiny_critic() -> Callable[..., Qwen3ForTokenClassification]:
 
     def make(seed: int = 0, **changes: Any) -> Qwen3ForTokenClassification:
         torch.manual_seed(seed)
-        config = Qwen3Config(**shape(num_hidden_layers=1, num_labels=1, **changes))
+        config = Qwen3Config(**shape(**{"num_hidden_layers": 1, "num_labels": 1} | changes))
         config.classifier_dropout = 0.0
         return Qwen3ForTokenClassification(config).eval()
 

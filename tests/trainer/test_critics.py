@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForTokenClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -18,21 +23,23 @@ from transformers import (
 )
 
 from asyppo.batch import Batch, micro_batches
-from asyppo.config import ConfigError
-from asyppo.critics import Critics
+from asyppo.config import ConfigError, CriticConfig
+from asyppo.critics import Critics, OneByOneCritics, StackedCritics, load_critics
 
 CPU = torch.device("cpu")
 VOCAB = 19
+KINDS = [StackedCritics, OneByOneCritics]
 TinyLM = Callable[..., Qwen3ForCausalLM]
 TinyCritic = Callable[..., Qwen3ForTokenClassification]
 
 
-def load(path: Path, num_critics: int = 2, vocab_size: int = VOCAB) -> Critics:
+def load(path: Path, num_critics: int = 2, vocab_size: int = VOCAB, **fields: Any) -> Critics:
     """Load float32 critics on the CPU."""
-    return Critics.from_pretrained(str(path), num_critics, vocab_size=vocab_size, dtype=torch.float32, device=CPU)
+    config = CriticConfig(**fields)
+    return load_critics(str(path), num_critics, config, vocab_size=vocab_size, dtype=torch.float32, device=CPU)
 
 
-def naive(model: Qwen3ForTokenClassification, batch: Batch) -> torch.Tensor:
+def naive(model: Any, batch: Batch) -> torch.Tensor:
     """Values [B, T] of the model's own forward, one sequence at a time, read before each token."""
     value = torch.zeros_like(batch.reward)
     for b in range(len(batch)):
@@ -42,23 +49,32 @@ def naive(model: Qwen3ForTokenClassification, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_values(tiny_critic: TinyCritic, ragged_batch: Callable[..., Batch]) -> None:
-    critics, batch = Critics([tiny_critic(seed=m) for m in range(3)]), ragged_batch()
-    value = critics.values(batch, micro_batches(batch, torch.arange(len(batch)), 30))
-    assert value.shape == (3, *batch.mask.shape)
-    for m in range(3):
-        torch.testing.assert_close(value[m], naive(critics.models[m], batch), atol=1e-5, rtol=1e-5)
-    chosen = critics.values(batch, micro_batches(batch, torch.tensor([1, 4]), 30), members=[2])
-    torch.testing.assert_close(chosen[0, [1, 4]], value[2, [1, 4]], atol=1e-5, rtol=1e-5)
-    assert not chosen[0, [0, 2, 3, 5]].any()
+@pytest.mark.parametrize("kind", KINDS)
+def test_values(kind: Any, tiny_critic: TinyCritic, ragged_batch: Callable[..., Batch]) -> None:
+    critics, batch = kind([tiny_critic(seed=m) for m in range(3)]), ragged_batch()
+    expected = torch.stack([naive(model, batch) for model in critics.models])
+    for max_tokens in (1, 30, 10_000):
+        value = critics.values(batch, max_tokens)
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+        shares = [torch.tensor([1, 4]), torch.tensor([0])[:0], torch.tensor([7])]
+        own = torch.zeros_like(batch.reward)
+        for m, rows in enumerate(shares):
+            own[rows] = expected[m, rows]
+        torch.testing.assert_close(critics.own_values(batch, shares, max_tokens), own, atol=1e-5, rtol=1e-5)
 
 
-def test_only_chosen_critics_get_gradients(tiny_critic: TinyCritic, ragged_batch: Callable[..., Batch]) -> None:
-    critics, batch = Critics([tiny_critic(seed=m) for m in range(2)]), ragged_batch()
-    micro = next(iter(micro_batches(batch, torch.arange(len(batch)), 1000)))
-    critics(micro, [1]).value.sum().backward()
-    assert all(p.grad is None for p in critics.models[0].parameters())
-    assert critics.models[1].score.weight.grad.abs().sum() > 0
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_critic_gets_gradients_of_its_own_loss(
+    kind: Any, tiny_critic: TinyCritic, ragged_batch: Callable[..., Batch]
+) -> None:
+    critics, batch = kind([tiny_critic(seed=m) for m in range(2)]), ragged_batch()
+    shares = [torch.arange(0), torch.arange(len(batch))]
+    losses = critics.backward(batch, shares, lambda micro, value: value.sum(), 1000)
+    critics.collect_gradients()
+    grads = [[0.0 if p.grad is None else float(p.grad.abs().sum()) for p in m.parameters()] for m in critics.models]
+    assert max(grads[0]) == 0
+    assert min(grads[1]) > 0
+    torch.testing.assert_close(losses, torch.stack([torch.zeros(()), critics.values(batch, 1000)[1].sum()]))
 
 
 def test_from_pretrained_gives_each_critic_a_head_of_its_own(tiny_lm: TinyLM, tmp_path: Path) -> None:
@@ -80,24 +96,28 @@ def test_from_pretrained_gives_each_critic_a_head_of_its_own(tiny_lm: TinyLM, tm
     assert torch.equal(first, load(tmp_path).models[0].score.weight)
 
 
-def test_dropout_is_off_even_in_train_mode(tmp_path: Path, ragged_batch: Callable[..., Batch]) -> None:
+@pytest.mark.parametrize("stacked", [True, False])
+def test_dropout_is_off_even_in_train_mode(stacked: bool, tmp_path: Path, ragged_batch: Callable[..., Batch]) -> None:
     shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=32)).save_pretrained(tmp_path)
-    critics, batch = load(tmp_path), ragged_batch()
-    micro = next(iter(micro_batches(batch, torch.arange(len(batch)), 1000)))
+    critics, batch = load(tmp_path, stacked=stacked), ragged_batch()
     critics.train()
-    assert torch.equal(critics(micro).value, critics(micro).value)
-    assert all(module.p == 0 for module in critics.modules() if isinstance(module, torch.nn.Dropout))
+    assert torch.equal(critics.values(batch, 1000), critics.values(batch, 1000))
+    for model in critics.models:
+        assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
     assert critics.models[0].config.classifier_dropout == 0  # in what is saved, too
 
 
-def test_attention_dropout_is_off(tmp_path: Path, ragged_batch: Callable[..., Batch]) -> None:
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_attention_dropout_is_off(
+    stacked: bool, checkpointing: bool, tmp_path: Path, ragged_batch: Callable[..., Batch]
+) -> None:
     shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(**shape, intermediate_size=32, attention_dropout=0.5)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    critics, batch = load(tmp_path), ragged_batch()
-    micro = next(iter(micro_batches(batch, torch.arange(len(batch)), 1000)))
-    assert torch.equal(critics(micro).value, critics(micro).value)
+    critics, batch = load(tmp_path, stacked=stacked, gradient_checkpointing=checkpointing), ragged_batch()
+    assert torch.equal(critics.values(batch, 1000), critics.values(batch, 1000))
 
 
 def test_another_vocabulary_is_refused(tiny_lm: TinyLM, tmp_path: Path) -> None:
@@ -114,10 +134,67 @@ def test_a_model_without_a_linear_head_called_score(tmp_path: Path, ragged_batch
         load(tmp_path)
 
 
-def test_save_and_load(tiny_critic: TinyCritic, ragged_batch: Callable[..., Batch], tmp_path: Path) -> None:
-    critics, batch = Critics([tiny_critic(seed=m) for m in range(2)]), ragged_batch()
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(kind: Any, tiny_critic: TinyCritic, ragged_batch: Callable[..., Batch], tmp_path: Path) -> None:
+    critics, batch = kind([tiny_critic(seed=m) for m in range(2)]), ragged_batch()
     critics.save_pretrained(tmp_path)
     for m in range(2):
         loaded = AutoModelForTokenClassification.from_pretrained(tmp_path / f"critic_{m}").eval()
         with torch.no_grad():
             torch.testing.assert_close(naive(loaded, batch), naive(critics.models[m], batch))
+
+
+def test_gradient_checkpointing_one_by_one(tiny_critic: TinyCritic, ragged_batch: Callable[..., Batch]) -> None:
+    """The same gradients, and less is kept for them."""
+    batch, kept = ragged_batch(), []
+    models = [
+        OneByOneCritics([tiny_critic(num_hidden_layers=3)], gradient_checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    ]
+    for critics in models:
+        sizes: list[int] = []
+
+        def keep(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            critics(0, next(iter(micro_batches(batch, torch.arange(len(batch)), 1000))))
+        kept.append(sum(sizes))
+        critics.backward(batch, [torch.arange(len(batch))], lambda micro, value: value.square().sum(), 1000)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_family_without_a_token_classifier(
+    tmp_path: Path, ragged_batch: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gemma 3: its backbone and a value head, one by one, saved and loaded as they are."""
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "lm")
+    critics, batch = load(tmp_path / "lm"), ragged_batch()
+    assert isinstance(critics, OneByOneCritics)
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["critics run one after another"]
+    value = critics.values(batch, 1000)
+    assert value.std(dim=0).max() > 0
+    critics.save_pretrained(tmp_path)
+    for m in range(2):
+        directory = tmp_path / f"critic_{m}"
+        body, head = AutoModel.from_pretrained(directory), load_file(directory / "value_head.safetensors")
+        for b in range(len(batch)):
+            start, end = int(batch.prompt_length[b]), int(batch.length[b])
+            hidden = body(batch.tokens[b : b + 1, :end]).last_hidden_state[0, start - 1 : end - 1]
+            torch.testing.assert_close(value[m, b, : end - start], (hidden @ head["weight"].T + head["bias"])[:, 0])
+        again = load(directory, 1)
+        assert torch.equal(again.values(batch, 1000)[0], value[m])

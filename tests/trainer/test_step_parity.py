@@ -231,9 +231,14 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIATIONS)
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [(name, True) for name in VARIATIONS]
+    + [(name, False) for name in ("asyppo", "three critics, a remainder", "critics with minibatches")],
+)
 def test_two_steps(
     name: str,
+    stacked: bool,
     tiny_config: Callable[..., AsyPPOConfig],
     tiny_trainer: Callable[..., AsyPPOTrainer],
     scripted_sampler: Callable[..., Any],
@@ -243,6 +248,7 @@ def test_two_steps(
     """After two steps of fixed responses and rewards, policy and critics have the same weights."""
     fields: dict[str, Any] = {"entropy_coef": 0.05, "num_generations": 4, "max_tokens_per_micro_batch": 40}
     config = tiny_config(**(fields | VARIATIONS[name]))
+    config.critic.stacked = stacked
     responses = make_responses(config.prompts_per_step * config.num_generations, 8, seed=SEED)
     generator = torch.Generator().manual_seed(5)
     scores = torch.randn(len(responses), generator=generator).tolist()
@@ -253,8 +259,7 @@ def test_two_steps(
     sampler = scripted_sampler(responses)
     trainer = tiny_trainer(config, reward, sampler=sampler)
     # AdamW's epsilon makes small gradients, of which float32 knows few digits, matter little.
-    trainer_optimizers = [trainer.policy_optimizer, *trainer.critic_optimizers]
-    for optimizer in trainer_optimizers:
+    for _, optimizer in trainer.trained().values():
         optimizer.param_groups[0]["eps"] = 1e-3
     before = copy.deepcopy(trainer.policy.model)
     critics_before = [] if trainer.critics is None else [copy.deepcopy(c) for c in trainer.critics.models]

@@ -20,7 +20,7 @@ import asyppo.trainer
 from asyppo.advantage import group_signal
 from asyppo.batch import Batch
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import Critics
+from asyppo.critics import CriticOptimizer, Critics, StackedCritics
 from asyppo.policy import Policy
 from asyppo.run import RunDirectory, read_jsonl
 from asyppo.trainer import AsyPPOTrainer, TrainingError
@@ -53,7 +53,14 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
         optimizer.zero_grad()
         return 1.0
 
+    def capture_critics(self: CriticOptimizer, losses: Tensor, *_: Any, **__: Any) -> list[float]:
+        self.critics.collect_gradients()
+        seen.extend([p.grad.clone() for p in model.parameters()] for model in self.critics.models)
+        self.critics.release_gradients()
+        return [1.0] * len(losses)
+
     monkeypatch.setattr(asyppo.trainer, "_clip_and_step", capture)
+    monkeypatch.setattr(CriticOptimizer, "step", capture_critics)
     return seen
 
 
@@ -222,9 +229,10 @@ def test_checkpoints_during_the_warm_up_change_nothing(tiny_config: Make, tiny_t
 def test_masters_are_float32_so_that_small_updates_count(tiny_config: Make, tiny_trainer: Make, tiny_lm: Make) -> None:
     config = tiny_config(learning_rate=1e-6, critic={"learning_rate": 1e-6})
     trainer = tiny_trainer(config, likes_a, dtype=torch.bfloat16)
-    before = weights(trainer.policy), weights(trainer.critics)
+    models = (trainer.policy, *trainer.critics.models)
+    before = [weights(model) for model in models]
     trainer.step(1, RunDirectory(config))
-    for old, new in zip(before, (weights(trainer.policy), weights(trainer.critics)), strict=True):
+    for old, new in zip(before, map(weights, models), strict=True):
         large = [(a, b) for a, b in zip(old, new, strict=True) if a.dim() == 2]
         moved = sum(int((a != b).sum()) for a, b in large) / sum(a.numel() for a, _ in large)
         assert moved > 0.5
@@ -252,24 +260,24 @@ def test_more_minibatches_than_rows() -> None:
 # --- steps that are not finite ---
 
 
-def poison_gradient(model: torch.nn.Module, when: Callable[[], bool]) -> None:
-    """Put a NaN into one gradient of ``model`` when asked to."""
-    parameter = next(p for p in model.parameters() if p.dim() == 2)
+def poison_gradient(model: torch.nn.Module, when: Callable[[], bool], critic: int | None = None) -> None:
+    """Put a NaN into one gradient of ``model`` when asked to; of stacked critics into that of one."""
+    parameter = next(p for p in model.parameters() if p.dim() == (2 if critic is None else 3))
 
     def hook(gradient: Tensor) -> Tensor:
         if when():
             gradient = gradient.clone()
-            gradient[0, 0] = math.nan
+            gradient[() if critic is None else critic].view(-1)[0] = math.nan
         return gradient
 
     parameter.register_hook(hook)
 
 
-@pytest.mark.parametrize("victim", ["policy", "critic"])
+@pytest.mark.parametrize(("victim", "stacked"), [("policy", True), ("critic", True), ("critic", False)])
 def test_a_gradient_that_is_not_finite_skips_that_update(
-    tiny_config: Make, tiny_trainer: Make, victim: str, capsys: pytest.CaptureFixture
+    tiny_config: Make, tiny_trainer: Make, victim: str, stacked: bool, capsys: pytest.CaptureFixture
 ) -> None:
-    config = tiny_config(max_steps=3)
+    config = tiny_config(max_steps=3, critic={"stacked": stacked})
     trainer = tiny_trainer(config, likes_a)
     now = {"step": 0}
     original = trainer.step
@@ -286,11 +294,13 @@ def test_a_gradient_that_is_not_finite_skips_that_update(
     after: list[Any] = []
     trainer.step = step
     hit = 0 if victim == "policy" else 2
-    poison_gradient(models[hit], lambda: now["step"] == 2)
+    stack = (trainer.critics, 1) if victim == "critic" and stacked else (models[hit], None)
+    poison_gradient(stack[0], lambda: now["step"] == 2, stack[1])
     rows = read_jsonl(trainer.train().run.metrics)
     key, other = f"{'actor' if victim == 'policy' else 'critic'}/skipped_updates", "skipped_updates"
     assert [row[key] for row in rows] == [0, 1, 0]
-    assert sum(row[k] for row in rows for k in row if k.endswith(other)) == 1
+    skips = {k: row[k] for row in rows[1:2] for k in row if k.endswith(other) and row[k]}
+    assert skips == ({key: 1} if victim == "policy" else {key: 1, "critic/1/skipped_updates": 1})
     for number in range(3):
         for m in range(3):
             assert same(before[number][m], after[number][m]) == (number == 1 and m == hit), (number, m)
@@ -370,7 +380,7 @@ def test_critics_that_do_not_fit_the_algorithm(
         )
 
     for config, count in ((tiny_config(), 0), (tiny_config(), 3), (tiny_config(algorithm="grpo"), 2)):
-        critics = Critics([tiny_critic() for _ in range(count)]) if count else None
+        critics = StackedCritics([tiny_critic() for _ in range(count)]) if count else None
         with pytest.raises(ConfigError, match=f"critics: got {count}, needs {config.num_critics}"):
             build(config, critics)
 

@@ -106,7 +106,7 @@ def rms_norm_backward_kernel(
             tl.store(grad_input + (m * n + row) * h + column, g.to(grad_input.dtype.element_ty), mask=inside)
     if partial is not None:
         line = partial + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + m) * h
-        tl.store(line + tl.arange(0, BLOCK_H), tl.sum(total, axis=0), mask=tl.arange(0, BLOCK_H) < h)
+        tl.store(line + column, tl.sum(total, axis=0, keep_dims=True), mask=in_columns)
 
 
 @triton.jit

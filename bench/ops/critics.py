@@ -1,0 +1,157 @@
+"""The critics of the trainer: values of all responses, and an optimizer step on disjoint shares.
+
+Models are Qwen3 from a config, with the same random weights for every contender. A step ends with AdamW at a rate of 0:
+all of its work is done, and the weights stay what the oracle has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case, Inputs, Scale, Sweep, Work
+
+OP = "critics"
+GRAPH = False
+
+# Width H, depth L, heads, key and value heads, head dimension D, MLP width I, vocabulary V.
+Shape = dict[str, int]
+SMALL: Shape = {"H": 64, "L": 2, "heads": 4, "kv": 2, "D": 16, "I": 192, "V": 128}
+SHAPES: dict[Scale, list[Shape]] = {
+    "gpu": [{"H": 1024, "L": 28, "heads": 16, "kv": 8, "D": 128, "I": 3072, "V": 151936}],
+    "cpu": [
+        SMALL,
+        {"H": 128, "L": 3, "heads": 4, "kv": 2, "D": 32, "I": 384, "V": 1009},
+        {"H": 256, "L": 4, "heads": 8, "kv": 4, "D": 32, "I": 768, "V": 4001},
+    ],
+    "quick": [{"H": 16, "L": 2, "heads": 2, "kv": 1, "D": 8, "I": 24, "V": 31}],
+}
+CRITICS: dict[Scale, tuple[int, ...]] = {"gpu": (2,), "cpu": (1, 2, 4), "quick": (2,)}
+# Responses B and the longest sequence T. Lengths are even between a quarter of T and T, so N is about 0.6 B T.
+BATCHES: dict[Scale, list[tuple[int, int]]] = {
+    "gpu": [(4, 800), (8, 1600), (8, 6400)],
+    "cpu": [(16, 32)],
+    "quick": [(5, 9)],
+}
+MAX_TOKENS = 16_384  # the trainer's default
+DTYPE: dict[Scale, torch.dtype] = {"gpu": torch.bfloat16, "cpu": torch.float32, "quick": torch.float32}
+
+
+def cases(scale: Scale, device: torch.device) -> list[Case]:
+    """Value pass and training step of each shape, batch and number of critics; none without transformers."""
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    return [
+        Case(
+            OP,
+            f"{'step' if backward else 'value pass'}, M = {count}, H = {shape['H']}, T = {width}",
+            {"M": count, "B": rows, "T": width, **shape},
+            {"backward": backward},
+            DTYPE[scale],
+            device,
+        )
+        for shape in SHAPES[scale]
+        for rows, width in BATCHES[scale]
+        for count in CRITICS[scale]
+        for backward in (False, True)
+    ]
+
+
+def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
+    """The cases are themselves a table over critics and sizes."""
+    return []
+
+
+def inputs(case: Case, generator: torch.Generator) -> Inputs:
+    """Sequences of ragged length, padded on the right, and what their values should be."""
+    rows, width = case.sizes["B"], case.sizes["T"]
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, device=case.device, generator=generator)
+
+    prompt = integers(1, width // 4, rows)
+    return {
+        "tokens": integers(0, case.sizes["V"], rows, width),
+        "prompt_length": prompt,
+        "response_length": integers(width // 4, width + 1, rows) - prompt,
+        "target": torch.randn(rows, width, device=case.device, generator=generator),
+    }
+
+
+def batch_of(given: Inputs) -> Any:
+    """The trainer's batch of these inputs."""
+    from asyppo.batch import Batch
+
+    rows = len(given["tokens"])
+    nothing = torch.zeros(rows, dtype=torch.int64, device=given["tokens"].device)
+    return Batch(
+        tokens=given["tokens"],
+        prompt_length=given["prompt_length"],
+        response_length=given["response_length"],
+        group=nothing,
+        reward=torch.zeros_like(given["target"]),
+        sampler_logprob=torch.zeros_like(given["target"]),
+        truncated=nothing.bool(),
+    )
+
+
+def shares_of(case: Case) -> list[Tensor]:
+    """Each critic's rows: disjoint, every M-th."""
+    rows, count = case.sizes["B"], case.sizes["M"]
+    return [torch.arange(m, rows, count, device=case.device) for m in range(count)]
+
+
+def models_of(case: Case) -> list[Any]:
+    """M value models, the same at every call."""
+    from transformers import Qwen3Config, Qwen3ForTokenClassification
+
+    size, made = case.sizes, []
+    config = Qwen3Config(
+        vocab_size=size["V"],
+        hidden_size=size["H"],
+        num_hidden_layers=size["L"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["kv"],
+        head_dim=size["D"],
+        intermediate_size=size["I"],
+        max_position_embeddings=size["T"],
+        num_labels=1,
+    )
+    config.classifier_dropout = 0.0
+    for m in range(size["M"]):
+        torch.manual_seed(m)
+        with torch.device(case.device):
+            made.append(Qwen3ForTokenClassification(config).eval())
+    return made
+
+
+def squared_error(micro: Any, value: Tensor, target: Tensor) -> Tensor:
+    """The loss of one critic on one micro-batch."""
+    return (value - target[micro.grid].to(value.dtype)).square().sum()
+
+
+def gradients_of(models: list[Any]) -> dict[str, Tensor]:
+    """Gradients that everything else goes through: of the heads and of the first layers' queries."""
+    return {
+        "d_score": torch.stack([m.score.weight.grad for m in models]),
+        "d_first": torch.stack([m.model.layers[0].self_attn.q_proj.weight.grad for m in models]),
+    }
+
+
+def work(case: Case) -> Work:
+    """Products of the layers with every token that counts, once a critic that reads it; attention left out."""
+    size = case.sizes
+    heads = (2 * size["heads"] + 2 * size["kv"]) * size["D"]
+    weights = float(size["L"] * size["H"] * (heads + 3 * size["I"]))
+    tokens = 0.625 * size["B"] * size["T"]  # on average over inputs
+    if case.backward:
+        return Work(6 * weights * tokens, 4 * 9.0 * size["M"] * weights, "three products a weight, once a token")
+    return Work(2 * weights * tokens * size["M"], 4 * size["M"] * weights, "one product a weight, token and critic")
+
+
+def required(case: Case) -> set[str]:
+    """Outputs a contender has to return."""
+    return {"loss", "d_score", "d_first"} if case.backward else {"value"}
