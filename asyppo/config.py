@@ -153,7 +153,7 @@ class DistributedConfig:
     """Several processes, one a GPU, started by ``torchrun``; weights are sharded over them with FSDP2."""
 
     replicate: int = 1
-    """Copies of the sharded weights (HSDP): neighbouring ranks share one copy, and gradients are summed over the copies.
+    """Copies of the sharded weights (HSDP): neighbouring ranks share a copy, and gradients are summed over the copies.
     The number of nodes keeps the gathering of weights within a node. 1: one copy over all ranks."""
     shard_single: bool = False
     """Wrap the models with FSDP2 in a single process, too. It shards nothing there; with bfloat16 compute it keeps the

@@ -8,6 +8,7 @@ are summed over ranks, not averaged: token weights carry every normalisation.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -32,11 +33,13 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, dtyp
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the loss's float32 arguments are among them
     )
+    # Outputs of custom ops count as views. Nothing writes to them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*layers, module):
         fully_shard(part, mesh=mesh, mp_policy=policy, **options)
-    for part in fsdp_modules(module):
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for sharded in fsdp_modules(module):
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
 def fsdp_modules(module: nn.Module) -> list[FSDPModule]:

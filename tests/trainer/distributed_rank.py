@@ -27,7 +27,7 @@ import asyppo.trainer
 from asyppo.advantage import LearningSignal
 from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
 from asyppo.critics import make_critics
-from asyppo.distributed import processes, rank, world_size
+from asyppo.distributed import processes, rank
 from asyppo.policy import Policy
 from asyppo.run import Timer
 from asyppo.sampler import Response

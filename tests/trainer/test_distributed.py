@@ -189,14 +189,16 @@ def test_passes_keep_their_order_between_replicas() -> None:
 
 
 def test_replicas_that_do_not_divide_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"distributed.replicate: got 2, needs a divisor of .* processes, 1"):
-        with processes(DistributedConfig(replicate=2), torch.device("cpu")):
+    def join(replicate: int) -> None:
+        with processes(DistributedConfig(replicate=replicate), torch.device("cpu")):
             pass
+
+    with pytest.raises(ConfigError, match=r"distributed.replicate: got 2, needs a divisor of .* processes, 1"):
+        join(2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match=r"distributed.replicate: got 3, needs a divisor of .* processes, 8"):
-        with processes(DistributedConfig(replicate=3), torch.device("cpu")):
-            pass
+        join(3)
 
 
 @pytest.mark.parametrize("name", ["replicate", "timeout_s"])
