@@ -60,6 +60,11 @@ class CriticConfig:
     stacked: bool = True
     """Compute the critics as one model with stacked weights, in the launches of one. False runs them one after
     another, which is also what happens, with a warning, to models that are not Llama, Mistral, Qwen2 or Qwen3."""
+    lora_rank: int = 0
+    """r > 0: the critics are LoRA adapters of rank r on every linear layer, and value heads, over one frozen backbone,
+    so that M of them take the memory of one. 0: each has all weights of its own, the paper's."""
+    lora_alpha: float = 16.0
+    """The adapters' products are scaled by lora_alpha / lora_rank. Our choice."""
     gradient_checkpointing: bool = False
     """Keep one tensor a layer for the backward pass and compute the rest again: less memory, more time."""
 
@@ -294,8 +299,16 @@ class AsyPPOConfig:
             _need(got >= 1, name, got, "an integer of at least 1")
         for name in ("save_steps", "logging_samples", "warmup_steps"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
+        _need(self.critic.lora_alpha > 0, "critic.lora_alpha", self.critic.lora_alpha, "a positive number")
+        _need(
+            self.critic.lora_rank == 0 or self.critic.stacked,
+            "critic.lora_rank",
+            self.critic.lora_rank,
+            "0 with critic.stacked False: adapters share a backbone, which is computed for all of them at once",
+        )
         for name, got in (
             ("critic.warmup_steps", self.critic.warmup_steps),
+            ("critic.lora_rank", self.critic.lora_rank),
             ("data.eval_size", self.data.eval_size),
             ("eval.every", self.eval.every),
         ):

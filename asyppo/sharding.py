@@ -78,10 +78,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def placement_of_stacked(mesh: DeviceMesh) -> Callable[[Tensor], Shard | None]:
     """Return the rule by which parameters [M, …] are cut: along the first dimension after M that divides evenly among
-    the ranks; None where there is none."""
+    the ranks; None where there is none. Frozen parameters, which no optimizer steps, are cut along their first."""
     parts = mesh["shard"].size()
 
     def place(parameter: Tensor) -> Shard | None:
+        if not parameter.requires_grad:
+            return Shard(0)
         even = (d for d in range(1, parameter.dim()) if parameter.shape[d] % parts == 0)
         dimension = next(even, None)
         return None if dimension is None else Shard(dimension)

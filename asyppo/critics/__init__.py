@@ -10,11 +10,20 @@ import torch
 from asyppo.config import CriticConfig
 from asyppo.critics.base import Critics
 from asyppo.critics.loading import load_value_models
+from asyppo.critics.lora import LoraCritics
 from asyppo.critics.one_by_one import OneByOneCritics
 from asyppo.critics.optimizer import CriticOptimizer
 from asyppo.critics.stacked import StackedCritics, why_not_stacked
 
-__all__ = ["CriticOptimizer", "Critics", "OneByOneCritics", "StackedCritics", "load_critics", "make_critics"]
+__all__ = [
+    "CriticOptimizer",
+    "Critics",
+    "LoraCritics",
+    "OneByOneCritics",
+    "StackedCritics",
+    "load_critics",
+    "make_critics",
+]
 
 log = logging.getLogger("asyppo")
 
@@ -30,6 +39,17 @@ def load_critics(
     attn_implementation: str | None = None,
 ) -> Critics:
     """Load the critics that ``config`` asks for from the checkpoint ``path``. Raises ConfigError."""
+    if config.lora_rank:
+        return LoraCritics.from_pretrained(
+            path,
+            num_critics,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
     models = load_value_models(
         path, num_critics, vocab_size=vocab_size, device=device, attn_implementation=attn_implementation
     )

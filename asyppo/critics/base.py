@@ -22,8 +22,7 @@ over micro-batches."""
 class Critics(nn.Module, ABC):
     """M value models behind one interface.
 
-    ``models`` are M ordinary models, one a critic: what is saved, and what the optimizer steps. They hold the weights
-    or are views of them.
+    ``models`` are M modules, one a critic, that have what is trained, or views of it: what the optimizer steps.
     """
 
     models: Any

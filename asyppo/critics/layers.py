@@ -59,7 +59,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedEmbedding(nn.Module):
-    """M embedding tables."""
+    """M embedding tables, or one that all critics share."""
 
     def __init__(self, modules: Sequence[Any]):
         super().__init__()
@@ -67,7 +67,7 @@ class StackedEmbedding(nn.Module):
         self.padding_idx = modules[0].padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return float32 [M, N, H] of tokens [M, N], or of [1, N] that all critics read."""
+        """Return [M, N, H] of tokens [M, N], or of [1, N] that all critics read ([1, N, H] if they share the table)."""
         count, size, _ = self.weight.shape
         offset = torch.arange(0, count * size, size, device=tokens.device)[:, None]
         out = nn.functional.embedding(tokens + offset, self.weight.flatten(0, 1))
@@ -77,7 +77,7 @@ class StackedEmbedding(nn.Module):
 
 
 class StackedNorm(nn.Module):
-    """M RMSNorms."""
+    """M RMSNorms, or one that all critics share."""
 
     def __init__(self, modules: Sequence[Any]):
         super().__init__()
@@ -86,7 +86,8 @@ class StackedNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return x [M, N, H] plus residual, normalised, and the plain sum."""
-        return stacked_rms_norm(x, self.weight.to(x.dtype), eps=self.eps, residual=residual)
+        weight = self.weight.to(x.dtype).expand(len(x), -1)  # of one that all critics share
+        return stacked_rms_norm(x, weight, eps=self.eps, residual=residual)
 
 
 class StackedAttention(nn.Module):
@@ -111,7 +112,7 @@ class StackedAttention(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             q, k = stacked_qk_norm_rope(q, k, cos, sin)
         else:
-            q_weight, k_weight = self.q_norm.weight.to(x.dtype), self.k_norm.weight.to(x.dtype)
+            q_weight, k_weight = (w.to(x.dtype).expand(len(x), -1) for w in (self.q_norm.weight, self.k_norm.weight))
             q, k = stacked_qk_norm_rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=self.q_norm.eps)
         return self.o_proj(attend(q, k, v, self.window))
 

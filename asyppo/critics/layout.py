@@ -1,13 +1,14 @@
 """How the sequences of a stacked pass lie in memory, and the attention that knows it.
 
-Every layer but attention sees tokens only, [M, N, ·]. Sequences are packed one behind the other where there is an
-attention for that, so that padding costs nothing, and otherwise lie side by side, padded to the longest.
+Every layer but attention sees tokens only, [M, N, ·]: sequences are packed one behind the other, so that padding is not
+computed. Attention reads them as they lie where ``varlen_attn`` runs, and otherwise sees them padded to the longest.
+Padding is dropped or moved to the end in any case, so causal attention needs no mask for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,121 +17,100 @@ from torch.nn import functional as F
 VarlenAttention = Callable[..., Tensor]
 """``torch.nn.attention.varlen.varlen_attn``, or what has its signature."""
 
+# Moving tokens in and out of the padded form of attention costs more than computing so little padding.
+WORTH_PACKING = 1 / 16
 
-class Layout(Protocol):
-    """The tokens of one pass, from ``input_ids`` [K, B, T], where K is M, or 1 if all critics read the same."""
+
+class Layout:
+    """The tokens of one pass, from ``input_ids`` int64 [K, B, T], where K is M, or 1 if all critics read the same.
+
+    ``attention_mask``, bool [K, B, T], is False on padding, which is on the left, on the right or on both sides.
+    """
 
     tokens: Tensor
-    """int64 [K, N]."""
+    """int64 [K, N]. Where one critic has fewer than another, padding fills its end."""
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor, num_critics: int, varlen: VarlenAttention | None):
+        self.varlen, self.width = varlen, input_ids.shape[2]
+        length = attention_mask.sum(2)  # [K, B]
+        total = length.sum(1)  # [K]
+        # The only time the host waits.
+        self.longest, most, least = torch.stack([length.max(), total.max(), total.min()]).tolist()
+        self.sequences = num_critics * input_ids.shape[1]
+        grid = input_ids.shape[1] * self.longest
+        self.packed = varlen is not None or most < grid * (1 - WORTH_PACKING)
+        rank = attention_mask.cumsum(2) - 1  # of each token in its sequence
+        row = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None]
+        if self.packed:
+            # Tokens to the front, in their order.
+            order = attention_mask.flatten(1).logical_not().argsort(dim=1, stable=True)[:, :most]
+            self.slot = attention_mask.flatten(1).cumsum(1) - 1
+        else:
+            order = attention_mask.logical_not().argsort(dim=2, stable=True)[:, :, : self.longest]
+            order = (order + row * self.width).flatten(1)
+            self.slot = (row * self.longest + rank).flatten(1)
+        self.slot.clamp_(min=0)
+        self.tokens = input_ids.flatten(1).gather(1, order)
+        self.columns = order % self.width
+        copies = num_critics // len(input_ids)
+        if varlen is not None:
+            # What fills a critic up is a sequence of its own.
+            lengths = torch.cat([length, (most - total)[:, None]], dim=1).repeat(copies, 1)
+            self.starts = F.pad(lengths.flatten().cumsum(0), (1, 0)).int()
+            self.longest = max(self.longest, most - least)
+        elif self.packed:
+            place = (row * self.longest + rank).flatten(1).gather(1, order).repeat(copies, 1)
+            first = torch.arange(0, num_critics * grid, grid, device=place.device)[:, None]
+            filler = torch.arange(most, device=place.device) >= total.repeat(copies)[:, None]
+            # It goes behind the grid, and takes back what is at the start of its own critic's part: nobody reads it.
+            self.into = torch.where(filler, num_critics * grid, place + first).flatten()
+            self.back = torch.where(filler, first, place + first).flatten()
 
     def rotary(self, embedding: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin, [N, D] or [K, N, D], of ``embedding``, a rotary embedding of transformers, in ``like``'s
         dtype. Positions are columns of ``input_ids``, as transformers counts them."""
-        ...
+        cos, sin = embedding(like, torch.arange(self.width, device=like.device)[None])
+        columns = self.columns[0] if len(self.columns) == 1 else self.columns
+        return cos[0][columns], sin[0][columns]
 
     def index(self, flat: Tensor) -> Tensor:
-        """Return where in N the positions ``flat`` (row * T + column) lie; of shape [n] or [K, n], as they are."""
-        ...
+        """Return where in N the tokens at ``flat`` (row * T + column) lie; of shape [n] or [K, n], as they are."""
+        return self.slot[0][flat] if flat.dim() == 1 else self.slot.expand(len(flat), -1).gather(1, flat)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Causal attention of [M, N, heads, D], within the last ``window`` positions if not None. Returns
         [M, N, heads * D]."""
-        ...
+        if self.varlen is not None:
+            out = self.varlen(
+                *(x.flatten(0, 1) for x in (q, k, v)),
+                self.starts,
+                self.starts,
+                self.longest,
+                self.longest,
+                window_size=(-1 if window is None else window - 1, 0),
+                enable_gqa=q.shape[2] != k.shape[2],
+            )
+            return out.view(*q.shape[:2], -1)
+        padded = [self._pad(x.flatten(0, 1)).transpose(1, 2) for x in (q, k, v)]
+        out = self._sdpa(padded[0], padded[1], padded[2], window)
+        out = out.transpose(1, 2).flatten(0, 1).flatten(1)
+        return (out.index_select(0, self.back) if self.packed else out).view(*q.shape[:2], -1)
 
+    def _pad(self, x: Tensor) -> Tensor:
+        """Tokens [M * N, heads, D] as [M * B, longest, heads, D]."""
+        if self.packed:
+            grid = x.new_zeros(self.sequences * self.longest + 1, *x.shape[1:])
+            x = grid.index_copy(0, self.into, x)[:-1]
+        return x.view(self.sequences, self.longest, *x.shape[1:])
 
-class Padded:
-    """Sequences side by side, [K, B * T]."""
-
-    def __init__(self, input_ids: Tensor, attention_mask: Tensor | None):
-        """``attention_mask``: bool [K, B, T], or None where causal attention alone keeps padding out of sight: where
-        all of it is on the right."""
-        self.rows, self.width = input_ids.shape[1:]
-        self.tokens = input_ids.flatten(1)
-        self.attention_mask = attention_mask
-        self.masks: dict[tuple[int, int | None], Tensor] = {}
-
-    def rotary(self, embedding: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """See Layout."""
-        cos, sin = embedding(like, torch.arange(self.width, device=like.device)[None])
-        return cos[0].repeat(self.rows, 1), sin[0].repeat(self.rows, 1)
-
-    def index(self, flat: Tensor) -> Tensor:
-        """See Layout."""
-        return flat
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """See Layout."""
-        q, k, v = (x.reshape(-1, self.width, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
-        if window is not None and window >= self.width:
-            window = None
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         mask = None
-        if self.attention_mask is not None or window is not None:
-            mask = self._mask(len(q), window)
+        if window is not None and window < self.longest:
+            at = torch.arange(self.longest, device=q.device)
+            distance = at[:, None] - at
+            mask = (distance >= 0) & (distance < window)
         repeat = q.shape[1] // k.shape[1]
         if mask is not None and q.is_cuda and repeat > 1:  # no fused kernel of CUDA takes both
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
             repeat = 1
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=repeat > 1)
-        return out.transpose(1, 2).reshape(-1, self.rows * self.width, out.shape[1] * out.shape[3])
-
-    def _mask(self, sequences: int, window: int | None) -> Tensor:
-        """bool [1 or M * B, 1, T, T], made once for all layers."""
-        if (sequences, window) not in self.masks:
-            at = torch.arange(self.width, device=self.tokens.device)
-            distance = at[:, None] - at
-            mask = distance >= 0
-            if window is not None:
-                mask &= distance < window
-            mask = mask[None]
-            if self.attention_mask is not None:
-                # A query that is padding sees itself, so that no row of the softmax is empty.
-                seen = self.attention_mask.flatten(0, 1)
-                seen = seen.repeat(sequences // len(seen), 1)
-                mask = (mask & seen[:, None, :]) | (distance == 0)
-            self.masks[sequences, window] = mask[:, None]
-        return self.masks[sequences, window]
-
-
-class Packed:
-    """Sequences one behind the other, [K, N], N being the most tokens that a critic has; what another lacks is filled
-    up by one sequence of padding."""
-
-    def __init__(self, input_ids: Tensor, attention_mask: Tensor, num_critics: int, varlen: VarlenAttention):
-        """``attention_mask``: bool [K, B, T]."""
-        mask = attention_mask.flatten(1)
-        length = attention_mask.sum(2)  # [K, B]
-        total = length.sum(1)  # [K]
-        # One wait for the host: sizes of what follows.
-        self.longest, most, least = torch.stack([length.max(), total.max(), total.min()]).tolist()
-        self.longest = max(self.longest, most - least)
-        copies = num_critics // len(input_ids)
-        # Tokens in front, padding behind; stable, so their order is that of before.
-        order = torch.argsort(mask.logical_not(), dim=1, stable=True)[:, :most]
-        self.tokens = input_ids.flatten(1).gather(1, order)
-        self.positions = order % input_ids.shape[2]
-        self.place = (mask.cumsum(1) - 1).clamp(min=0)
-        lengths = torch.cat([length, (most - total)[:, None]], dim=1).repeat(copies, 1).flatten()
-        self.starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-        self.varlen = varlen
-
-    def rotary(self, embedding: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """See Layout."""
-        cos, sin = embedding(like, self.positions)
-        return (cos[0], sin[0]) if len(cos) == 1 else (cos, sin)
-
-    def index(self, flat: Tensor) -> Tensor:
-        """See Layout."""
-        return self.place[0][flat] if flat.dim() == 1 else self.place.expand(len(flat), -1).gather(1, flat)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """See Layout."""
-        out = self.varlen(
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            self.starts,
-            self.starts,
-            self.longest,
-            self.longest,
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return out.view(*q.shape[:2], -1)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=repeat > 1)

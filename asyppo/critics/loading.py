@@ -62,17 +62,33 @@ def load_value_models(
         )
     models = []
     for path in map(str, path_or_paths):
-        models.append(_load_value_model(path, device, attn_implementation))
-        got = models[-1].config.get_text_config().vocab_size
-        if vocab_size is not None and got != vocab_size:
-            raise ConfigError(
-                f"critic.model_name_or_path: {path!r} has a vocabulary of {got} tokens, needs the policy's "
-                f"{vocab_size}: critics read the policy's tokens"
-            )
+        model, _ = load_value_model(path, device, attn_implementation)
+        check_vocabulary(model, path, vocab_size)
+        models.append(model)
     return models
 
 
-def _load_value_model(path: str, device: torch.device, attn_implementation: str | None) -> Any:
+def check_vocabulary(model: Any, path: str, vocab_size: int | None) -> None:
+    """Raise ConfigError if the vocabulary of ``model`` is not of ``vocab_size`` tokens; None: any will do."""
+    got = model.config.get_text_config().vocab_size
+    if vocab_size is not None and got != vocab_size:
+        raise ConfigError(
+            f"critic.model_name_or_path: {path!r} has a vocabulary of {got} tokens, needs the policy's "
+            f"{vocab_size}: critics read the policy's tokens"
+        )
+
+
+def draw_head(head: nn.Linear) -> None:
+    """Draw a new value head. Hidden states have entries of size 1 after the final norm: values start out around
+    1 / sqrt(H)."""
+    nn.init.normal_(head.weight, std=1 / head.in_features)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def load_value_model(path: str, device: torch.device, attn_implementation: str | None = None) -> tuple[Any, bool]:
+    """Return a model with a ``base_model`` and a linear head called ``score``, and whether that was drawn anew.
+    Raises ConfigError."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
     try:
@@ -95,16 +111,18 @@ def _load_value_model(path: str, device: torch.device, attn_implementation: str 
                 model.score.load_state_dict(load_file(Path(path) / VALUE_HEAD, device=str(device)))
     finally:
         transformers_logging.set_verbosity(verbosity)
+    check_head(model)
     if head_is_new:
-        # Hidden states have entries of size 1 after the final norm: new values start out around 1 / sqrt(H).
-        nn.init.normal_(model.score.weight, std=1 / model.score.in_features)
-        if model.score.bias is not None:
-            nn.init.zeros_(model.score.bias)
+        draw_head(model.score)
+    return model, head_is_new
+
+
+def check_head(model: Any) -> None:
+    """Raise ConfigError unless ``model`` has a linear head called ``score``."""
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ConfigError(
             f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
         )
-    return model
 
 
 def _has_token_classifier(path: str) -> bool:

@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from asyppo.batch import Batch, MicroBatch, micro_batches
-from asyppo.config import ConfigError
 from asyppo.critics.base import Critics, Loss
-from asyppo.critics.loading import load_value_models
+from asyppo.critics.loading import check_head, load_value_models
 from asyppo.distributed import sum_over_ranks
 from asyppo.sharding import between_replicas_once, decoder_layers, release, shard
 from asyppo_kernels import ensemble_value
@@ -30,10 +29,7 @@ class OneByOneCritics(Critics):
         ``dtype``. Raises ConfigError if a model has no such head."""
         super().__init__()
         for model in models:
-            if not isinstance(getattr(model, "score", None), nn.Linear):
-                raise ConfigError(
-                    f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
-                )
+            check_head(model)
             if gradient_checkpointing:
                 body = model.base_model
                 # Its name in newer versions of transformers, and in older ones.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from asyppo.batch import Batch, MicroBatch, micro_batches, share_micro_batches
 from asyppo.config import ConfigError
 from asyppo.critics.base import Critics, Loss
-from asyppo.critics.layers import StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
-from asyppo.critics.layout import Layout, Packed, Padded, VarlenAttention
+from asyppo.critics.layers import MakeLinear, StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
+from asyppo.critics.layout import Layout, VarlenAttention
 from asyppo.critics.loading import load_value_models
 from asyppo.distributed import sum_over_ranks
 from asyppo.sharding import between_replicas_once, member, placement_of_stacked, release, shard, sum_whole_gradients
@@ -58,45 +59,32 @@ def why_not_stacked(model: Any) -> str | None:
     return None
 
 
-class StackedCritics(Critics):
-    """M token classifiers of one architecture with one label, the value, that launch what one of them launches.
+class Stacked(Critics):
+    """M critics whose layers are computed together; ``critics(input_ids, attention_mask)`` gives all values.
 
-    ``critics(input_ids, attention_mask)`` gives all values. Parameters have a leading axis M and otherwise the names
-    and shapes of transformers; ``models`` are the M models, their weights views of these.
-
-    Attention is ``torch.nn.attention.varlen.varlen_attn`` on packed sequences on a GPU in bfloat16 or float16, and
-    else ``scaled_dot_product_attention`` on padded ones; ``varlen`` may be set to another function of its signature.
+    Sequences are packed. Attention is ``torch.nn.attention.varlen.varlen_attn`` on a GPU in bfloat16 or float16, and
+    else ``scaled_dot_product_attention``; ``varlen`` may be set to another function of its signature.
     """
 
-    def __init__(
+    def build(
         self,
-        models: Sequence[PreTrainedModel],
+        bodies: Sequence[Any],
+        heads: Sequence[nn.Linear],
         *,
-        dtype: torch.dtype = torch.float32,
-        gradient_checkpointing: bool = False,
-    ):
-        """``models`` are taken over: their weights become views of the stack. Forward and backward passes run in
-        ``dtype``. Raises ConfigError if the models are of no family that is known here, or differ in shape."""
-        super().__init__()
-        reason = why_not_stacked(models[0])
-        if reason is not None:
-            raise ConfigError(f"critic.stacked: got True, needs False for {type(models[0]).__name__}: {reason}")
-        shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]
-        if any(type(model) is not type(models[0]) for model in models) or any(s != shapes[0] for s in shapes):
-            raise ConfigError("critic.stacked: got models that differ in class or shape, needs M of one architecture")
-        self.models = list(models)  # a list, which hides them from nn.Module: the stack has the parameters
-        for model in models:
-            model.eval()
-        bodies: list[Any] = [model.base_model for model in models]
+        dtype: torch.dtype,
+        gradient_checkpointing: bool,
+        linear: MakeLinear = StackedLinear,
+    ) -> None:
+        """Stack the layers of ``bodies`` and the M ``heads``. Passes run in ``dtype``."""
         self.dtype, config = dtype, bodies[0].config
-        self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
         window = FAMILIES[type(bodies[0])]
+        self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
         self.layers = nn.ModuleList(
-            StackedLayer(of_all, window(of_all[0], config), gradient_checkpointing)
+            StackedLayer(of_all, window(of_all[0], config), gradient_checkpointing, linear)
             for of_all in zip(*(body.layers for body in bodies), strict=True)
         )
         self.norm = StackedNorm([body.norm for body in bodies])
-        self.score = StackedLinear([model.score for model in models])
+        self.score = StackedLinear(heads)
         # The family's own, so that every kind of rotary embedding works.
         self.rotary_emb = bodies[0].rotary_emb
         self.mesh: DeviceMesh | None = None
@@ -106,26 +94,15 @@ class StackedCritics(Critics):
 
             self.varlen = cast(VarlenAttention, varlen.varlen_attn)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_paths: str | Path | Sequence[str | Path],
-        num_critics: int,
-        *,
-        vocab_size: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        gradient_checkpointing: bool = False,
-    ) -> StackedCritics:
-        """Load M critics from one checkpoint, or each from its own; causal language models will do.
+    @abstractmethod
+    def leaf(self, m: int, name: str) -> tuple[nn.Module, str]:
+        """Return the module of ``models[m]`` and the name in it of what is a view of the parameter ``name``."""
 
-        Where a checkpoint has no value head, each critic gets one of its own, drawn from torch's global generator.
-        Raises ConfigError if something cannot be loaded or stacked, or its vocabulary is not of ``vocab_size`` tokens.
-        """
-        models = load_value_models(path_or_paths, num_critics, vocab_size=vocab_size, device=torch.device(device))
-        return cls(models, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and value of the parameters that are not frozen; all have a leading axis M."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> StackedCritics:
+    def _apply(self, fn: Any, recurse: bool = True) -> Stacked:
         """Moving the stack (``to``, ``cuda``) moves the models' weights with it."""
         super()._apply(fn, recurse)
         self.tie_models()
@@ -133,10 +110,9 @@ class StackedCritics(Critics):
 
     def tie_models(self) -> None:
         """Make the weights of ``models`` views of the stack again, after its parameters have been replaced."""
-        for name, parameter in self.named_parameters():
-            path, _, leaf = name.rpartition(".")
-            roots: list[Any] = [m if path == "score" else m.base_model for m in self.models]
-            tie([root.get_submodule(path) for root in roots], leaf, parameter, self.mesh)
+        for name, parameter in self.trained_parameters():
+            leaves = [self.leaf(m, name) for m in range(len(self))]
+            tie([module for module, _ in leaves], leaves[0][1], parameter, self.mesh)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """See Critics: each rank has a piece of every critic, so that a critic's weights are still a view.
@@ -156,8 +132,8 @@ class StackedCritics(Critics):
 
         Args:
             input_ids: int64 [B, T], read by all critics, or [M, B, T], to each its own.
-            attention_mask: of the same shape, 0 on padding, on whichever side; None: no padding. The value of padding
-                is some number.
+            attention_mask: of the same shape, 0 on padding, on the left, the right or both sides; None: no padding.
+                The value of padding is some number.
             positions: int64 [n], or [M, n] to each critic its own: the places row * T + column whose values are
                 wanted, none of them padding; None: all.
 
@@ -174,24 +150,17 @@ class StackedCritics(Critics):
                 f"{list(input_ids.shape)}"
             )
         mask = torch.ones_like(own, dtype=torch.bool) if attention_mask is None else attention_mask.view_as(own).bool()
-        layout = self._layout(own, mask)
+        layout = Layout(own, mask, count, self.varlen)
         self._padding.add(mask.sum(), layout.tokens.numel())
         if positions is not None:
             return self._values(layout, layout.index(positions))
-        places = torch.arange(mask[0].numel(), device=mask.device).expand(len(mask), -1)
-        # Packing has no place for padding; whatever is read there instead is not a value.
-        places = torch.where(mask.flatten(1), layout.index(places), 0)
-        return self._values(layout, places if len(mask) > 1 else places[0]).view(count, *own.shape[1:])
-
-    def _layout(self, input_ids: Tensor, mask: Tensor) -> Layout:
-        if self.varlen is not None:
-            return Packed(input_ids, mask, len(self), self.varlen)
-        on_the_right = bool((mask[..., 1:] <= mask[..., :-1]).all())
-        return Padded(input_ids, None if on_the_right else mask)
+        everything = torch.arange(mask[0].numel(), device=mask.device)
+        index = layout.index(everything.expand(count, -1) if len(mask) > 1 else everything)
+        return self._values(layout, index).view(count, *own.shape[1:])
 
     def _values(self, layout: Layout, index: Tensor) -> Tensor:
         """Values [M, n] at the tokens ``index``, [n] or [M, n]."""
-        hidden = self.embed_tokens(layout.tokens).to(self.dtype)
+        hidden = self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
         update = None
         cos, sin = layout.rotary(self.rotary_emb, self.norm.weight)
         for layer in self.layers:
@@ -249,18 +218,77 @@ class StackedCritics(Critics):
         """See Critics: the models' gradients are views of the stack's."""
         if self.mesh is not None:
             sum_whole_gradients(self.parameters())
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.trained_parameters():
             if parameter.grad is None:
                 continue
-            for m, model in enumerate(self.models):
-                root: Any = model if name.startswith("score.") else model.base_model
-                root.get_parameter(name).grad = member(parameter.grad, m, self.mesh)
+            for m in range(len(self)):
+                module, leaf = self.leaf(m, name)
+                getattr(module, leaf).grad = member(parameter.grad, m, self.mesh)
 
     def release_gradients(self) -> None:
         """See Critics."""
         super().release_gradients()
         for model in self.models:
             model.zero_grad(set_to_none=True)
+
+
+class StackedCritics(Stacked):
+    """M token classifiers of one architecture with one label, the value, that launch what one of them launches.
+
+    ``critics(input_ids, attention_mask)`` gives all values. Parameters have a leading axis M and otherwise the names
+    and shapes of transformers; ``models`` are the M models, their weights views of these.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        *,
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ):
+        """``models`` are taken over: their weights become views of the stack. Forward and backward passes run in
+        ``dtype``. Raises ConfigError if the models are of no family that is known here, or differ in shape."""
+        super().__init__()
+        reason = why_not_stacked(models[0])
+        if reason is not None:
+            raise ConfigError(f"critic.stacked: got True, needs False for {type(models[0]).__name__}: {reason}")
+        shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]
+        if any(type(model) is not type(models[0]) for model in models) or any(s != shapes[0] for s in shapes):
+            raise ConfigError("critic.stacked: got models that differ in class or shape, needs M of one architecture")
+        self.models = list(models)  # a list, which hides them from nn.Module: the stack has the parameters
+        for model in models:
+            model.eval()
+        self.build(
+            [model.base_model for model in models],
+            [cast(nn.Linear, model.score) for model in models],
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_paths: str | Path | Sequence[str | Path],
+        num_critics: int,
+        *,
+        vocab_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        gradient_checkpointing: bool = False,
+    ) -> StackedCritics:
+        """Load M critics from one checkpoint, or each from its own; causal language models will do.
+
+        Where a checkpoint has no value head, each critic gets one of its own, drawn from torch's global generator.
+        Raises ConfigError if something cannot be loaded or stacked, or its vocabulary is not of ``vocab_size`` tokens.
+        """
+        models = load_value_models(path_or_paths, num_critics, vocab_size=vocab_size, device=torch.device(device))
+        return cls(models, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+
+    def leaf(self, m: int, name: str) -> tuple[nn.Module, str]:
+        """See Stacked."""
+        path, _, leaf = name.rpartition(".")
+        root: Any = self.models[m] if path == "score" else self.models[m].base_model
+        return root.get_submodule(path), leaf
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``critic_0``, ``critic_1``, …, each for ``AutoModelForTokenClassification``."""

@@ -79,9 +79,9 @@ def shape(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def policy(**changes: Any) -> Policy:
+def policy(dtype: torch.dtype = torch.float32, **changes: Any) -> Policy:
     torch.manual_seed(0)
-    return Policy(Qwen3ForCausalLM(Qwen3Config(**shape(**changes))))
+    return Policy(Qwen3ForCausalLM(Qwen3Config(**shape(**changes))), dtype=dtype)
 
 
 def critic(seed: int) -> Qwen3ForTokenClassification:
@@ -133,12 +133,12 @@ def make_config(**fields: Any) -> AsyPPOConfig:
 
 
 def make_trainer(config: AsyPPOConfig, mesh: DeviceMesh | None, **kw: Any) -> AsyPPOTrainer:
-    stacked = kw.pop("stacked", True)
+    stacked, dtype = kw.pop("stacked", True), kw.pop("dtype", torch.float32)
     critics = [critic(10 + m) for m in range(config.num_critics)]
     settings = replace(config.critic, stacked=stacked)
     return AsyPPOTrainer(
-        policy=policy(**kw.pop("policy", {})),
-        critics=make_critics(critics, settings) if critics else None,
+        policy=policy(dtype, **kw.pop("policy", {})),
+        critics=make_critics(critics, settings, dtype=dtype) if critics else None,
         tokenizer=tokenizer(),
         reward_funcs=[likes_a],
         train_dataset=[{"prompt": text} for text in PROMPTS],
@@ -231,6 +231,7 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "grpo": lambda: train(make_config(algorithm="grpo", loss_aggregation="token-mean", num_iterations=2), mesh),
         "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
+        "bfloat16": lambda: train(make_config(), mesh, dtype=torch.bfloat16),
         "collectives": lambda: collectives(mesh),
         # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
         "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
