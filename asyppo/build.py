@@ -13,8 +13,9 @@ from asyppo.critics import load_critics
 from asyppo.data import load_eval_rows, load_train_rows
 from asyppo.policy import Policy, compute_dtype
 from asyppo.rewards import resolve_reward_funcs
-from asyppo.run import new_run_path
+from asyppo.run import run_path
 from asyppo.trainer import AsyPPOTrainer
+from asyppo.writers import check_writers
 
 
 def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
@@ -30,7 +31,8 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
             "the critics"
         )
     # What cannot work shows before the work, not after it.
-    new_run_path(config)
+    run_path(config)
+    check_writers(config)
     resolve_reward_funcs(config.reward_funcs)
     device = choose_device(config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []

@@ -6,14 +6,21 @@
         policy/                 AutoModelForCausalLM, with the tokenizer
         critic_0/, critic_1/    AutoModelForTokenClassification
         state/                  torch.distributed.checkpoint: weights and optimizers, on any number of ranks
-        trainer_state.json      the step
+        trainer_state.json      the step, and what else the loop remembers
+        rng.json                where the random number generators are
+        config.yaml             every setting of the run
+        manifest.json           size and checksum of each of these files
+
+The order of the data and the learning rates are functions of the step.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +28,33 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedTokenizerBase
 
+from asyppo import durable, rng
 from asyppo.critics import Critics
+from asyppo.distributed import from_main, world_size
 from asyppo.policy import Policy
+from asyppo.sharding import whole_on_main
 
-Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
-"""What has weights and an optimizer, by name: ``policy``, and ``critics`` together."""
+Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer] | Stateful]
+"""What is trained, by name (``policy``, ``critic_0``, …): a model and its optimizer, or anything with ``state_dict``
+and ``load_state_dict``."""
+
+
+class CheckpointError(RuntimeError):
+    """A run has checkpoints, and none of them passes its check. The message names them."""
+
+    exit_status = 1
 
 
 def _state(trained: Trained) -> dict[str, Any]:
-    state = {}
-    for name, (model, optimizer) in trained.items():
+    state: dict[str, Any] = {}
+    for name, entry in trained.items():
+        if not isinstance(entry, tuple):
+            state[name] = entry.state_dict()
+            continue
+        model, optimizer = entry
         fresh = not optimizer.state
         weights, moments = get_state_dict(model, optimizer)
         if fresh:  # get_state_dict has filled it by a step at rate 0, which is not to count
@@ -42,40 +64,133 @@ def _state(trained: Trained) -> dict[str, Any]:
     return state
 
 
-def save_checkpoint(
+def write_checkpoint(
     directory: Path,
     step: int,
     policy: Policy,
     critics: Critics | None,
     tokenizer: PreTrainedTokenizerBase,
     trained: Trained,
+    remembered: dict[str, Any],
 ) -> Path:
-    """Write ``directory/checkpoint-{step}`` and return it. It appears under its name only once it is whole."""
-    final = directory / f"checkpoint-{step}"
+    """Write ``directory/checkpoint-{step}`` under a temporary name, flushed, and return it for ``publish_checkpoint``.
+
+    ``remembered`` is what else the loop needs, as JSON can hold it. Raises WriteError, which leaves nothing behind.
+    """
     partial = directory / f".checkpoint-{step}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    policy.model.save_pretrained(partial / "policy")
-    tokenizer.save_pretrained(partial / "policy")
-    if critics is not None:
-        critics.save_pretrained(partial)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
-        dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=True)
-    (partial / "trainer_state.json").write_text(json.dumps({"step": step}))
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
+
+    def begin() -> None:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+
+    def export_policy() -> None:
+        policy.model.save_pretrained(partial / "policy")
+        tokenizer.save_pretrained(partial / "policy")
+
+    def finish() -> None:
+        (partial / "trainer_state.json").write_text(json.dumps({"step": step, **remembered}, indent=1))
+        (partial / "rng.json").write_text(json.dumps(rng.generator_states()))
+        if (directory / "config.yaml").exists():
+            shutil.copy(directory / "config.yaml", partial)
+        durable.seal(partial)
+
+    try:
+        with durable.writing(directory / f"checkpoint-{step}"):
+            from_main(begin)
+            with whole_on_main(policy):
+                from_main(export_policy)
+            if critics is not None:
+                with whole_on_main(critics, *critics.models):
+                    from_main(lambda: critics.save_pretrained(partial))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
+                dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=world_size() == 1)
+            from_main(finish)
+    except durable.WriteError:
+        shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk
+        raise
+    return partial
+
+
+def publish_checkpoint(partial: Path, save_total_limit: int | None = None) -> Path:
+    """Give a written checkpoint its name, delete those that are too many, and return it.
+
+    The last ``save_total_limit`` stay (None: all), and the one with the highest accuracy. Raises WriteError.
+    """
+    final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+
+    def publish() -> None:
+        durable.publish(partial, final)
+        if save_total_limit is not None:
+            every = checkpoints(final.parent)
+            for path in every[:-save_total_limit]:
+                if path != best_checkpoint(final.parent):
+                    durable.remove(path)
+
+    with durable.writing(final):
+        from_main(publish)
     return final
 
 
-def load_checkpoint(checkpoint: Path, trained: Trained) -> int:
-    """Load weights and optimizers of ``checkpoint`` in place and return its step."""
+def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
+    """Load weights and optimizers of ``checkpoint`` in place, put the random number generators back, and return what
+    the loop remembered, its ``step`` included."""
     state = _state(trained)
-    dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
-    for name, (model, optimizer) in trained.items():
-        set_state_dict(
-            model, optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=world_size() == 1)
+    for name, entry in trained.items():
+        if isinstance(entry, tuple):
+            model, optimizer = entry
+            set_state_dict(
+                model, optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"]
+            )
+        else:
+            entry.load_state_dict(state[name])
+    rng.set_generator_states(json.loads((checkpoint / "rng.json").read_text()))
+    return trainer_state(checkpoint)
+
+
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what the loop remembered in ``checkpoint``."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the checkpoints in ``directory``, by step."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in directory.iterdir()}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(path.name.split("-")[1]))
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """Return the checkpoint in ``directory`` with the highest accuracy, the first of equals; None if none has one."""
+    accuracy: dict[Path, float] = {}
+    for path in checkpoints(directory):
+        with suppress(OSError, ValueError, KeyError):  # a damaged one is not the best
+            if (value := trainer_state(path)["accuracy"]) is not None:
+                accuracy[path] = value
+    return max(accuracy, key=lambda path: accuracy[path], default=None)
+
+
+def last_valid_checkpoint(directory: Path) -> Path | None:
+    """Return the last checkpoint in ``directory`` that passes its check; None if there are none.
+
+    Those after it are renamed to ``damaged-checkpoint-{step}``, with a warning that says what is wrong with each.
+    Raises CheckpointError if none passes.
+    """
+    found, damaged = checkpoints(directory), {}
+    while found and (damage := durable.damage(found[-1])):
+        damaged[found.pop()] = damage
+    if damaged and not found:
+        raise CheckpointError(
+            f"no checkpoint in {directory} can be loaded: "
+            + "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
         )
-    return json.loads((checkpoint / "trainer_state.json").read_text())["step"]
+    for path, damage in damaged.items():
+        warnings.warn(f"{path} is passed over for {found[-1].name}: {damage}", stacklevel=2)
+        aside = path.with_name(f"damaged-{path.name}")
+        if aside.exists():
+            durable.remove(aside)
+        path.rename(aside)
+    return found[-1] if found else None

@@ -12,7 +12,9 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.signals import exiting_at_once
 
+RESUME = "Go on with the run named run_name from its last checkpoint; without such a run, start it."
 DEFAULT_CONFIG = Path(str(files("asyppo") / "default.yaml"))
 
 
@@ -25,7 +27,8 @@ def parser() -> ArgumentParser:
         action="config",
         help="YAML file; without one, the embedded default runs. Further options override it.",
     )
-    train.add_class_arguments(AsyPPOConfig)
+    train.add_class_arguments(AsyPPOConfig, skip={"resume"})
+    train.add_argument("--resume", action="store_true", help=RESUME)  # a flag, where a field would want a value
     top = ArgumentParser(
         prog="asyppo",
         description="PPO with mini-critics for language models (AsyPPO).",
@@ -52,10 +55,12 @@ def parse(argv: Sequence[str]) -> AsyPPOConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``asyppo`` and return its exit status: 0; 1 for a run that failed; 2 for a setting that cannot work."""
+    """Run ``asyppo`` and return its exit status: 0; 1 for a run that failed; 2 for a setting that cannot work; 130
+    and 143 for one that SIGINT or SIGTERM ended, as a shell has it."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        return train(config)
+        with exiting_at_once():  # but for the loop, which ends its step first
+            return train(config)
     except ConfigError as error:
         print(f"asyppo: error: {error}", file=sys.stderr)
         return 2
@@ -70,15 +75,25 @@ def train(config: AsyPPOConfig) -> int:
     from transformers.utils import logging as transformers_logging
 
     from asyppo.build import build_trainer
+    from asyppo.checkpoint import CheckpointError
+    from asyppo.durable import WriteError
     from asyppo.rewards import RewardError
     from asyppo.trainer import TrainingError
 
     transformers_logging.disable_progress_bar()
     try:
         result = build_trainer(config).train()
-    except (TrainingError, RewardError) as error:
+    except (TrainingError, RewardError, CheckpointError, WriteError) as error:
         print(f"asyppo: error: {error}", file=sys.stderr)
         return 1
+    if result.stopped_by is not None:
+        path = result.run.path
+        print(
+            f"asyppo: stopped by {result.stopped_by.name}; to go on: asyppo train --config {path / 'config.yaml'} "
+            f"--run_name {path.name} --resume",
+            file=sys.stderr,
+        )
+        return 128 + result.stopped_by
     before, after = result.accuracy_before, result.accuracy_after
     if before is not None and after is not None:
         print(f"held-out accuracy: {before:.4f} -> {after:.4f}")

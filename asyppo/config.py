@@ -183,12 +183,20 @@ class AsyPPOConfig:
     """Directory in which each run makes its own."""
     run_name: str | None = None
     """Name of the run's directory; None makes a unique one."""
+    resume: bool = False
+    """Go on with the run named ``run_name`` from its last checkpoint; without such a run, start it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes a GPU if there is one."""
     save_steps: int = 0
-    """Save a checkpoint every n steps; 0: only at the end."""
+    """Save a checkpoint every n steps; 0: only at the end, and when a signal stops the run."""
+    save_total_limit: int | None = None
+    """Checkpoints kept: the last n, and the one with the best ``eval/accuracy`` among those saved at a step that was
+    also evaluated. None keeps all."""
     logging_samples: int = 16
-    """Samples written to ``samples.jsonl`` each step."""
+    """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
+    log-probs of each token."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides ``metrics.jsonl``. ``wandb`` and ``trackio`` have to be installed."""
     max_skipped_steps: int = 3
     """Stop with an error, after saving a checkpoint, when so many steps in a row had a non-finite loss or gradient."""
 
@@ -297,6 +305,12 @@ class AsyPPOConfig:
             ("distributed.timeout_s", self.distributed.timeout_s),
         ):
             _need(got >= 1, name, got, "an integer of at least 1")
+        _need(
+            self.save_total_limit is None or self.save_total_limit >= 1,
+            "save_total_limit",
+            self.save_total_limit,
+            "an integer of at least 1, or null",
+        )
         for name in ("save_steps", "logging_samples", "warmup_steps"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
         _need(self.critic.lora_alpha > 0, "critic.lora_alpha", self.critic.lora_alpha, "a positive number")

@@ -39,6 +39,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def local_rank() -> int:
+    """Return the number of this process on its node, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @contextmanager
 def processes(config: DistributedConfig, device: torch.device) -> Iterator[DeviceMesh | None]:
     """Join the other processes of the run and yield the mesh to shard models over: [shard], or, where ``config`` asks
@@ -57,7 +62,7 @@ def processes(config: DistributedConfig, device: torch.device) -> Iterator[Devic
         yield None
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     # Two backends: what is not a tensor of the GPU travels between CPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -102,6 +107,12 @@ def agreed(make: Callable[[], T]) -> T:
     for other in _gathered(own if isinstance(own, Exception) else None):
         _result(other)
     return _result(own)
+
+
+def first_of_ranks(value: T | None) -> T | None:
+    """Return on every rank the first ``value`` of any rank that is not None; None if there is none."""
+    everyone = [value] if world_size() == 1 else _gathered(value)
+    return next((one for one in everyone if one is not None), None)
 
 
 def divided(work: Callable[[slice], list[T]], keys: Sequence[Any]) -> list[T]:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from asyppo.distributed import sum_over_ranks
+from asyppo.distributed import rank, sum_over_ranks
 
 T = TypeVar("T")
 
@@ -155,6 +155,32 @@ class WholeCopy:
             yield
         finally:
             self.empty()
+
+
+@contextmanager
+def whole_on_main(*modules: nn.Module) -> Iterator[None]:
+    """Inside, ``modules`` have their weights whole, on the CPU of rank 0, for code there that knows nothing of shards,
+    such as ``save_pretrained``. On other ranks they are not to be used meanwhile."""
+    gathered: dict[int, nn.Parameter] = {}
+    sharded = []
+    for module in modules:
+        release(module)
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if not isinstance(parameter, DTensor):
+                    continue
+                sharded.append((part, name, parameter))
+                if id(parameter) not in gathered:  # tied weights stay tied
+                    whole = parameter.full_tensor().detach()
+                    if rank() == 0:
+                        gathered[id(parameter)] = nn.Parameter(whole.cpu(), requires_grad=parameter.requires_grad)
+    try:
+        for part, name, parameter in sharded if rank() == 0 else ():
+            setattr(part, name, gathered[id(parameter)])
+        yield
+    finally:
+        for part, name, parameter in sharded:
+            setattr(part, name, parameter)
 
 
 def local(tensor: Tensor) -> Tensor:

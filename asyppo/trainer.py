@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,23 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo import metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
 from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses, token_imbalance
-from asyppo.checkpoint import Trained, save_checkpoint
+from asyppo.callbacks import Callbacks
+from asyppo.checkpoint import (
+    Trained,
+    checkpoints,
+    last_valid_checkpoint,
+    load_checkpoint,
+    publish_checkpoint,
+    write_checkpoint,
+)
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
 from asyppo.data import PromptSchedule, Row
-from asyppo.distributed import sum_over_ranks
+from asyppo.distributed import first_of_ranks, from_main, rank, sum_over_ranks
+from asyppo.durable import WriteError, writing
 from asyppo.evaluate import evaluate
 from asyppo.policy import Policy
+from asyppo.progress import ProgressDisplay, Timer
 from asyppo.report import plot_curves
 from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
-from asyppo.run import ProgressDisplay, RunDirectory, Timer
+from asyppo.rng import seed_everything
+from asyppo.run import RunDirectory, open_run
 from asyppo.sampler import DividedSampler, GenerateSampler, Sampler
+from asyppo.samples import sample_rows
 from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
+from asyppo.signals import StopSignals
 from asyppo_kernels import ensemble_gae
 
 
@@ -47,13 +61,16 @@ class TrainResult:
     checkpoint: Path
     accuracy_before: float | None
     accuracy_after: float | None
+    stopped_by: signal.Signals | None = None
+    """The signal that ended it before ``max_steps``."""
 
 
 class AsyPPOTrainer:
     """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
 
     ``train_dataset`` and ``eval_dataset`` are sequences of rows with a text column ``prompt``; every column reaches
-    the reward functions, which are names of built-in ones or functions in TRL's signature.
+    the reward functions, which are names of built-in ones or functions in TRL's signature. ``callbacks`` are
+    transformers'.
     """
 
     def __init__(
@@ -67,6 +84,7 @@ class AsyPPOTrainer:
         eval_dataset: Sequence[Row] = (),
         config: AsyPPOConfig,
         sampler: Sampler | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         mesh: DeviceMesh | None = None,
     ):
         """``mesh``, of ``distributed.processes``: shard the models over it."""
@@ -82,6 +100,7 @@ class AsyPPOTrainer:
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
         self.reward_funcs = resolve_reward_funcs(reward_funcs)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.callbacks = callbacks
         self.reference = _frozen_copy(policy) if config.beta > 0 else None
         generating: Any = policy.model
         weights: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -113,51 +132,96 @@ class AsyPPOTrainer:
         self.skipped_in_a_row = 0
 
     def train(self) -> TrainResult:
-        """Run ``max_steps`` steps and return the run's directory, its last checkpoint and the accuracies.
+        """Run until ``max_steps``, with ``config.resume`` from the run's last checkpoint on, and return what came of
+        it.
 
-        Raises TrainingError, after saving a checkpoint, when ``max_skipped_steps`` steps in a row were not finite.
+        SIGINT and SIGTERM end it after the step, with a checkpoint. Raises TrainingError when ``max_skipped_steps``
+        steps in a row were not finite, after saving a checkpoint, and when something cannot be written.
         """
-        config, run = self.config, RunDirectory(self.config)
-        before = self.evaluate(run, step=0)
-        after, checkpoint = before, None
-        if before is not None:
-            run.log_metrics({"step": 0, "eval/accuracy": before})
-        with ProgressDisplay("step", config.max_steps) as progress:
-            for step in range(1, config.max_steps + 1):
+        hooks = Callbacks(
+            self.callbacks,
+            self.config,
+            model=self.policy.model,
+            processing_class=self.tokenizer,
+            optimizer=self.policy_optimizer,
+        )
+        with open_run(self.config) as run:
+            try:
+                return self._train(run, hooks)
+            except WriteError as error:
+                saved = checkpoints(run.path)
+                last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+                raise TrainingError(f"{error}; {last}") from error
+
+    def _train(self, run: RunDirectory, hooks: Callbacks) -> TrainResult:
+        config = self.config
+        first, checkpoint = self.resume(run, hooks)
+        hooks("on_train_begin")
+        if first == 1 and not hooks.state.log_history and (accuracy := self.evaluate(run, step=0)) is not None:
+            hooks.evaluated(0, {"eval/accuracy": accuracy})
+            hooks.log(row := {"step": 0, "eval/accuracy": accuracy})
+            run.log_metrics(row)
+        received = None
+        with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
+            for step in range(first, config.max_steps + 1):
+                hooks.begin_step()
                 row = self.step(step, run)
-                last = step == config.max_steps
-                if last or (config.eval.every and step % config.eval.every == 0):
+                hooks.end_step(step)
+                if hooks.control.should_evaluate or hooks.control.should_training_stop:
                     start = time.perf_counter()
-                    after = self.evaluate(run, step)
-                    if after is not None:
-                        row |= {"eval/accuracy": after, "timing_s/eval": time.perf_counter() - start}
-                stop = self.skipped_in_a_row >= config.max_skipped_steps
-                if last or stop or (config.save_steps and step % config.save_steps == 0):
-                    start = time.perf_counter()
-                    checkpoint = self.save(run, step)
-                    row["timing_s/save_checkpoint"] = time.perf_counter() - start
-                run.log_metrics(row)
+                    if (accuracy := self.evaluate(run, step)) is not None:
+                        row |= {"eval/accuracy": accuracy, "timing_s/eval": time.perf_counter() - start}
+                        hooks.evaluated(step, {"eval/accuracy": accuracy})
+                hooks.log(row)
+                failed = self.skipped_in_a_row >= config.max_skipped_steps
+                received = first_of_ranks(signals.received)
+                stop = hooks.control.should_training_stop or failed or received is not None
+                if stop or hooks.control.should_save:
+                    checkpoint = self.save(run, step, row, hooks)
+                else:
+                    run.log_metrics(row)
                 progress.advance(metrics.summary(row))
-                if last or stop:
-                    plot_curves(run.metrics, run.path / "curves.png")
                 if stop:
-                    raise TrainingError(
-                        f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them "
-                        f"step {step}; weights of before are in {checkpoint}. A lower learning rate may help."
-                    )
+                    break
+        hooks("on_train_end")
+        if rank() == 0:
+            with writing(run.path / "curves.png"):
+                plot_curves(run.metrics, run.path / "curves.png")
+        if self.skipped_in_a_row >= config.max_skipped_steps:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them step "
+                f"{hooks.state.global_step}; weights of before are in {checkpoint}. A lower learning rate may help."
+            )
         assert checkpoint is not None  # the last step saved one
-        return TrainResult(run, checkpoint, before, after)
+        accuracies = [row["eval/accuracy"] for row in hooks.state.log_history if "eval/accuracy" in row]
+        before, after = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
+        unfinished = hooks.state.global_step < config.max_steps
+        return TrainResult(run, checkpoint, before, after, received if unfinished else None)
+
+    def resume(self, run: RunDirectory, hooks: Callbacks) -> tuple[int, Path | None]:
+        """Put everything back to the run's last checkpoint, and cut off what was logged after it. Returns the step to
+        go on with, and the checkpoint; 1 and None where there is none."""
+        state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "callbacks": {}}
+        checkpoint = from_main(lambda: last_valid_checkpoint(run.path))
+        seed_everything(self.config.seed * 1_000_003)
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.trained())
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        run.start(state["step"])
+        hooks.resume(state["step"], from_main(run.rows), state["callbacks"])
+        return state["step"] + 1, checkpoint
 
     def step(self, step: int, run: RunDirectory) -> dict[str, float]:
         """One step of the algorithm. Returns its metrics."""
         config, timer = self.config, Timer(self.device)
         # All randomness of a step follows from the seed and its number.
-        torch.manual_seed(config.seed * 1_000_003 + step)
+        seed_everything(config.seed * 1_000_003 + step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         row: dict[str, float] = {"step": step}
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
-            batch, rewards = self.sample(step, timer, run)
+            batch, rewards = self.sample(step, timer)
+            score = batch.reward.sum(dim=1)
 
             # Log-probs of the policy that sampled, as the trainer computes them.
             with timer.phase("old_log_prob"):
@@ -167,6 +231,7 @@ class AsyPPOTrainer:
                 with timer.phase("ref"):
                     ref_logprob, _ = self.reference.logprobs(batch, self._micro_batches(batch))
 
+            value = None
             if self.critics is not None:
                 # Split: each prompt's responses among the critics, disjointly.
                 share = split_responses(batch.group, len(self.critics), generator).to(self.device)
@@ -200,18 +265,43 @@ class AsyPPOTrainer:
                     signal = group_signal(batch.reward, batch.mask, batch.group)
 
             # Policy update.
+            log_ratio = torch.zeros_like(old_logprob)
             policy_step = step - (config.critic.warmup_steps if self.critics is not None else 0)
             if policy_step > 0:
                 with timer.phase("update_actor"):
                     self._set_learning_rate(policy_step)
-                    row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator)
+                    row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator, log_ratio)
         row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
         row |= metrics.of_time(batch, timer.seconds, self.device)
+        run.log_samples(
+            sample_rows(
+                step,
+                config.logging_samples,
+                batch,
+                score,
+                rewards,
+                {
+                    "logprob": old_logprob,
+                    "sampler_logprob": batch.sampler_logprob,
+                    "entropy": entropy,
+                    "log_ratio": log_ratio,
+                    "value": signal.value,
+                    "std": signal.std,
+                    "advantage": signal.advantage,
+                    "raw_advantage": signal.raw_advantage,
+                    "returns": signal.returns,
+                    "advantage_keep": signal.advantage_keep,
+                    "entropy_keep": signal.entropy_keep,
+                },
+                value,
+                self.tokenizer,
+            )
+        )
         skipped = row.get("actor/skipped_updates", 0) + row.get("critic/skipped_updates", 0)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return row
 
-    def sample(self, step: int, timer: Timer, run: RunDirectory) -> tuple[Batch, dict[str, list[float]]]:
+    def sample(self, step: int, timer: Timer) -> tuple[Batch, dict[str, list[float]]]:
         """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function, too."""
         config = self.config
         rows = [self.train_dataset[i] for i in self.schedule.rows_of_step(step - 1)]
@@ -225,12 +315,6 @@ class AsyPPOTrainer:
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
             rewards = compute_rewards(self.reward_funcs, rows, completions)
         scores = [sum(of_sample) for of_sample in zip(*rewards, strict=True)]
-        run.log_samples(
-            [
-                {"step": step, "split": "train", "prompt": r["prompt"], "completion": c, "reward": s}
-                for r, c, s in list(zip(rows, completions, scores, strict=True))[: config.logging_samples]
-            ]
-        )
         batch = make_batch(
             prompts,
             [r.tokens for r in responses],
@@ -276,14 +360,20 @@ class AsyPPOTrainer:
         old_logprob: Tensor,
         ref_logprob: Tensor | None,
         generator: torch.Generator,
+        log_ratio: Tensor | None = None,
     ) -> dict[str, float]:
-        """Maximise the masked, clipped surrogate and the filtered entropy over the whole batch."""
+        """Maximise the masked, clipped surrogate and the filtered entropy over the whole batch.
+
+        ``log_ratio`` [B, T], if given, is filled with log π/π_old of each token at its last visit.
+        """
         config, updates = self.config, metrics.PolicyUpdates(config=self.config)
         everything = torch.arange(len(batch), device=self.device)
         minibatches = list(_minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
         for rows in minibatches:
             weight = token_weights(batch.mask, rows, config.loss_aggregation)
             loss = torch.zeros((), device=self.device)
+            if log_ratio is not None:
+                log_ratio[rows] = 0.0  # of another rank's visit before
             micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
             for micro in between_replicas_once(self.policy, micros):
                 arguments = {
@@ -307,9 +397,14 @@ class AsyPPOTrainer:
                 result.loss.backward()
                 loss += result.loss.detach()
                 updates.add(result, arguments)
+                if log_ratio is not None:
+                    moved = result.logprob - old_logprob[micro.grid]
+                    log_ratio[micro.grid] = torch.where(weight[micro.grid] != 0, moved, 0.0)
             loss = sum_over_ranks(loss)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
+        if log_ratio is not None:
+            log_ratio.copy_(sum_over_ranks(log_ratio))
         return updates.row() | {
             "actor/lr": self.policy_optimizer.param_groups[0]["lr"],
             "perf/token_imbalance": token_imbalance(batch, minibatches),
@@ -333,9 +428,30 @@ class AsyPPOTrainer:
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in samples])
         return accuracy
 
-    def save(self, run: RunDirectory, step: int) -> Path:
-        """Save a checkpoint of policy, critics and optimizers."""
-        return save_checkpoint(run.path, step, self.policy, self.critics, self.tokenizer, self.trained())
+    def save(
+        self, run: RunDirectory, step: int, row: dict[str, float] | None = None, hooks: Callbacks | None = None
+    ) -> Path:
+        """Save a checkpoint of policy, critics and optimizers, and log ``row``, the step's metrics.
+
+        Whatever lies before a checkpoint is in the logs: it gets its name once the row is on the disk.
+        """
+        start = time.perf_counter()
+        remembered = {
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "accuracy": (row or {}).get("eval/accuracy"),
+            "callbacks": {} if hooks is None else hooks.state_dict(),
+        }
+        partial = write_checkpoint(
+            run.path, step, self.policy, self.critics, self.tokenizer, self.trained(), remembered
+        )
+        if row is not None:
+            row["timing_s/save_checkpoint"] = time.perf_counter() - start
+            run.log_metrics(row)
+        run.flush()
+        checkpoint = publish_checkpoint(partial, self.config.save_total_limit)
+        if hooks is not None:
+            hooks.saved(checkpoint)
+        return checkpoint
 
     def trained(self) -> Trained:
         """Return what has weights and an optimizer, by name."""

@@ -13,6 +13,7 @@ import json
 import random
 import shutil
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,9 +21,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from asyppo import durable
 from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
 from asyppo.data import Row
-from asyppo.run import ProgressDisplay
+from asyppo.progress import ProgressDisplay
 
 
 def worked_solution(expression: str, noise: float, guess: float, rng: random.Random) -> str:
@@ -47,7 +49,7 @@ def worked_solution(expression: str, noise: float, guess: float, rng: random.Ran
 def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], device: torch.device) -> tuple[Path, Path]:
     """Return the directories of the policy and of the checkpoint of the critics, making them if they are not cached.
 
-    Only ``train_rows`` are learned from, so held-out prompts stay unseen.
+    Only ``train_rows`` are learned from, so held-out prompts stay unseen. Raises WriteError.
     """
     if data.task.name != "chain_sum":
         raise ConfigError(f"data.task.name: got {data.task.name!r}, needs chain_sum, which warm_start has solutions of")
@@ -55,19 +57,28 @@ def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], devi
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        tokenizer = _make_tokenizer(train_rows)
-        for name, shape in (("policy", config.policy), ("critic", config.critic)):
-            model = _teach(name, shape, tokenizer, train_rows, config, device)
-            model.save_pretrained(partial / name)
-            tokenizer.save_pretrained(partial / name)
+        with durable.writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            for left in directory.parent.glob(".warm-start-*"):  # by a killed process, unless it is still at it
+                if time.time() - left.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(left)
+            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.exists():
+            tokenizer = _make_tokenizer(train_rows)
+            for name, shape in (("policy", config.policy), ("critic", config.critic)):
+                model = _teach(name, shape, tokenizer, train_rows, config, device)
+                with durable.writing(directory / name):
+                    model.save_pretrained(partial / name)
+                    tokenizer.save_pretrained(partial / name)
+            with durable.writing(directory):
+                durable.flush_tree(partial)
+                partial.rename(directory)
+                durable.flush(directory.parent)
+        except durable.WriteError:
+            if not directory.exists():  # else another run made the same at the same time
                 raise
-            shutil.rmtree(partial)  # another run made the same at the same time
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return directory / "policy", directory / "critic"
 
 

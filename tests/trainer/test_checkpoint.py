@@ -58,9 +58,14 @@ def test_what_a_checkpoint_holds(tiny_config: Make, tiny_trainer: Make) -> None:
         "critic_1",
         "state",
         "trainer_state.json",
+        "rng.json",
+        "config.yaml",
+        "manifest.json",
     }
-    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
-    assert json.loads((checkpoint / "trainer_state.json").read_text()) == {"step": 1}
+    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == [".lock"]
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state == {"step": 1, "skipped_in_a_row": 0, "accuracy": None, "callbacks": {}}
+    assert (checkpoint / "config.yaml").read_bytes() == (run.path / "config.yaml").read_bytes()
     policy = AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
     assert_same(policy.state_dict(), trainer.policy.model.state_dict())
     for m in range(2):
@@ -79,7 +84,7 @@ def test_training_goes_on_from_a_checkpoint(tiny_config: Make, tiny_trainer: Mak
         first.step(step, run)
     checkpoint = first.save(run, 2)
     second = tiny_trainer(config, score)
-    assert load_checkpoint(checkpoint, second.trained()) == 2
+    assert load_checkpoint(checkpoint, second.trained())["step"] == 2
     assert_same(state_of(second), state_of(first))
     for trainer in (first, second):
         trainer.step(3, run)

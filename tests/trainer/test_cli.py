@@ -87,6 +87,30 @@ def test_baselines(tiny: list[str], tmp_path: Path, algorithm: str) -> None:
     assert len(metrics(tmp_path / "runs" / "one")) == 2
 
 
+def test_going_on(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = [*tiny, "--run_name", "one", "--resume"]
+    assert main(command) == 0  # there is no such run yet
+    first = capsys.readouterr().out
+    rows = metrics(tmp_path / "runs" / "one")
+    assert main(command) == 0  # it is at its end
+    assert capsys.readouterr().out == first
+    assert metrics(tmp_path / "runs" / "one") == rows
+    assert main([*command, "--max_steps", "3"]) == 0
+    assert metrics(tmp_path / "runs" / "one")[:3] == rows
+    assert len(metrics(tmp_path / "runs" / "one")) == 4
+    capsys.readouterr()
+    assert main([*command, "--seed", "1", "--beta", "0.1"]) == 2
+    err = capsys.readouterr().err
+    assert "config.yaml: seed is 0 there, got 1, beta is 0.0 there, got 0.1; --resume may change max_steps, " in err
+    assert len(err.splitlines()) == 1
+    for file in (tmp_path / "runs" / "one").glob("checkpoint-*/rng.json"):
+        file.unlink()
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("asyppo: error: no checkpoint in ")
+    assert "Traceback" not in err
+
+
 def test_falling_short_is_an_error(tiny: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main([*tiny, "--eval.min_gain", "0.9"]) == 1
     out, err = capsys.readouterr()
@@ -128,13 +152,18 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--policy.model_name_or_path", "/x"], "policy.model_name_or_path"),
         (["--critic.model_name_or_path", "/x"], "critic.model_name_or_path"),
         (["--warm_start", "null", "--policy.model_name_or_path", "/no/such/model"], "model_name_or_path"),
-        (["--run_name", "taken"], "run_name"),
+        (["--run_name", "taken"], "taken exists, needs a new name, or --resume to go on with that run"),
+        (["--resume"], "run_name: got None, needs the name of the run that --resume goes on with"),
+        (["--run_name", "taken", "--resume"], "taken has no config.yaml, needs the directory of a run"),
+        (["--save_total_limit", "0"], "save_total_limit: got 0, needs an integer of at least 1"),
+        (["--report_to", "[visdom]"], "report_to"),
     ],
 )
 def test_a_setting_that_cannot_work(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], named: str
 ) -> None:
     (tmp_path / "runs" / "taken").mkdir(parents=True)
+    (tmp_path / "runs" / "taken" / "notes").write_text("")
     assert main([*tiny, *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""

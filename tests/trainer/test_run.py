@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 
 from asyppo.cli import parse
 from asyppo.config import ConfigError
-from asyppo.run import ProgressDisplay, RunDirectory, Timer, read_jsonl
+from asyppo.progress import ProgressDisplay, Timer
+from asyppo.run import RunDirectory, read_jsonl
 
 Make = Callable[..., Any]
 
@@ -70,6 +72,8 @@ def test_what_a_run_writes(tiny_config: Make, tiny_trainer: Make, capsys: pytest
         "metrics.jsonl",
         "samples.jsonl",
         "curves.png",
+        "tensorboard",
+        ".lock",
         "checkpoint-3",
         "checkpoint-4",
     }
@@ -124,9 +128,10 @@ def test_names_of_the_baselines(tiny_config: Make, tiny_trainer: Make, algorithm
 
 def test_config_yaml_makes_the_same_configuration(tiny_config: Make) -> None:
     config = parse(["train", "--learning_rate", "3e-7", "--eval.min_gain", "null", "--data.prompt_suffix", "\n= "])
-    config.output_dir = tiny_config().output_dir
+    config.output_dir, config.resume, config.run_name = tiny_config().output_dir, True, "run"
     run = RunDirectory(config)
-    assert parse(["train", "--config", str(run.path / "config.yaml")]) == config
+    assert parse(["train", "--config", str(run.path / "config.yaml"), "--resume"]) == config
+    assert parse(["train", "--config", str(run.path / "config.yaml")]) == replace(config, resume=False)
     assert parse(["train", f"--config={run.path / 'config.yaml'}", "--seed", "5"]).seed == 5
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asyppo import warm_start
 from asyppo.config import ConfigError, DataConfig, ModelShape, TaskConfig, WarmStartConfig
 from asyppo.data import load_train_rows
+from asyppo.durable import WriteError
 from asyppo.rewards import reasoning_gym
 
 CPU = torch.device("cpu")
@@ -61,3 +64,21 @@ def test_another_task_is_refused(tmp_path: Path) -> None:
     config, data = WarmStartConfig(cache_dir=str(tmp_path)), DataConfig(task=TaskConfig("leg_counting"))
     with pytest.raises(ConfigError, match=r"data\.task\.name: got 'leg_counting', needs chain_sum"):
         warm_start.build(config, data, [], CPU)
+
+
+def test_what_killed_processes_left_goes_after_a_day(tmp_path: Path) -> None:
+    old, new = tmp_path / ".warm-start-old-1", tmp_path / ".warm-start-new-1"
+    for left in (old, new):
+        (left / "policy").mkdir(parents=True)
+    yesterday = time.time() - 25 * 3600
+    os.utime(old, (yesterday, yesterday))
+    config = WarmStartConfig(SHAPE, SHAPE, steps=1, batch_size=4, cache_dir=str(tmp_path))
+    policy_path, _ = warm_start.build(config, DATA, load_train_rows(DATA, []), CPU)
+    assert {path.name for path in tmp_path.iterdir()} == {policy_path.parent.name, new.name}
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = WarmStartConfig(SHAPE, SHAPE, steps=1, batch_size=4, cache_dir=str(tmp_path / "file"))
+    with pytest.raises(WriteError, match=r"cannot write .*file/warm-start-.*: (Not a directory|File exists)"):
+        warm_start.build(config, DATA, load_train_rows(DATA, []), CPU)
