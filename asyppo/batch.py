@@ -34,17 +34,26 @@ class Batch:
     group: Tensor
     """int64 [B]: which prompt of the step it answers."""
     reward: Tensor
-    """float32 [B, T]: nonzero at the last token of a response only."""
+    """float32 [B, T]: a response's score at its last token, and rewards of tokens at their own."""
     sampler_logprob: Tensor
     """float32 [B, T]: log-prob of each token as the sampler computed it."""
     truncated: Tensor
     """bool [B]: cut off by the length limit."""
+    score: Tensor
+    """float32 [B]: what the reward functions gave, whatever is added to ``reward`` later."""
+    ignored: Tensor
+    """bool [B]: no loss counts it."""
 
     @property
     def mask(self) -> Tensor:
         """bool [B, T]: True on response tokens."""
         steps = torch.arange(self.reward.shape[1], device=self.tokens.device)
         return steps < self.response_length[:, None]
+
+    @property
+    def learned(self) -> Tensor:
+        """bool [B, T]: the response tokens that losses count."""
+        return self.mask & ~self.ignored[:, None]
 
     @property
     def length(self) -> Tensor:
@@ -59,18 +68,25 @@ def make_batch(
     prompts: Sequence[Tensor],
     responses: Sequence[Tensor],
     logprobs: Sequence[Tensor],
-    scores: Sequence[float],
+    scores: Sequence[float | Tensor],
     truncated: Sequence[bool],
     group: Sequence[int],
     *,
     pad_token_id: int,
     device: torch.device,
 ) -> Batch:
-    """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``."""
+    """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``.
+
+    A response's score is a number, or a reward for each of its tokens (float32 [length]).
+    """
     sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     response_length = torch.tensor([len(r) for r in responses])
     reward = torch.zeros(len(responses), int(response_length.max()))
-    reward[torch.arange(len(responses)), response_length - 1] = torch.tensor(scores, dtype=torch.float32)
+    for row, (score, length) in enumerate(zip(scores, response_length.tolist(), strict=True)):
+        if isinstance(score, Tensor):
+            reward[row, :length] = score
+        else:
+            reward[row, length - 1] = score
     return Batch(
         tokens=_pad(sequences, pad_token_id).to(device),
         prompt_length=torch.tensor([len(p) for p in prompts]).to(device),
@@ -79,6 +95,8 @@ def make_batch(
         reward=reward.to(device),
         sampler_logprob=_pad(logprobs, 0.0).to(device),
         truncated=torch.tensor(truncated).to(device),
+        score=reward.sum(dim=1).to(device),
+        ignored=torch.zeros(len(responses), dtype=torch.bool, device=device),
     )
 
 

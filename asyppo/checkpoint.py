@@ -38,8 +38,8 @@ from asyppo.policy import Policy
 from asyppo.sharding import whole_on_main
 
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer] | Stateful]
-"""What is trained, by name (``policy``, ``critic_0``, …): a model and its optimizer, or anything with ``state_dict``
-and ``load_state_dict``."""
+"""What is trained, by name (``policy``, and ``critics`` together): a model and its optimizer, or anything with
+``state_dict`` and ``load_state_dict``."""
 
 
 class CheckpointError(RuntimeError):

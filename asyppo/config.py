@@ -13,6 +13,9 @@ from typing import Any, Literal
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the field, what it got and what it needs."""
 
+    exit_status = 2
+    """What the command line returns for it, after one line; errors without this attribute show their traceback."""
+
 
 def _need(ok: bool, name: str, got: Any, needs: str) -> None:
     if not ok:
@@ -30,6 +33,22 @@ class PolicyConfig:
     learning rate of 1e-6 do not round away. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
     attn_implementation: str | None = None
     """Passed to ``from_pretrained``: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model, of the policy, the critics or the tokenizer."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the policy's backward pass, and compute the rest again: less memory, more time,
+    the same gradients."""
+    use_peft: bool = False
+    """Train LoRA adapters instead of the weights. The weights under them are kept in ``dtype``, checkpoints hold the
+    adapters alone, and the reference of ``beta`` is the model without them. A ``model_name_or_path`` that holds
+    adapters goes on training those, whatever is set here."""
+    lora_r: int = 16
+    """Rank of new adapters (TRL's default)."""
+    lora_alpha: int = 32
+    """New adapters are scaled by ``lora_alpha / lora_r`` (TRL's default)."""
+    lora_target_modules: list[str] | None = None
+    """Ends of the names of layers that get adapters, such as ``[q_proj, v_proj]``; None: all linear layers but the
+    head. The head gets none: the fused ops read its weight."""
 
 
 @dataclass
@@ -44,6 +63,8 @@ class CriticConfig:
     """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
     learning_rate: float = 1e-5
     """AdamW's learning rate of every critic. Our choice."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Critics' learning rate over ``max_steps``: as it is, or falling towards 0. Our choice."""
     max_grad_norm: float = 1.0
     """Clip each critic's gradient norm, each on its own. Our choice."""
     weight_decay: float = 0.0
@@ -55,6 +76,9 @@ class CriticConfig:
     value_lambda: float = 1.0
     """λ of the return that critics learn: 1 is the Monte Carlo return, the paper's. Below 1 critic m bootstraps on
     its own V_m, from a value pass before its update."""
+    cliprange_value: float | None = None
+    """PPO's value clipping: a value that has moved further than this from that of before the update gains nothing by
+    moving on. None does not clip (our choice)."""
     warmup_steps: int = 0
     """First steps that train the critics only, with the policy frozen. Our choice."""
     stacked: bool = True
@@ -77,22 +101,53 @@ class TaskConfig:
     """Name of the task, such as ``chain_sum``."""
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the task's generator, such as ``{min_terms: 3}``."""
+    weight: float = 1.0
+    """Share of the rows in a mixture, in proportion to the other tasks' weights."""
 
 
 @dataclass
 class DataConfig:
-    """Where prompts come from: a reasoning-gym task, whose held-out prompts are never trained on."""
+    """Where prompts come from: a data set of one's own, or else reasoning-gym tasks. Held-out prompts are never
+    trained on."""
 
+    dataset_name: str | None = None
+    """A ``.jsonl`` or ``.parquet`` file, a directory (of ``datasets``' ``save_to_disk``, or of data files), or a name
+    on the hub. Its column ``prompt`` is text, or chat messages (a list of ``{role, content}``) to which the
+    tokenizer's chat template is applied; all other columns reach the reward functions. None: reasoning-gym tasks."""
+    dataset_config: str | None = None
+    """Configuration of a hub data set, ``name`` of ``datasets.load_dataset``."""
+    dataset_train_split: str = "train"
+    """Split with the training rows, where the data set has splits."""
+    dataset_test_split: str | None = None
+    """Split with the held-out rows. None: ``eval_size`` prompts are held out of the training rows."""
+    eval_dataset_name: str | None = None
+    """File, directory or hub name with the held-out rows, in place of a split; where it has splits,
+    ``dataset_test_split`` (None: ``test``) is taken."""
+    eval_dataset_config: str | None = None
+    """Configuration of ``eval_dataset_name``, where that is a hub data set."""
     task: TaskConfig = field(default_factory=TaskConfig)
-    """The task of training and held-out prompts."""
-    prompt_suffix: str = "\n"
-    """Text between a question and the response. Without it the first token of the response could merge with it."""
+    """The reasoning-gym task of training and held-out prompts."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """Several tasks, mixed by ``weight``; where there are any, ``task`` is not used."""
+    prompt_suffix: str | None = None
+    """Text between a text prompt and the response. None: a line break for tasks, so that the first token of the
+    response cannot merge with the question, and nothing for a data set. Chat messages end as their template says."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template, such as ``{enable_thinking: false}``."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens. None: what the models' positions leave beside ``max_completion_length``, which binds
+    in any case."""
+    long_prompts: Literal["error", "skip"] = "error"
+    """What becomes of longer prompts: an error that names the rows, or a warning that does, without them."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """The same for rows that are none: broken JSON, or a prompt that is missing, empty, or neither text nor chat
+    messages."""
     train_size: int = 20_000
-    """Training rows generated. Rows whose prompt is a held-out one are left out."""
+    """Training rows generated of the tasks; of a data set all are taken. Rows whose prompt is held out are left out."""
     train_seed: int = 1
-    """Seed of the training rows."""
+    """Seed of the generated training rows."""
     eval_size: int = 512
-    """Held-out prompts, all different."""
+    """Held-out prompts, all different; all that there are where a split or file of held-out rows has fewer. 0: none."""
     eval_seed: int = 1_000_003
     """Seed of the held-out rows and of their sampling: the same before and after training."""
 
@@ -207,7 +262,14 @@ class AsyPPOConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts."""
     reward_funcs: list[str] = field(default_factory=lambda: ["reasoning_gym"])
-    """Names of reward functions; their rewards are added. The first one decides accuracy: right is a reward of 1."""
+    """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, or one's own as ``module:function`` or
+    ``path.py:function``, in TRL's signature. The first one decides accuracy: right is a reward of 1."""
+    reward_weights: list[float] | None = None
+    """Weight of each function in the sum of rewards. None: 1 each."""
+    reward_timeout: float | None = None
+    """Seconds a reward function may take for one sample; where it takes longer, it is cut off, has no reward for that
+    sample, and ``rewards/{name}/timeouts`` counts it. With a limit each function runs in a process of its own, one
+    sample at a time. None: no limit, one call for the whole batch."""
     warm_start: WarmStartConfig | None = None
     """Make small models here instead of loading the policy and the critics from ``model_name_or_path``."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -224,6 +286,15 @@ class AsyPPOConfig:
     """Longest response, in tokens, the end-of-sequence token included."""
     temperature: float = 1.0
     """Sampling temperature; log-probs and entropies are those of the tempered distribution."""
+    dynamic_sampling: bool = False
+    """Drop prompts whose responses all have the same reward, and sample others for them, as often as
+    ``dynamic_sampling_max_batches`` allows (DAPO, arXiv 2503.14476). Dropped ones fill what is missing then."""
+    dynamic_sampling_max_batches: int = 10
+    """Times a step may sample, its own prompts included. DAPO's scripts set 10."""
+    sampler: Literal["auto", "generate", "continuous"] = "auto"
+    """What generates responses: transformers' ``generate``, or its continuous batching, which is at its best with
+    ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``. ``auto``: continuous on a GPU, generate on a CPU. In
+    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter."""
     generation_batch_size: int = 512
     """Sequences generated side by side; bounds the memory of the key-value cache."""
 
@@ -232,6 +303,8 @@ class AsyPPOConfig:
     warmup_steps: int = 0
     """Steps over which the policy's learning rate rises linearly to ``learning_rate``, counted from its first one.
     Our choice."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """The policy's learning rate after that: as it is, or falling towards 0 until ``max_steps``. Our choice."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay of the policy. Our choice."""
     max_grad_norm: float = 1.0
@@ -256,21 +329,56 @@ class AsyPPOConfig:
     entropy_coef: float = 1e-3
     """β of the paper, whose value is not stated: weight of the entropy bonus. Our choice."""
     beta: float = 0.0
-    """Coefficient of the KL penalty (k3) to the initial policy, TRL's ``beta``. With 0 there is no reference model."""
+    """Coefficient of the KL penalty to the initial policy, TRL's ``beta``. With 0 there is no reference model."""
+    use_kl_in_reward: bool = False
+    """Take the penalty, log π_old - log π_ref at each token, off the reward, where critics and advantages see it
+    (PPO of arXiv 2203.02155). Otherwise it is a term of the policy's loss (k3; GRPO of arXiv 2402.03300)."""
+    delta: float | None = None
+    """Dual clip (arXiv 1912.09729): where the advantage is negative, the ratio counts up to this bound, which is above
+    1 + epsilon_high. None does not bound it (our choice)."""
+    importance_sampling_clip_max: float | None = None
+    """Truncated importance sampling: weight each token's surrogate by π_old / π_sampler, at most this much, where the
+    sampler's numerics differ from the trainer's (TRL's ``vllm_importance_sampling_clip_max``, mode ``token_truncate``).
+    None weights nothing."""
+
+    mask_truncated_completions: bool = False
+    """Leave responses that the length limit cut off out of the losses of policy and critics: how they would have ended
+    is unknown (DAPO, arXiv 2503.14476). They weigh 0 but still count in the mean over responses, and their reward in
+    GRPO's mean over a group."""
+    overlong_buffer_len: int = 0
+    """Soft punishment of length (DAPO, arXiv 2503.14476): over the last so many tokens before
+    ``max_completion_length`` the reward falls linearly, by ``overlong_penalty_factor`` at the limit. 0 turns it off."""
+    overlong_penalty_factor: float = 1.0
+    """What a response of ``max_completion_length`` tokens loses where ``overlong_buffer_len`` is above 0."""
 
     gamma: float = 1.0
     """Discount γ. Our choice."""
     lam: float = 0.95
     """λ of the policy's advantage. Our choice."""
+    length_adaptive_alpha: float | None = None
+    """α of a λ that follows the response's length l, 1 - 1 / (α l), in place of ``lam`` (VAPO, arXiv 2504.05118, whose
+    α is 0.05). None: one λ for all."""
     whiten: Literal["none", "batch", "group"] = "batch"
     """Whitening of advantages over the response tokens of the batch or of each prompt's group, before masking. Our
     choice. GRPO's advantages are normalised by its own rule instead."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What GRPO divides a reward less its group's mean by: the standard deviation of the group's rewards
+    (arXiv 2402.03300), of the batch's, or nothing (Dr. GRPO, arXiv 2503.20783)."""
+    advantage_values: Literal["after", "before", "cross_fit"] = "after"
+    """Values that advantages and masks are made of. ``after``: of the critics after their update (the paper's order).
+    ``before``: of the critics before it, which have not seen these responses. ``cross_fit``: after it, but a
+    response's mean value leaves out the critic trained on it; σ is over all critics."""
     advantage_mask_fraction: float = 0.2
     """k: share of tokens, those where critics agree most, whose advantage is masked. The paper's."""
     entropy_filter_fraction: float = 0.2
     """h: share of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
     quantile_scope: Literal["batch", "sequence"] = "batch"
     """Whether k and h are shares of the batch's response tokens or of each response's. Our choice."""
+
+    @property
+    def kl_in_loss(self) -> float:
+        """Coefficient of the KL penalty in the policy's loss."""
+        return 0.0 if self.use_kl_in_reward else self.beta
 
     @property
     def num_critics(self) -> int:
@@ -290,8 +398,12 @@ class AsyPPOConfig:
             "max_tokens_per_micro_batch",
             "gradient_accumulation_steps",
             "max_skipped_steps",
+            "dynamic_sampling_max_batches",
         ):
             _need(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("lora_r", "lora_alpha"):
+            got = getattr(self.policy, name)
+            _need(got >= 1, f"policy.{name}", got, "an integer of at least 1")
         for name in ("num_critics", "num_iterations", "num_mini_batches"):
             got = getattr(self.critic, name)
             _need(got >= 1, f"critic.{name}", got, "an integer of at least 1")
@@ -311,7 +423,7 @@ class AsyPPOConfig:
             self.save_total_limit,
             "an integer of at least 1, or null",
         )
-        for name in ("save_steps", "logging_samples", "warmup_steps"):
+        for name in ("save_steps", "logging_samples", "warmup_steps", "overlong_buffer_len"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
         _need(self.critic.lora_alpha > 0, "critic.lora_alpha", self.critic.lora_alpha, "a positive number")
         _need(
@@ -337,11 +449,62 @@ class AsyPPOConfig:
             _need(got > 0, name, got, "a positive number")
         for name, got in (("temperature", self.temperature), ("eval.temperature", self.eval.temperature)):
             _need(got > 0, name, got, "a positive number")
-        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta", "weight_decay"):
+        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta", "weight_decay", "overlong_penalty_factor"):
             _need(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
         _need(self.critic.weight_decay >= 0, "critic.weight_decay", self.critic.weight_decay, "a number of at least 0")
         _need(self.epsilon < 1, "epsilon", self.epsilon, "a number below 1")
+        for name, bound in (
+            ("critic.cliprange_value", self.critic.cliprange_value),
+            ("importance_sampling_clip_max", self.importance_sampling_clip_max),
+            ("length_adaptive_alpha", self.length_adaptive_alpha),
+        ):
+            _need(bound is None or bound > 0, name, bound, "a positive number, or none")
+        _need(
+            self.delta is None or self.delta > 1 + self.epsilon_high,
+            "delta",
+            self.delta,
+            f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}, or none",
+        )
+        _need(
+            self.beta > 0 or not self.use_kl_in_reward,
+            "use_kl_in_reward",
+            self.use_kl_in_reward,
+            f"a beta above 0, got {self.beta}",
+        )
+        _need(
+            self.overlong_buffer_len < self.max_completion_length,
+            "overlong_buffer_len",
+            self.overlong_buffer_len,
+            f"less than max_completion_length = {self.max_completion_length}",
+        )
+        _need(
+            self.scale_rewards == "group" or self.algorithm == "grpo",
+            "scale_rewards",
+            self.scale_rewards,
+            f"algorithm grpo; {self.algorithm} has whiten for its advantages",
+        )
+        _need(
+            self.length_adaptive_alpha is None or self.num_critics > 0,
+            "length_adaptive_alpha",
+            self.length_adaptive_alpha,
+            "a critic, algorithm grpo has none",
+        )
+        _need(
+            self.advantage_values == "after"
+            or self.num_critics >= {"before": 1, "cross_fit": 2}[self.advantage_values],
+            "advantage_values",
+            self.advantage_values,
+            f"{'two critics' if self.advantage_values == 'cross_fit' else 'a critic'}, "
+            f"algorithm {self.algorithm} has {self.num_critics} here",
+        )
         _need(len(self.reward_funcs) > 0, "reward_funcs", self.reward_funcs, "at least one reward function")
+        _need(
+            self.reward_timeout is None or self.reward_timeout > 0,
+            "reward_timeout",
+            self.reward_timeout,
+            "a positive number of seconds, or null for no limit",
+        )
+        self._validate_data()
         _need(
             self.num_generations >= self.num_critics,
             "num_generations",
@@ -355,6 +518,12 @@ class AsyPPOConfig:
             "at least 2 for algorithm grpo, which compares the responses of one prompt",
         )
         _need(
+            self.num_generations >= 2 or not self.dynamic_sampling,
+            "dynamic_sampling",
+            self.dynamic_sampling,
+            "num_generations of at least 2: one response has no reward to compare with",
+        )
+        _need(
             self.num_mini_batches <= self.prompts_per_step * self.num_generations,
             "num_mini_batches",
             self.num_mini_batches,
@@ -366,3 +535,25 @@ class AsyPPOConfig:
             self.data.eval_size,
             "at least 1 held-out prompt for eval.min_gain",
         )
+
+    def _validate_data(self) -> None:
+        data = self.data
+        for name, other, there in (
+            ("dataset_config", "dataset_name", data.dataset_name),
+            ("eval_dataset_config", "eval_dataset_name", data.eval_dataset_name),
+            ("dataset_test_split", "dataset_name", data.dataset_name or data.eval_dataset_name),
+        ):
+            got = getattr(data, name)
+            _need(got is None or there is not None, f"data.{name}", got, f"a data.{other} beside it")
+        _need(data.dataset_name is None or not data.tasks, "data.tasks", data.tasks, "none beside data.dataset_name")
+        for index, task in enumerate(data.tasks):
+            _need(
+                0 < task.weight < float("inf"), f"data.tasks[{index}].weight", task.weight, "a positive, finite number"
+            )
+        if data.max_prompt_length is not None:
+            _need(
+                data.max_prompt_length >= 1,
+                "data.max_prompt_length",
+                data.max_prompt_length,
+                "an integer of at least 1",
+            )

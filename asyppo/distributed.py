@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from asyppo.config import ConfigError, DistributedConfig
+from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 
 T = TypeVar("T")
 
@@ -44,13 +45,28 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-@contextmanager
-def processes(config: DistributedConfig, device: torch.device) -> Iterator[DeviceMesh | None]:
-    """Join the other processes of the run and yield the mesh to shard models over: [shard], or, where ``config`` asks
-    for replicas, [replicate, shard] with neighbouring ranks in one shard group.
+def is_main() -> bool:
+    """Return whether this is rank 0, before and after the processes have joined, too."""
+    return os.environ.get("RANK", "0") == "0"
 
-    Without ``torchrun`` there is no mesh (None), unless ``shard_single`` asks for one of a single process. Raises
-    ConfigError where ``replicate`` does not divide the number of processes.
+
+def restarted(config: AsyPPOConfig) -> AsyPPOConfig:
+    """Return ``config`` for a run that ``torchrun --max-restarts`` may start again, in which case it is to go on from
+    its last checkpoint. Raises ConfigError if the run has no name to find it by."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.run_name is None:
+        raise ConfigError(
+            "run_name: got None, needs a name where torchrun --max-restarts may start the run again, to find its "
+            "checkpoints by"
+        )
+    return replace(config, resume=config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)
+
+
+@contextmanager
+def processes(config: DistributedConfig) -> Iterator[None]:
+    """Join the other processes that ``torchrun`` started, for the time inside. Without it there is nothing to join;
+    ``shard_single`` makes a group of one.
+
+    Raises ConfigError where ``replicate`` does not divide the number of processes.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     size = int(os.environ["WORLD_SIZE"]) if launched else 1
@@ -59,25 +75,28 @@ def processes(config: DistributedConfig, device: torch.device) -> Iterator[Devic
             f"distributed.replicate: got {config.replicate}, needs a divisor of the number of processes, {size}"
         )
     if not launched and not config.shard_single:
-        yield None
+        yield
         return
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     # Two backends: what is not a tensor of the GPU travels between CPUs.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), **alone)
     try:
-        yield make_mesh(config.replicate, device)
+        yield
     finally:
         dist.destroy_process_group()
 
 
-def make_mesh(replicate: int, device: torch.device) -> DeviceMesh:
-    """Return the mesh of all ranks of the process group, for ``replicate`` copies of the weights."""
-    if replicate == 1:
+def make_mesh(config: DistributedConfig, device: torch.device) -> DeviceMesh | None:
+    """Return the mesh to shard models over, of all ranks: [shard], or, where ``config`` asks for replicas,
+    [replicate, shard] with neighbouring ranks in one shard group; None in a process on its own."""
+    if not dist.is_initialized():
+        return None
+    if config.replicate == 1:
         return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
-    shape = (replicate, world_size() // replicate)
+    shape = (config.replicate, world_size() // config.replicate)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 

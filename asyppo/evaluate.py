@@ -1,17 +1,138 @@
-"""Accuracy on held-out prompts."""
+"""How often a policy is right on held-out prompts: avg@k and pass@k, with intervals, over all prompts and by task."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from asyppo.data import Row
-from asyppo.rewards import RewardFunc, compute_rewards
+from asyppo.config import AsyPPOConfig
+from asyppo.data import Row, prompt_text
+from asyppo.rewards import RewardFunc, RewardFunction, compute_rewards
 from asyppo.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A fraction in [0, 1] and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which of ``num_generations`` responses to each prompt are right."""
+
+    tasks: list[str]
+    """Of each prompt, its column ``task``; "" where it has none."""
+    right: list[list[bool]]
+    """[prompt][response]."""
+    samples: list[dict[str, Any]]
+    """Every response, prompt by prompt: prompt, completion, reward, truncated, response_length in tokens, task."""
+
+    @property
+    def num_generations(self) -> int:
+        """k of avg@k; pass@k is estimated for every power of two up to it, and for itself."""
+        return len(self.right[0])
+
+    @property
+    def accuracy(self) -> float:
+        """avg@k over all prompts."""
+        return self.estimate(1).value
+
+    def task_names(self) -> list[str]:
+        """Return the tasks in order of appearance, if there is more than one."""
+        names = list(dict.fromkeys(self.tasks))
+        return names if len(names) > 1 else []
+
+    def ks(self) -> list[int]:
+        """Return the k > 1 of which there is a pass@k."""
+        n = self.num_generations
+        return [2**i for i in range(1, n.bit_length()) if 2**i < n] + ([n] if n > 1 else [])
+
+    def estimate(self, k: int, task: str | None = None) -> Estimate:
+        """Return pass@k over the prompts of ``task`` (None: of all); pass@1 is avg@num_generations."""
+        chosen = [right for right, of in zip(self.right, self.tasks, strict=True) if task in (None, of)]
+        return clustered_estimate([pass_at_k(len(r), sum(r), k) for r in chosen], self.num_generations)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the row of ``metrics.jsonl``: accuracy with its interval, pass@k, and each task's accuracy."""
+        overall = self.estimate(1)
+        row = {
+            "eval/accuracy": overall.value,
+            "eval/accuracy/ci_low": overall.low,
+            "eval/accuracy/ci_high": overall.high,
+        }
+        row |= {f"eval/pass@{k}": self.estimate(k).value for k in self.ks()}
+        row |= {f"eval/{task or 'other'}/accuracy": self.estimate(1, task).value for task in self.task_names()}
+        row["eval/response_length/mean"] = _mean([sample["response_length"] for sample in self.samples])
+        row["eval/response_length/clip_ratio"] = _mean([sample["truncated"] for sample in self.samples])
+        return row
+
+    def results(self) -> dict[str, Any]:
+        """Return what ``eval.json`` holds: for all prompts and for each task, every estimate with its interval."""
+
+        def of(task: str | None) -> dict[str, Any]:
+            samples = [s for s in self.samples if task in (None, s["task"])]
+            return {
+                "prompts": len(samples) // self.num_generations,
+                f"avg@{self.num_generations}": vars(self.estimate(1, task)),
+                **{f"pass@{k}": vars(self.estimate(k, task)) for k in self.ks()},
+                "response_length": _mean([s["response_length"] for s in samples]),
+                "truncated": _mean([s["truncated"] for s in samples]),
+            }
+
+        return {"all": of(None), "tasks": {task or "other": of(task) for task in self.task_names()}}
+
+    def table(self) -> str:
+        """Return the results as lines of text with aligned columns; intervals in brackets."""
+        results = self.results()
+        cells: list[list[str]] = []
+        for name, row in [*results["tasks"].items(), ("all", results["all"])]:
+            cells = cells or [["task", *row]]
+            estimates = [str(Estimate(**v)) if isinstance(v, dict) else f"{v:.4g}" for v in row.values()]
+            cells.append([name, *estimates])
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Return the probability that among k of n responses, drawn without putting back, at least one is right: the
+    unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def clustered_estimate(scores: Sequence[float], responses: int, z: float = 1.959964) -> Estimate:
+    """Return the mean of the prompts' scores in [0, 1] and its 95 % interval.
+
+    Responses to one prompt are alike, so prompts, not responses, are what was drawn independently. The interval is
+    Wilson's with the effective sample size p (1 - p) / SE^2, SE being the standard error of the mean over prompts; as
+    in surveys drawn in clusters (Franco et al. 2019, doi 10.1093/jssam/smy019). Unlike mean +- 2 SE or a bootstrap it
+    does not shrink to a point where every response is right, or none. The effective size is at most one a response.
+    """
+    n, p = len(scores), _mean(scores)
+    variance = sum((score - p) ** 2 for score in scores) / max(n - 1, 1) / n
+    size = float(n)
+    if 0 < p < 1 and n > 1:
+        size = min(p * (1 - p) / variance, n * responses) if variance > 0 else n * responses
+    centre, spread = p + z**2 / (2 * size), z * math.sqrt(p * (1 - p) / size + z**2 / (4 * size**2))
+    scale = 1 + z**2 / size
+    # Rounding must not push an end of the interval past 0, past 1, or to the wrong side of p.
+    return Estimate(p, max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale)))
 
 
 def evaluate(
@@ -19,30 +140,50 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompts: Sequence[Tensor],
-    reward_func: RewardFunc,
+    reward_func: RewardFunc | RewardFunction,
+    config: AsyPPOConfig,
     *,
-    num_generations: int,
-    temperature: float,
-    max_completion_length: int,
-    seed: int,
-) -> tuple[float, list[dict[str, Any]]]:
-    """Sample ``num_generations`` responses a prompt and return the fraction that is right, and every sample.
+    progress: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Sample ``config.eval.num_generations`` responses to each of ``prompts``, the tokens (int64 [length]) of ``rows``,
+    and see which are right: those that ``reward_func`` gives 1.
 
-    Right is a reward of 1 from ``reward_func``. Torch's generator is seeded with ``seed`` and put back afterwards, so
-    evaluations compare like with like and training does not notice them.
+    Torch's generator is seeded with ``data.eval_seed`` and put back afterwards, so evaluations compare like with like
+    and training does not notice them. ``progress`` is called now and then with the number of new samples.
     """
+    num_generations = config.eval.num_generations
+    numbers = [i for i in range(len(prompts)) for _ in range(num_generations)]
+    # A few of the sampler's batches at a time, in its own order: what is drawn is what one call would draw.
+    order = sorted(range(len(numbers)), key=lambda j: len(prompts[numbers[j]]))
+    at_once = config.generation_batch_size * math.ceil(len(order) / (20 * config.generation_batch_size))
+    responses: list[Any] = [None] * len(order)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        responses = sampler.sample(
-            [prompt for prompt in prompts for _ in range(num_generations)],
-            max_completion_length=max_completion_length,
-            temperature=temperature,
-        )
-    repeated = [row for row in rows for _ in range(num_generations)]
+        torch.manual_seed(config.data.eval_seed)
+        for start in range(0, len(order), at_once):
+            chosen = order[start : start + at_once]
+            drawn = sampler.sample(
+                [prompts[numbers[j]] for j in chosen],
+                max_completion_length=config.max_completion_length,
+                temperature=config.eval.temperature,
+            )
+            for j, response in zip(chosen, drawn, strict=True):
+                responses[j] = response
+            progress(len(chosen))
+    repeated = [rows[i] for i in numbers]
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-    [rewards] = compute_rewards([reward_func], repeated, completions)
+    ids = [response.tokens.tolist() for response in responses]
+    rewards = compute_rewards([reward_func], repeated, completions, ids).scores
     samples = [
-        {"prompt": row["prompt"], "completion": completion, "reward": reward, "truncated": response.truncated}
+        {
+            "prompt": prompt_text(row["prompt"]),
+            "completion": completion,
+            "reward": reward,
+            "truncated": response.truncated,
+            "response_length": len(response.tokens),
+            "task": row.get("task", ""),
+        }
         for row, completion, reward, response in zip(repeated, completions, rewards, responses, strict=True)
     ]
-    return sum(reward >= 1 for reward in rewards) / len(rewards), samples
+    right = [reward >= 1 for reward in rewards]
+    starts = range(0, len(right), num_generations)
+    return Evaluation([row.get("task", "") for row in rows], [right[s : s + num_generations] for s in starts], samples)

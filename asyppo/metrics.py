@@ -14,17 +14,16 @@ from asyppo.batch import Batch
 from asyppo.config import AsyPPOConfig
 from asyppo.distributed import sum_over_ranks, world_size
 from asyppo.reduce import masked_extremes, masked_mean, masked_moments
+from asyppo.rewards import Rewards
 from asyppo_kernels import LinearPPOLoss
 
 Row = dict[str, float]
 
 
-def of_batch(
-    batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor, rewards: dict[str, list[float]]
-) -> Row:
+def of_batch(batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor) -> Row:
     """Metrics of the sampled batch and of what the critics say of it."""
     mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
-    score, length = batch.reward.sum(dim=1), batch.response_length.float()
+    length = batch.response_length.float()
     gap = (old_logprob - batch.sampler_logprob).abs()
     _, error_variance = masked_moments(signal.returns - signal.value, mask)
     _, return_variance = masked_moments(signal.returns, mask)
@@ -32,8 +31,8 @@ def of_batch(
         "response_length/clip_ratio": masked_mean(batch.truncated, everyone),
         "prompt_length/mean": masked_mean(batch.prompt_length, everyone),
         "actor/entropy": masked_mean(entropy, mask),
-        "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, mask),
-        "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, mask),
+        "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, batch.learned),
+        "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, batch.learned),
         # Not defined where returns do not vary.
         "critic/vf_explained_var": 1 - error_variance / torch.where(return_variance > 1e-8, return_variance, math.nan),
         "critic/std/mean": masked_mean(signal.std, mask),
@@ -43,7 +42,8 @@ def of_batch(
         "sampling/sampling_logp_difference/max": masked_extremes(gap, mask)[1],
     }
     for name, value, where in (
-        ("critic/score", score, everyone),
+        ("critic/score", batch.score, everyone),
+        ("critic/rewards", batch.reward.sum(dim=1), everyone),
         ("critic/advantages", signal.raw_advantage, mask),
         ("critic/returns", signal.returns, mask),
         ("critic/values", signal.value, mask),
@@ -51,9 +51,27 @@ def of_batch(
     ):
         row[f"{name}/mean"] = masked_mean(value, where)
         row[f"{name}/min"], row[f"{name}/max"] = masked_extremes(value, where)
-    for name, of_function in rewards.items():
-        row[f"rewards/{name}/mean"] = sum(of_function) / len(of_function)
     return {key: float(value) for key, value in row.items()}
+
+
+def of_importance_weights(weight: Tensor, mask: Tensor) -> Row:
+    """Metrics of the tokens' importance weights, under TRL's names."""
+    low, high = masked_extremes(weight, mask)
+    return {
+        "sampling/importance_sampling_ratio/mean": float(masked_mean(weight, mask)),
+        "sampling/importance_sampling_ratio/min": float(low),
+        "sampling/importance_sampling_ratio/max": float(high),
+    }
+
+
+def of_rewards(rewards: Rewards) -> Row:
+    """Mean and standard deviation of each reward function over the samples that are its own, and its timeouts."""
+    row: Row = {}
+    for name, of_function in rewards.by_function.items():
+        own = torch.tensor([reward is not None for reward in of_function])
+        mean, variance = masked_moments(torch.tensor([reward or 0.0 for reward in of_function]), own)
+        row[f"rewards/{name}/mean"], row[f"rewards/{name}/std"] = float(mean), float(variance.sqrt())
+    return row | {f"rewards/{name}/timeouts": float(count) for name, count in rewards.timeouts.items()}
 
 
 def of_time(batch: Batch, seconds: Row, device: torch.device) -> Row:
@@ -113,14 +131,14 @@ class PolicyUpdates:
         norms = [norm for norm in self.norms if norm is not None]
         row = {
             "actor/loss": loss,
-            "actor/pg_loss": loss + self.config.entropy_coef * entropy - self.config.beta * kl,
+            "actor/pg_loss": loss + self.config.entropy_coef * entropy - self.config.kl_in_loss * kl,
             "actor/entropy_loss": entropy,
             "actor/ppo_kl": log_ratio / max(tokens, 1),
             "actor/pg_clipfrac": clipped / max(tokens, 1),
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "actor/skipped_updates": float(steps - len(norms)),
         }
-        return row | ({"actor/kl_loss": kl} if self.config.beta > 0 else {})
+        return row | ({"actor/kl_loss": kl} if self.config.kl_in_loss > 0 else {})
 
 
 class CriticUpdates:

@@ -67,11 +67,11 @@ class ProgressDisplay:
         if self.bar is not None:
             self.bar.stop()
 
-    def advance(self, note: str = "") -> None:
-        """Count one more of ``total`` as done."""
-        self.done += 1
+    def advance(self, note: str = "", *, count: int = 1) -> None:
+        """Count one more, or ``count``, of ``total`` as done."""
+        self.done += count
         if self.bar is not None:
-            self.bar.update(self.task, advance=1, note=note)
+            self.bar.update(self.task, advance=count, note=note)
         elif rank() == 0 and (self.done % self.every == 0 or self.done == self.total):
             elapsed = time.perf_counter() - self.start
             left = elapsed / (self.done - self.done_before) * (self.total - self.done)

@@ -19,7 +19,7 @@ def sample_rows(
     count: int,
     batch: Batch,
     score: Tensor,
-    rewards: Mapping[str, list[float]],
+    rewards: Mapping[str, list[float | None]],
     columns: Mapping[str, Tensor],
     values: Tensor | None,
     tokenizer: PreTrainedTokenizerBase,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo import metrics
-from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights
+from asyppo.advantage import (
+    LearningSignal,
+    ensemble_signal,
+    group_signal,
+    length_adaptive_lambda,
+    token_weights,
+)
 from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses, token_imbalance
 from asyppo.callbacks import Callbacks
 from asyppo.checkpoint import (
@@ -32,18 +38,23 @@ from asyppo.checkpoint import (
 )
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
-from asyppo.data import PromptSchedule, Row
+from asyppo.data import Prompt, PromptSchedule, Row, fitting, prompt_tokens
 from asyppo.distributed import first_of_ranks, from_main, rank, sum_over_ranks
 from asyppo.durable import WriteError, writing
-from asyppo.evaluate import evaluate
+from asyppo.evaluate import Evaluation, evaluate
+from asyppo.loading import critics_of, load_tokenizer, policy_of
+from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.progress import ProgressDisplay, Timer
 from asyppo.report import plot_curves
-from asyppo.rewards import RewardFunc, compute_rewards, resolve_reward_funcs
+from asyppo.rewards import RewardFunc, Rewards, compute_rewards, resolve_reward_funcs
 from asyppo.rng import seed_everything
+from asyppo.rollout import Group, Sample, keep_unequal
 from asyppo.run import RunDirectory, open_run
-from asyppo.sampler import DividedSampler, GenerateSampler, Sampler
+from asyppo.sampler import ContinuousBatchingSampler, DividedSampler, GenerateSampler, Sampler
 from asyppo.samples import sample_rows
+from asyppo.schedule import learning_rate_factor, set_learning_rate
+from asyppo.shaping import shape_rewards
 from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.signals import StopSignals
 from asyppo_kernels import ensemble_gae
@@ -51,6 +62,8 @@ from asyppo_kernels import ensemble_gae
 
 class TrainingError(RuntimeError):
     """Training cannot go on. A checkpoint has been saved; the message names it."""
+
+    exit_status = 1
 
 
 @dataclass
@@ -68,6 +81,8 @@ class TrainResult:
 class AsyPPOTrainer:
     """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
 
+    ``policy`` is a causal language model or where to load one from, a directory or a hub name; ``critics`` is where all
+    critics start from; either is made as ``config`` says. ``tokenizer`` None is the one beside the policy's weights.
     ``train_dataset`` and ``eval_dataset`` are sequences of rows with a text column ``prompt``; every column reaches
     the reward functions, which are names of built-in ones or functions in TRL's signature. ``callbacks`` are
     transformers'.
@@ -76,9 +91,9 @@ class AsyPPOTrainer:
     def __init__(
         self,
         *,
-        policy: Policy,
-        critics: Critics | None,
-        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy | PreTrainedModel | str,
+        critics: Critics | str | None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         reward_funcs: Sequence[str | RewardFunc],
         train_dataset: Sequence[Row],
         eval_dataset: Sequence[Row] = (),
@@ -87,8 +102,11 @@ class AsyPPOTrainer:
         callbacks: Sequence[TrainerCallback] = (),
         mesh: DeviceMesh | None = None,
     ):
-        """``mesh``, of ``distributed.processes``: shard the models over it."""
+        """``mesh``: shard the models over it (``asyppo/distributed.py``)."""
         config.validate()
+        policy = policy_of(policy, config)
+        critics = critics_of(critics, config, policy)
+        tokenizer = tokenizer or load_tokenizer(policy.model.name_or_path, config.policy.trust_remote_code)
         num_critics = 0 if critics is None else len(critics)
         if num_critics != config.num_critics:
             raise ConfigError(
@@ -98,31 +116,23 @@ class AsyPPOTrainer:
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
-        self.reward_funcs = resolve_reward_funcs(reward_funcs)
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.reward_funcs = resolve_reward_funcs(reward_funcs, config.reward_timeout, config.reward_weights)
+        limit = prompt_limit(config, policy, critics)
+        self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
+        self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
         self.callbacks = callbacks
-        self.reference = _frozen_copy(policy) if config.beta > 0 else None
-        generating: Any = policy.model
-        weights: Callable[[], AbstractContextManager[None]] = nullcontext
-        if mesh is not None:
-            device = torch.device(mesh.device_type)
-            whole = WholeCopy(policy, policy.dtype, device)
-            generating, weights = whole.module.model, partial(whole.of, policy)
-            policy.shard(mesh)
-            if self.reference is not None:
-                self.reference.shard(mesh)
-            if critics is not None:
-                critics.shard(mesh)
+        self.reference = policy.reference() if config.beta > 0 else None
+        if mesh is None:
+            self.sampler = sampler or make_sampler(policy, tokenizer, config)
+        else:
+            self.sampler = self._shard(mesh, sampler)
         self.device = policy.device
-        self.schedule = PromptSchedule(len(train_dataset), config.prompts_per_step, config.seed)
-        sampler = sampler or GenerateSampler(
-            generating,
-            eos_token_ids=eos_token_ids(policy, tokenizer),
-            pad_token_id=pad_token_id(tokenizer),
-            batch_size=config.generation_batch_size,
-            autocast=policy.autocast(),
-        )
-        self.sampler = DividedSampler(sampler, weights)
+        for func in self.reward_funcs:
+            func.check_columns(self.train_dataset[0])
+        count = len(self.train_dataset)
+        self.schedule = PromptSchedule(count, config.prompts_per_step, config.seed)
+        # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
+        self.further_schedule = PromptSchedule(count, config.prompts_per_step, config.seed + 1_000_000)
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizer = None
         if critics is not None:
@@ -130,6 +140,22 @@ class AsyPPOTrainer:
                 critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
             )
         self.skipped_in_a_row = 0
+
+    def _shard(self, mesh: DeviceMesh, sampler: Sampler | None) -> Sampler:
+        """Shard the models over ``mesh``, and return a sampler of all ranks, whose model is whole while it samples."""
+        policy = self.policy
+        if sampler is None:
+            whole = WholeCopy(policy, policy.dtype, torch.device(mesh.device_type))
+            own = make_sampler(whole.module, self.tokenizer, self.config)
+            sampler = DividedSampler(own, partial(whole.of, policy))
+        else:
+            sampler = DividedSampler(sampler)
+        policy.shard(mesh)
+        if isinstance(self.reference, Policy):
+            self.reference.shard(mesh)
+        if self.critics is not None:
+            self.critics.shard(mesh)
+        return sampler
 
     def train(self) -> TrainResult:
         """Run until ``max_steps``, with ``config.resume`` from the run's last checkpoint on, and return what came of
@@ -157,9 +183,9 @@ class AsyPPOTrainer:
         config = self.config
         first, checkpoint = self.resume(run, hooks)
         hooks("on_train_begin")
-        if first == 1 and not hooks.state.log_history and (accuracy := self.evaluate(run, step=0)) is not None:
-            hooks.evaluated(0, {"eval/accuracy": accuracy})
-            hooks.log(row := {"step": 0, "eval/accuracy": accuracy})
+        if first == 1 and not hooks.state.log_history and (evaluation := self.evaluate(run, step=0)) is not None:
+            hooks.evaluated(0, evaluation.metrics())
+            hooks.log(row := {"step": 0, **evaluation.metrics()})
             run.log_metrics(row)
         received = None
         with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
@@ -169,9 +195,9 @@ class AsyPPOTrainer:
                 hooks.end_step(step)
                 if hooks.control.should_evaluate or hooks.control.should_training_stop:
                     start = time.perf_counter()
-                    if (accuracy := self.evaluate(run, step)) is not None:
-                        row |= {"eval/accuracy": accuracy, "timing_s/eval": time.perf_counter() - start}
-                        hooks.evaluated(step, {"eval/accuracy": accuracy})
+                    if (evaluation := self.evaluate(run, step)) is not None:
+                        row |= {**evaluation.metrics(), "timing_s/eval": time.perf_counter() - start}
+                        hooks.evaluated(step, evaluation.metrics())
                 hooks.log(row)
                 failed = self.skipped_in_a_row >= config.max_skipped_steps
                 received = first_of_ranks(signals.received)
@@ -218,9 +244,11 @@ class AsyPPOTrainer:
         seed_everything(config.seed * 1_000_003 + step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         row: dict[str, float] = {"step": step}
+        self._set_learning_rates(step)
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
-            batch, rewards = self.sample(step, timer)
+            batch, rewards, of_sampling = self.sample(step, timer)
+            row |= of_sampling
             score = batch.reward.sum(dim=1)
 
             # Log-probs of the policy that sampled, as the trainer computes them.
@@ -230,19 +258,27 @@ class AsyPPOTrainer:
             if self.reference is not None:
                 with timer.phase("ref"):
                     ref_logprob, _ = self.reference.logprobs(batch, self._micro_batches(batch))
+            # Rewards as the algorithm sees them, and which responses it learns from.
+            batch, penalties = shape_rewards(batch, old_logprob, ref_logprob, config)
+            row |= penalties
 
-            value = None
+            value: Any = None
             if self.critics is not None:
                 # Split: each prompt's responses among the critics, disjointly.
                 share = split_responses(batch.group, len(self.critics), generator).to(self.device)
+
+                if config.advantage_values == "before":
+                    with timer.phase("values"):
+                        value = self.critics.values(batch, config.max_tokens_per_micro_batch)
 
                 # Critic update: each on its own share only.
                 with timer.phase("update_critic"):
                     row |= self.update_critics(batch, share, generator)
 
                 # Value: all critics on all responses.
-                with timer.phase("values"):
-                    value = self.critics.values(batch, config.max_tokens_per_micro_batch)
+                if config.advantage_values != "before":
+                    with timer.phase("values"):
+                        value = self.critics.values(batch, config.max_tokens_per_micro_batch)
                 row["critic/padding_frac"] = self.critics.padding_frac()
 
                 # Advantage on the mean value; masks from the disagreement.
@@ -252,8 +288,12 @@ class AsyPPOTrainer:
                         batch.reward,
                         batch.mask,
                         batch.group,
+                        learned=batch.learned,
+                        trained_by=share if config.advantage_values == "cross_fit" else None,
                         gamma=config.gamma,
-                        lam=config.lam,
+                        lam=config.lam
+                        if config.length_adaptive_alpha is None
+                        else length_adaptive_lambda(batch.response_length, config.length_adaptive_alpha),
                         value_lambda=config.critic.value_lambda,
                         whitening=config.whiten,
                         advantage_fraction=config.advantage_mask_fraction,
@@ -262,16 +302,16 @@ class AsyPPOTrainer:
                     )
             else:
                 with timer.phase("adv"):
-                    signal = group_signal(batch.reward, batch.mask, batch.group)
+                    signal = group_signal(
+                        batch.reward, batch.mask, batch.group, learned=batch.learned, scale=config.scale_rewards
+                    )
 
             # Policy update.
             log_ratio = torch.zeros_like(old_logprob)
-            policy_step = step - (config.critic.warmup_steps if self.critics is not None else 0)
-            if policy_step > 0:
+            if step > self.policy_warmup:
                 with timer.phase("update_actor"):
-                    self._set_learning_rate(policy_step)
                     row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator, log_ratio)
-        row |= metrics.of_batch(batch, signal, old_logprob, entropy, rewards)
+        row |= metrics.of_batch(batch, signal, old_logprob, entropy) | metrics.of_rewards(rewards)
         row |= metrics.of_time(batch, timer.seconds, self.device)
         run.log_samples(
             sample_rows(
@@ -279,7 +319,7 @@ class AsyPPOTrainer:
                 config.logging_samples,
                 batch,
                 score,
-                rewards,
+                rewards.by_function,
                 {
                     "logprob": old_logprob,
                     "sampler_logprob": batch.sampler_logprob,
@@ -301,11 +341,45 @@ class AsyPPOTrainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return row
 
-    def sample(self, step: int, timer: Timer) -> tuple[Batch, dict[str, list[float]]]:
-        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function, too."""
+    def sample(self, step: int, timer: Timer) -> tuple[Batch, Rewards, dict[str, float]]:
+        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function and metrics,
+        too."""
         config = self.config
-        rows = [self.train_dataset[i] for i in self.schedule.rows_of_step(step - 1)]
-        rows = [row for row in rows for _ in range(config.num_generations)]
+        of_sampling: dict[str, float] = {}
+        timeouts: dict[str, int] = {}
+        if config.dynamic_sampling:
+            groups, of_sampling = keep_unequal(
+                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], step, timer, timeouts),
+                config.prompts_per_step,
+                config.dynamic_sampling_max_batches,
+            )
+        else:
+            groups = self._draw(self.schedule.rows_of_step(step - 1), step, timer, timeouts)
+        samples = [sample for group in groups for sample in group]
+        batch = make_batch(
+            [s.prompt for s in samples],
+            [s.response.tokens for s in samples],
+            [s.response.logprob for s in samples],
+            [s.total for s in samples],
+            [s.response.truncated for s in samples],
+            [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
+            pad_token_id=pad_token_id(self.tokenizer),
+            device=self.device,
+        )
+        by_function = {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}
+        return batch, Rewards(by_function, [s.total for s in samples], timeouts), of_sampling
+
+    def _rows_of_batch(self, step: int, batch: int) -> list[int]:
+        """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""
+        if batch == 0:
+            return self.schedule.rows_of_step(step - 1)
+        index = (step - 1) * (self.config.dynamic_sampling_max_batches - 1) + batch - 1
+        return self.further_schedule.rows_of_step(index)
+
+    def _draw(self, indices: Sequence[int], step: int, timer: Timer, timeouts: dict[str, int]) -> list[Group]:
+        """Sample and reward G responses to each of these rows of the training data."""
+        config = self.config
+        rows = [self.train_dataset[i] for i in indices for _ in range(config.num_generations)]
         with timer.phase("gen"):
             prompts = self.tokenize([row["prompt"] for row in rows])
             responses = self.sampler.sample(
@@ -313,20 +387,21 @@ class AsyPPOTrainer:
             )
         with timer.phase("reward"):
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-            rewards = compute_rewards(self.reward_funcs, rows, completions)
-        scores = [sum(of_sample) for of_sample in zip(*rewards, strict=True)]
-        batch = make_batch(
-            prompts,
-            [r.tokens for r in responses],
-            [r.logprob for r in responses],
-            scores,
-            [r.truncated for r in responses],
-            [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
-            pad_token_id=pad_token_id(self.tokenizer),
-            device=self.device,
-        )
-        names = [getattr(func, "__name__", type(func).__name__) for func in self.reward_funcs]
-        return batch, dict(zip(names, rewards, strict=True))
+            ids = [response.tokens.tolist() for response in responses]
+            rewards = compute_rewards(
+                self.reward_funcs, rows, completions, ids, weights=config.reward_weights, step=step
+            )
+        for name, count in rewards.timeouts.items():
+            timeouts[name] = timeouts.get(name, 0) + count
+        by_function = [
+            dict(zip(rewards.by_function, of_sample, strict=True))
+            for of_sample in zip(*rewards.by_function.values(), strict=True)
+        ]
+        samples = [
+            Sample(*of_sample)
+            for of_sample in zip(rows, prompts, responses, completions, by_function, rewards.total, strict=True)
+        ]
+        return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
 
     def update_critics(self, batch: Batch, share: Tensor, generator: torch.Generator) -> dict[str, float]:
         """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B])."""
@@ -334,7 +409,7 @@ class AsyPPOTrainer:
         assert self.critic_optimizer is not None
         config, max_tokens = self.config.critic, self.config.max_tokens_per_micro_batch
         own = [(share == m).nonzero().squeeze(1) for m in range(len(self.critics))]
-        returns = self._critic_returns(batch, own)
+        returns, old_value = self._critic_targets(batch, own)
         # All chance before the first update, critic by critic.
         minibatches = [
             list(_minibatches(rows, config.num_iterations, config.num_mini_batches, generator)) for rows in own
@@ -342,16 +417,17 @@ class AsyPPOTrainer:
         updates = metrics.CriticUpdates(len(own))
         # Where a critic has fewer rows than minibatches are asked for, it sits out the last.
         for rows_of in zip_longest(*minibatches, fillvalue=own[0][:0]):
-            weight = torch.stack([token_weights(batch.mask, rows, "token-mean") for rows in rows_of]).sum(0)
+            weight = torch.stack([token_weights(batch.learned, rows, "token-mean") for rows in rows_of]).sum(0)
 
             def loss(micro: MicroBatch, value: Tensor, weight: Tensor = weight) -> Tensor:
-                return (weight[micro.grid] * (value - returns[micro.grid]).square()).sum()
+                targets = old_value[micro.grid], returns[micro.grid], weight[micro.grid]
+                return value_loss(value, *targets, cliprange=config.cliprange_value)
 
             active = [len(rows) > 0 for rows in rows_of]
             losses = self.critics.backward(batch, rows_of, loss, max_tokens)
             norms = self.critic_optimizer.step(losses, config.max_grad_norm, active=active)
             updates.stepped(losses.tolist(), norms, active)
-        return updates.row() | {"critic/lr": config.learning_rate}
+        return updates.row() | {"critic/lr": self.critic_optimizer.adamw.param_groups[0]["lr"]}
 
     def update_policy(
         self,
@@ -367,31 +443,37 @@ class AsyPPOTrainer:
         ``log_ratio`` [B, T], if given, is filled with log π/π_old of each token at its last visit.
         """
         config, updates = self.config, metrics.PolicyUpdates(config=self.config)
+        rollout_weight = None
+        if config.importance_sampling_clip_max is not None:
+            rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.importance_sampling_clip_max)
         everything = torch.arange(len(batch), device=self.device)
         minibatches = list(_minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
         for rows in minibatches:
-            weight = token_weights(batch.mask, rows, config.loss_aggregation)
+            weight = token_weights(batch.learned, rows, config.loss_aggregation)
+            per_token = {
+                "old_logprob": old_logprob,
+                "advantage": signal.advantage,
+                "token_weight": weight,
+                "advantage_keep": signal.advantage_keep,
+                "entropy_keep": signal.entropy_keep,
+                "ref_logprob": ref_logprob if config.kl_in_loss else None,
+                "rollout_weight": rollout_weight,
+            }
             loss = torch.zeros((), device=self.device)
             if log_ratio is not None:
-                log_ratio[rows] = 0.0  # of another rank's visit before
+                log_ratio[rows] = 0.0  # another rank may have visited them before
             micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
             for micro in between_replicas_once(self.policy, micros):
-                arguments = {
-                    "old_logprob": old_logprob[micro.grid],
-                    "advantage": signal.advantage[micro.grid],
-                    "token_weight": weight[micro.grid],
-                    "advantage_keep": signal.advantage_keep[micro.grid],
-                    "entropy_keep": signal.entropy_keep[micro.grid],
-                    "ref_logprob": None if ref_logprob is None else ref_logprob[micro.grid],
-                }
+                arguments = {name: x if x is None else x[micro.grid] for name, x in per_token.items()}
                 result = self.policy(
                     micro,
                     loss=arguments
                     | {
                         "clip_low": config.epsilon,
                         "clip_high": config.epsilon_high,
+                        "dual_clip": config.delta,
                         "entropy_coef": config.entropy_coef,
-                        "kl_coef": config.beta,
+                        "kl_coef": config.kl_in_loss,
                     },
                 )
                 result.loss.backward()
@@ -405,28 +487,24 @@ class AsyPPOTrainer:
             updates.stepped(float(loss), norm)
         if log_ratio is not None:
             log_ratio.copy_(sum_over_ranks(log_ratio))
-        return updates.row() | {
+        row = updates.row() | {
             "actor/lr": self.policy_optimizer.param_groups[0]["lr"],
             "perf/token_imbalance": token_imbalance(batch, minibatches),
         }
+        if rollout_weight is not None:
+            row |= metrics.of_importance_weights(rollout_weight, batch.mask)
+        return row
 
-    def evaluate(self, run: RunDirectory, step: int) -> float | None:
-        """Accuracy on the held-out prompts, whose samples are logged; None if there are no such prompts."""
+    def evaluate(self, run: RunDirectory, step: int) -> Evaluation | None:
+        """Evaluate on the held-out prompts and log the samples; None if there are no such prompts."""
         if not self.eval_dataset:
             return None
-        accuracy, samples = evaluate(
-            self.sampler,
-            self.tokenizer,
-            self.eval_dataset,
-            self.tokenize([row["prompt"] for row in self.eval_dataset]),
-            self.reward_funcs[0],
-            num_generations=self.config.eval.num_generations,
-            temperature=self.config.eval.temperature,
-            max_completion_length=self.config.max_completion_length,
-            seed=self.config.data.eval_seed,
+        prompts = self.tokenize([row["prompt"] for row in self.eval_dataset])
+        evaluation = evaluate(
+            self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs[0], self.config
         )
-        run.log_samples([{"step": step, "split": "eval", **sample} for sample in samples])
-        return accuracy
+        run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
+        return evaluation
 
     def save(
         self, run: RunDirectory, step: int, row: dict[str, float] | None = None, hooks: Callbacks | None = None
@@ -454,39 +532,60 @@ class AsyPPOTrainer:
         return checkpoint
 
     def trained(self) -> Trained:
-        """Return what has weights and an optimizer, by name."""
+        """Return what a checkpoint saves beside the loop's own few numbers, by name."""
         trained: Trained = {"policy": (self.policy.model, self.policy_optimizer)}
         if self.critics is not None and self.critic_optimizer is not None:
             trained["critics"] = (nn.ModuleList(self.critics.models), self.critic_optimizer.adamw)
         return trained
 
-    def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""
-        tokens = self.tokenizer(list(prompts), padding=False)["input_ids"]
-        for prompt, ids in zip(prompts, tokens, strict=True):
-            if not ids:
-                raise ConfigError(f"prompt: got {prompt!r}, which has no tokens, needs at least one")
+        tokens = prompt_tokens(prompts, self.tokenizer, self.config.data.chat_template_kwargs)
         return [torch.tensor(ids) for ids in tokens]
 
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
         rows = torch.arange(len(batch), device=self.device) if rows is None else rows
         return micro_batches(batch, rows, self.config.max_tokens_per_micro_batch, at_least)
 
-    def _set_learning_rate(self, policy_step: int) -> None:
-        """A function of the step alone, so that a run which starts again needs no scheduler's state."""
-        rise = min(1.0, policy_step / max(self.config.warmup_steps, 1))
-        for group in self.policy_optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * rise
+    @property
+    def policy_warmup(self) -> int:
+        """First steps, in which the policy stays as it is."""
+        return self.config.critic.warmup_steps if self.critics is not None else 0
 
-    def _critic_returns(self, batch: Batch, own: Sequence[Tensor]) -> Tensor:
-        """λ-returns [B, T], on each critic's own rows those that it learns; a Monte Carlo return needs no value."""
+    def _set_learning_rates(self, step: int) -> None:
+        """Those of ``step``, for the policy and the critics; the policy's steps are counted from its first."""
+        config, total = self.config, self.config.max_steps
+        if step > self.policy_warmup:
+            own_step, own_total = step - self.policy_warmup, total - self.policy_warmup
+            factor = learning_rate_factor(config.lr_scheduler_type, own_step, own_total, config.warmup_steps)
+            set_learning_rate(self.policy_optimizer, config.learning_rate * factor)
+        if self.critic_optimizer is not None:
+            factor = learning_rate_factor(config.critic.lr_scheduler_type, step, total)
+            set_learning_rate(self.critic_optimizer.adamw, config.critic.learning_rate * factor)
+
+    def _critic_targets(self, batch: Batch, own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """λ-returns [B, T], on each critic's own rows those that it learns, and its values [B, T] there before the
+        update; zeros where nothing needs them."""
         assert self.critics is not None
-        value = torch.zeros_like(batch.reward)
-        if self.config.critic.value_lambda < 1:
+        config, value = self.config.critic, torch.zeros_like(batch.reward)
+        if config.value_lambda < 1 or config.cliprange_value is not None:
             value = self.critics.own_values(batch, own, self.config.max_tokens_per_micro_batch)
-        return ensemble_gae(
-            value[None], batch.reward, batch.mask, gamma=self.config.gamma, value_lam=self.config.critic.value_lambda
-        ).returns
+        gae = ensemble_gae(
+            value[None], batch.reward, batch.mask, gamma=self.config.gamma, value_lam=config.value_lambda
+        )
+        return gae.returns, value
+
+
+def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
+    """Return the sampler that ``config`` asks for."""
+    continuous = config.sampler == "continuous" or (config.sampler == "auto" and policy.device.type == "cuda")
+    return (ContinuousBatchingSampler if continuous else GenerateSampler)(
+        policy.model,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=config.generation_batch_size,
+        dtype=policy.dtype,
+    )
 
 
 def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -494,6 +593,18 @@ def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[in
     configured = policy.model.generation_config.eos_token_id
     ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
+
+
+def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
+    """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
+    configs = [m.config.get_text_config() for m in (policy.model, critics) if m is not None]
+    positions = [getattr(c, "max_position_embeddings", None) or sys.maxsize for c in configs]
+    if config.max_completion_length >= min(positions):
+        raise ConfigError(
+            f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "
+            "positions of the models, so that a prompt fits, too"
+        )
+    return min(positions) - config.max_completion_length
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -504,12 +615,6 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
-
-
-def _frozen_copy(policy: Policy) -> Policy:
-    import copy
-
-    return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 def _minibatches(rows: Tensor, num_iterations: int, num_mini_batches: int, generator: torch.Generator) -> Any:

@@ -14,6 +14,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -46,13 +47,16 @@ def worked_solution(expression: str, noise: float, guess: float, rng: random.Ran
     return "".join(f"{t}, " for t in totals[:-1]) + f"<answer>{totals[-1]}</answer>"
 
 
-def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], device: torch.device) -> tuple[Path, Path]:
+def build(
+    config: WarmStartConfig, data: DataConfig, train_rows: Sequence[Row], device: torch.device
+) -> tuple[Path, Path]:
     """Return the directories of the policy and of the checkpoint of the critics, making them if they are not cached.
 
     Only ``train_rows`` are learned from, so held-out prompts stay unseen. Raises WriteError.
     """
-    if data.task.name != "chain_sum":
-        raise ConfigError(f"data.task.name: got {data.task.name!r}, needs chain_sum, which warm_start has solutions of")
+    for name in (task.name for task in data.tasks or [data.task]):
+        if name != "chain_sum":
+            raise ConfigError(f"data.task.name: got {name!r}, needs chain_sum, which warm_start has solutions of")
     settings = {"warm_start": asdict(replace(config, cache_dir="")), "data": asdict(data), "format": 1}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
@@ -82,7 +86,7 @@ def build(config: WarmStartConfig, data: DataConfig, train_rows: list[Row], devi
     return directory / "policy", directory / "critic"
 
 
-def _make_tokenizer(rows: list[Row]) -> PreTrainedTokenizerFast:
+def _make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -113,7 +117,7 @@ def _teach(
     name: str,
     shape: ModelShape,
     tokenizer: PreTrainedTokenizerFast,
-    rows: list[Row],
+    rows: Sequence[Row],
     config: WarmStartConfig,
     device: torch.device,
 ) -> Qwen3ForCausalLM:

@@ -18,7 +18,7 @@ def integers(names: str, width: str = "i32") -> Mapping[str, str]:
 
 VALUE_STRIDES = "hidden_k hidden_n weight_k"
 GAE_STRIDES = "value_k value_b reward_b mask_b"
-GAE_NUMBERS = "lam rest decay value_lam value_rest value_decay"
+GAE_NUMBERS = "gamma lam rest decay value_lam value_rest value_decay"
 GAE_INPUTS = {"value": "*fp32", "reward": "*fp32", "mask": "*u8"}
 CONTIGUOUS = {"value_t": 1, "reward_t": 1, "mask_t": 1}
 
@@ -59,8 +59,17 @@ CASES = [
         signature=GAE_INPUTS
         | dict.fromkeys(("advantage", "returns", "mean_out", "std_out"), "*fp32")
         | integers(f"b t span {GAE_STRIDES}")
-        | integers(f"gamma {GAE_NUMBERS}", "fp32"),
-        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 1},
+        | integers(GAE_NUMBERS, "fp32"),
+        constants={
+            "row_lam": None,
+            "summary": None,
+            "chunks": 1,
+            **CONTIGUOUS,
+            "K": 2,
+            "ROWS": 1,
+            "BLOCK_T": 1024,
+            "BLOCK_CHUNKS": 1,
+        },
         divisible=("b", "t", "span", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),
@@ -71,8 +80,30 @@ CASES = [
         signature=GAE_INPUTS
         | dict.fromkeys(("advantage", "returns", "mean_out", "std_out"), "*fp32")
         | integers(f"b t span {GAE_STRIDES}")
-        | integers(f"gamma {GAE_NUMBERS}", "fp32"),
-        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "K": 2, "ROWS": 8, "BLOCK_T": 128, "BLOCK_CHUNKS": 1},
+        | integers(GAE_NUMBERS, "fp32"),
+        constants={
+            "row_lam": None,
+            "summary": None,
+            "chunks": 1,
+            **CONTIGUOUS,
+            "K": 2,
+            "ROWS": 8,
+            "BLOCK_T": 128,
+            "BLOCK_CHUNKS": 1,
+        },
+        divisible=("b", "t", "span", *GAE_STRIDES.split()),
+        wide=("load", "store"),
+    ),
+    Case(
+        op="ensemble_gae",
+        name="scan, a lambda a row",
+        kernel=gae.gae_kernel,
+        signature=GAE_INPUTS
+        | {"row_lam": "*fp32"}
+        | dict.fromkeys(("advantage", "returns", "mean_out", "std_out"), "*fp32")
+        | integers(f"b t span {GAE_STRIDES}")
+        | integers(GAE_NUMBERS, "fp32"),
+        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 1},
         divisible=("b", "t", "span", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),
@@ -81,7 +112,7 @@ CASES = [
         name="summaries of chunks",
         kernel=gae.summary_kernel,
         signature=GAE_INPUTS | {"summary": "*fp32"} | integers(f"t span {GAE_STRIDES}") | integers(GAE_NUMBERS, "fp32"),
-        constants={"b": 1, **CONTIGUOUS, "K": 2, "BLOCK_T": 1024},
+        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "K": 2, "BLOCK_T": 1024},
         divisible=("t", "span", *GAE_STRIDES.split()),
     ),
     Case(
@@ -91,8 +122,8 @@ CASES = [
         signature=GAE_INPUTS
         | dict.fromkeys(("summary", "advantage", "returns", "mean_out", "std_out"), "*fp32")
         | integers(f"t span chunks {GAE_STRIDES}")
-        | integers(f"gamma {GAE_NUMBERS}", "fp32"),
-        constants={"b": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 64},
+        | integers(GAE_NUMBERS, "fp32"),
+        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 64},
         divisible=("t", "span", "chunks", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),

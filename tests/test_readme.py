@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import time
 from pathlib import Path
@@ -36,6 +37,17 @@ def test_block_runs(path: Path, source: str) -> None:
 def test_no_block_is_missed() -> None:
     fences = sum(len(re.findall(r"^\s*```py", path.read_text(), re.M)) for path in READMES)
     assert fences == len(blocks()) > 0
+
+
+def test_the_table_of_settings_is_that_of_the_dataclasses() -> None:
+    spec = importlib.util.spec_from_file_location("configuration_table", ROOT / "docs" / "configuration_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.README.read_text()
+    assert script.with_table(text) == text, "run python docs/configuration_table.py"
+    assert "| `warm_start.policy.hidden_size` | `128` | Width. |" in text
 
 
 def test_every_op_has_a_block() -> None:

@@ -37,6 +37,7 @@ def load_critics(
     dtype: torch.dtype,
     device: torch.device,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Critics:
     """Load the critics that ``config`` asks for from the checkpoint ``path``. Raises ConfigError."""
     if config.lora_rank:
@@ -51,7 +52,12 @@ def load_critics(
             gradient_checkpointing=config.gradient_checkpointing,
         )
     models = load_value_models(
-        path, num_critics, vocab_size=vocab_size, device=device, attn_implementation=attn_implementation
+        path,
+        num_critics,
+        vocab_size=vocab_size,
+        device=device,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
     return make_critics(models, config, dtype=dtype)
 

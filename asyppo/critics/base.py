@@ -26,6 +26,8 @@ class Critics(nn.Module, ABC):
     """
 
     models: Any
+    config: Any
+    """The configuration of their architecture."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +39,27 @@ def tie(modules: Sequence[nn.Module], name: str, stacked: nn.Parameter, mesh: De
         setattr(module, name, nn.Parameter(member(stacked, m, mesh)))
 
 
+class _BatchedLinear(torch.autograd.Function):
+    """x [M, N, in], weight [M, out, in], bias [M, out] or None to x weight^T + bias. Autograd of ``bmm`` would give
+    the weight's gradient transposed, to be copied into the weight's own order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, weight) if needs_x else None,
+            torch.bmm(grad.mT, x) if needs_weight else None,
+            grad.sum(1) if needs_bias else None,
+        )
+
+
 class StackedLinear(nn.Module):
     """M linear layers in one batched product."""
 
@@ -52,10 +74,8 @@ class StackedLinear(nn.Module):
         A batched product is used on a CPU, too: at no size that was measured (in and out of 64 to 1536, N of 64 to
         4096, M = 1, 2, 4, one core) did M products one after another take less time beyond noise.
         """
-        weight = self.weight.to(x.dtype).mT
-        if self.bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(self.bias.to(x.dtype)[:, None], x, weight)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _BatchedLinear.apply(x, self.weight.to(x.dtype), bias)
 
 
 class StackedEmbedding(nn.Module):

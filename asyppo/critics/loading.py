@@ -47,6 +47,7 @@ def load_value_models(
     vocab_size: int | None,
     device: torch.device,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Any]:
     """Load M value models from one checkpoint, or each from its own.
 
@@ -62,7 +63,7 @@ def load_value_models(
         )
     models = []
     for path in map(str, path_or_paths):
-        model, _ = load_value_model(path, device, attn_implementation)
+        model, _ = load_value_model(path, device, attn_implementation, trust_remote_code)
         check_vocabulary(model, path, vocab_size)
         models.append(model)
     return models
@@ -86,25 +87,28 @@ def draw_head(head: nn.Linear) -> None:
         nn.init.zeros_(head.bias)
 
 
-def load_value_model(path: str, device: torch.device, attn_implementation: str | None = None) -> tuple[Any, bool]:
+def load_value_model(
+    path: str, device: torch.device, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, bool]:
     """Return a model with a ``base_model`` and a linear head called ``score``, and whether that was drawn anew.
     Raises ConfigError."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
     try:
-        if _has_token_classifier(path):
+        options: Any = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        if _has_token_classifier(path, trust_remote_code):
             model, report = load_pretrained(
                 AutoModelForTokenClassification,
                 path,
                 device,
-                attn_implementation=attn_implementation,
                 num_labels=1,
                 # The class's default of 0.1 would pollute the disagreement. Not every config knows the field.
                 config_attributes={"classifier_dropout": 0.0},
+                **options,
             )
             head_is_new = "score.weight" in report["missing_keys"]
         else:
-            backbone, _ = load_pretrained(AutoModel, path, device, attn_implementation=attn_implementation)
+            backbone, _ = load_pretrained(AutoModel, path, device, **options)
             model = BackboneWithValueHead(backbone)
             head_is_new = not (Path(path) / VALUE_HEAD).exists()
             if not head_is_new:
@@ -125,11 +129,11 @@ def check_head(model: Any) -> None:
         )
 
 
-def _has_token_classifier(path: str) -> bool:
+def _has_token_classifier(path: str, trust_remote_code: bool) -> bool:
     """Whether transformers has a token classifier of the checkpoint's family. What cannot be read is left to the
     loading, whose error says more."""
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
         return True
     return type(config) in AutoModelForTokenClassification._model_mapping

@@ -36,7 +36,7 @@ class OneByOneCritics(Critics):
                 enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
         self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
-        self.dtype = dtype
+        self.dtype, self.config = dtype, models[0].config
         if gradient_checkpointing:
             for module in self.modules():
                 if isinstance(module, GradientCheckpointingLayer):

@@ -76,11 +76,11 @@ class Stacked(Critics):
         linear: MakeLinear = StackedLinear,
     ) -> None:
         """Stack the layers of ``bodies`` and the M ``heads``. Passes run in ``dtype``."""
-        self.dtype, config = dtype, bodies[0].config
+        self.dtype, self.config = dtype, bodies[0].config
         window = FAMILIES[type(bodies[0])]
         self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
         self.layers = nn.ModuleList(
-            StackedLayer(of_all, window(of_all[0], config), gradient_checkpointing, linear)
+            StackedLayer(of_all, window(of_all[0], self.config), gradient_checkpointing, linear)
             for of_all in zip(*(body.layers for body in bodies), strict=True)
         )
         self.norm = StackedNorm([body.norm for body in bodies])

@@ -30,7 +30,7 @@ SHAPES: dict[Scale, list[Shape]] = {
     "quick": [{"H": 16, "L": 2, "heads": 2, "kv": 1, "D": 8, "I": 24, "V": 31}],
 }
 CRITICS: dict[Scale, tuple[int, ...]] = {"gpu": (2,), "cpu": (1, 2, 4), "quick": (2,)}
-# Responses B and the longest sequence T. Lengths are even between a quarter of T and T, so N is about 0.6 B T.
+# Responses B and the longest sequence T. Lengths are even between a quarter of T and T, or all T.
 BATCHES: dict[Scale, list[tuple[int, int]]] = {
     "gpu": [(4, 800), (8, 1600), (8, 6400)],
     "cpu": [(16, 32)],
@@ -47,15 +47,18 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
     return [
         Case(
             OP,
-            f"{'step' if backward else 'value pass'}, M = {count}, H = {shape['H']}, T = {width}",
+            f"{'step' if backward else 'value pass'}, M = {count}, H = {shape['H']}, T = {width}"
+            + ("" if ragged else ", no padding"),
             {"M": count, "B": rows, "T": width, **shape},
-            {"backward": backward},
+            {"backward": backward, "ragged": ragged},
             DTYPE[scale],
             device,
         )
         for shape in SHAPES[scale]
         for rows, width in BATCHES[scale]
         for count in CRITICS[scale]
+        for ragged in (True, False)
+        if ragged or count == 2
         for backward in (False, True)
     ]
 
@@ -66,7 +69,7 @@ def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
 
 
 def inputs(case: Case, generator: torch.Generator) -> Inputs:
-    """Sequences of ragged length, padded on the right, and what their values should be."""
+    """Sequences, padded on the right where they are ragged, and what their values should be."""
     rows, width = case.sizes["B"], case.sizes["T"]
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -76,7 +79,7 @@ def inputs(case: Case, generator: torch.Generator) -> Inputs:
     return {
         "tokens": integers(0, case.sizes["V"], rows, width),
         "prompt_length": prompt,
-        "response_length": integers(width // 4, width + 1, rows) - prompt,
+        "response_length": integers(width // 4 if case.options["ragged"] else width, width + 1, rows) - prompt,
         "target": torch.randn(rows, width, device=case.device, generator=generator),
     }
 
@@ -146,7 +149,7 @@ def work(case: Case) -> Work:
     size = case.sizes
     heads = (2 * size["heads"] + 2 * size["kv"]) * size["D"]
     weights = float(size["L"] * size["H"] * (heads + 3 * size["I"]))
-    tokens = 0.625 * size["B"] * size["T"]  # on average over inputs
+    tokens = (0.625 if case.options["ragged"] else 1.0) * size["B"] * size["T"]  # on average over inputs
     if case.backward:
         return Work(6 * weights * tokens, 4 * 9.0 * size["M"] * weights, "three products a weight, once a token")
     return Work(2 * weights * tokens * size["M"], 4 * size["M"] * weights, "one product a weight, token and critic")

@@ -34,7 +34,7 @@ def without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.partition(".")[0] in PEERS:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Blocked(), *sys.meta_path])
-    monkeypatch.setattr("bench.contenders.verl.PathFinder.find_spec", lambda name: None)
+    monkeypatch.setattr("bench.contenders.verl.PathFinder.find_spec", lambda *_: None)
 
 
 @pytest.mark.usefixtures("without_peers")

@@ -33,10 +33,11 @@ def make(k: int, b: int, t: int, dtype: torch.dtype = torch.float32, keep: float
     return torch.randn(k, b, t).to(dtype), torch.randn(b, t).to(dtype), mask
 
 
-def oracle(value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float):
+def oracle(value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float | Tensor, value_lam: float):
     """Row by row on the valid steps alone: the advantage is the sum of (gamma lam)^(j - i) delta_j over j >= i."""
     outputs = np.zeros((4, *mask.shape))
-    for row, valid in enumerate(mask.cpu().numpy()):
+    lams = np.broadcast_to(f64(lam) if isinstance(lam, Tensor) else lam, len(mask))
+    for row, (valid, lam) in enumerate(zip(mask.cpu().numpy(), lams, strict=True)):
         v, r = f64(value[:, row])[:, valid], f64(reward[row])[valid]
         n = len(r)
         if n == 0:
@@ -95,8 +96,11 @@ def test_reference_matches_the_oracle(backend, numbers):
 
 
 @pytest.mark.parametrize("few_rows", [0, 64])  # with 64, the rows are cut into chunks
-@pytest.mark.parametrize("t", [63, 64, 65, 127, 129, 200, 257])
-def test_rows_walked_in_blocks(backend, t, few_rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("t", "by_row"),
+    [(63, False), (64, False), (65, True), (127, False), (129, False), (129, True), (200, False), (257, False)],
+)
+def test_rows_walked_in_blocks(backend, t, few_rows, by_row, monkeypatch):
     """Holes and paddings that end a block, are longer than one, or fill it."""
     if backend == "triton":
         from asyppo_kernels.ensemble_gae import triton_form
@@ -111,10 +115,31 @@ def test_rows_walked_in_blocks(backend, t, few_rows, monkeypatch):
     mask[2, 20:] = False
     mask[3, :33] = False
     mask[4] = False
-    numbers = (0.99, 0.9, 1.0)
+    lam = torch.linspace(0.5, 1.0, 5) if by_row else 0.9
     value, reward = value.masked_fill(~mask, torch.nan), reward.masked_fill(~mask, torch.nan)
-    out = ensemble_gae(value, reward, mask, gamma=0.99, lam=0.9, value_lam=1.0, backend=backend)
-    check(out, oracle(value, reward, mask, *numbers), mask)
+    out = ensemble_gae(value, reward, mask, gamma=0.99, lam=lam, value_lam=1.0, backend=backend)
+    check(out, oracle(value, reward, mask, 0.99, lam, 1.0), mask)
+
+
+@pytest.mark.parametrize("t", [1, 7, 100])
+def test_a_lambda_for_each_row(backend, t):
+    """Each row comes out as with its own number; rows may share a program."""
+    value, reward, mask = make(2, 9, t)
+    lam = torch.linspace(0, 1, 9)
+    strided = torch.stack([lam, lam], dim=1).flatten()[::2]
+    out = ensemble_gae(value, reward, mask, gamma=0.9, lam=strided.requires_grad_(), value_lam=0.8, backend=backend)
+    check(out, oracle(value, reward, mask, 0.9, lam, 0.8), mask)
+    reference = ensemble_gae_reference(
+        value.double(), reward.double(), mask, gamma=0.9, lam=lam.double(), value_lam=0.8
+    )
+    for got, want in zip(out, reference, strict=True):
+        torch.testing.assert_close(got, want.float(), atol=2e-6, rtol=2e-6)
+    for row in range(9):
+        one = slice(row, row + 1)
+        alone = ensemble_gae(
+            value[:, one], reward[one], mask[one], gamma=0.9, lam=float(lam[row]), value_lam=0.8, backend=backend
+        )
+        torch.testing.assert_close(out.advantage[one], alone.advantage, atol=1e-6, rtol=1e-6)
 
 
 def test_worked_by_hand(backend):
@@ -326,21 +351,23 @@ def test_many_masks(backend):
     check_many()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(backend, dynamic):
-    def step(value: Tensor, reward: Tensor, mask: Tensor, gamma: float) -> EnsembleGAE:
-        return ensemble_gae(value * 2, reward, mask, gamma=gamma, value_lam=0.9, backend=backend)
+@pytest.mark.parametrize(("dynamic", "by_row"), [(False, False), (True, False), (True, True)])
+def test_compiles_to_one_graph(backend, dynamic, by_row):
+    def step(value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> EnsembleGAE:
+        return ensemble_gae(value * 2, reward, mask, gamma=gamma, lam=lam, value_lam=0.9, backend=backend)
 
+    torch.compiler.reset()  # the limit of recompilations counts those of all cases
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for t, gamma in ((5, 1.0), (40, 0.9)):
-        inputs = make(2, 3, t)
-        got, want = compiled(*inputs, gamma), step(*inputs, gamma)
+        inputs, lam = make(2, 3, t), torch.rand(3) if by_row else 0.95
+        got, want = compiled(*inputs, gamma, lam), step(*inputs, gamma, lam)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_opcheck(backend):
     value, reward, mask = make(2, 3, 41)
     torch.library.opcheck(_op, (value, reward, mask, 0.99, 0.95, 1.0))
+    torch.library.opcheck(_op, (value, reward, mask, 0.99, 0.0, 1.0, torch.rand(3)))
     torch.library.opcheck(_op, (value[:1].bfloat16(), reward.T.contiguous().T, mask, 1.0, 0.95, 1.0))
 
 
@@ -359,6 +386,12 @@ def test_errors_name_the_argument(backend):
     ]:
         with pytest.raises(ValueError, match=message):
             ensemble_gae(*arguments, backend=backend)
+    for lam, message in [
+        (torch.ones(2), r"lam: got shape \[2\], needs \[B\] of value"),
+        (torch.ones(3, dtype=torch.float64), "lam: got dtype torch.float64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ensemble_gae(value, reward, mask, lam=lam, backend=backend)
     for name in ("gamma", "lam", "value_lam"):
         for number in (-0.01, 1.01, float("nan"), None, torch.tensor(0.5)):
             with pytest.raises(ValueError, match=rf"{name}: got .*needs a number in \[0, 1\]"):

@@ -15,6 +15,7 @@ from asyppo.distributed import (
     agreed,
     divided,
     from_main,
+    make_mesh,
     own_randomness,
     processes,
     rank,
@@ -48,7 +49,9 @@ def draw() -> float:
 
 def main(folder: Path) -> None:
     """Communicate, and write what was heard."""
-    with processes(DistributedConfig(timeout_s=60), torch.device("cpu")) as mesh:
+    config = DistributedConfig(timeout_s=60)
+    with processes(config):
+        mesh = make_mesh(config, torch.device("cpu"))
         assert mesh is not None
         calls: list[int] = []
         torch.manual_seed(3)

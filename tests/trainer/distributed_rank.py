@@ -27,7 +27,7 @@ import asyppo.trainer
 from asyppo.advantage import LearningSignal
 from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
 from asyppo.critics import make_critics
-from asyppo.distributed import processes, rank
+from asyppo.distributed import make_mesh, processes, rank
 from asyppo.policy import Policy
 from asyppo.run import Timer
 from asyppo.sampler import Response
@@ -241,7 +241,9 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Run every case and save what came of it."""
     settings = json.loads(os.environ.get("ASYPPO_TEST_DISTRIBUTED", "{}"))
-    with processes(DistributedConfig(timeout_s=120, **settings), torch.device("cpu")) as mesh:
+    config = DistributedConfig(timeout_s=120, **settings)
+    with processes(config):
+        mesh = make_mesh(config, torch.device("cpu"))
         for name, case in cases(mesh).items():
             if len(sys.argv) > 2 and name not in sys.argv[2:]:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from asyppo.batch import Batch, make_batch, micro_batch, micro_batches, split_re
 PAD, EOS = 0, 1
 
 
-def two_rows(pad: int = PAD) -> Batch:
+def two_rows(pad: int = PAD, scores: Sequence[float | Tensor] = (1.0, -2.0)) -> Batch:
     """Prompt 5 6 7 with response 8 EOS, and prompt 9 with response 10 11 12 (cut off)."""
     return make_batch(
         [torch.tensor([5, 6, 7]), torch.tensor([9])],
         [torch.tensor([8, EOS]), torch.tensor([10, 11, 12])],
         [torch.tensor([-0.1, -0.2]), torch.tensor([-0.3, -0.4, -0.5])],
-        [1.0, -2.0],
+        scores,
         [False, True],
         [0, 1],
         pad_token_id=pad,
@@ -38,6 +38,11 @@ def test_make_batch() -> None:
     torch.testing.assert_close(batch.sampler_logprob, torch.tensor([[-0.1, -0.2, 0], [-0.3, -0.4, -0.5]]))
     assert batch.truncated.tolist() == [False, True]
     assert len(batch) == 2
+
+
+def test_rewards_of_tokens_lie_on_their_own() -> None:
+    batch = two_rows(scores=[torch.tensor([0.5, -1.0]), 3.0])
+    assert batch.reward.tolist() == [[0.5, -1, 0], [0, 0, 3]]
 
 
 def test_padding_that_is_the_end_token_leaves_the_real_one_alone() -> None:

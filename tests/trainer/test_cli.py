@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from asyppo import config as config_module
 from asyppo.cli import main, parse
+from asyppo.config import AsyPPOConfig
+from asyppo.fields import ELSEWHERE, by_path, nearest
 from asyppo.run import read_jsonl
 
 TINY = """
@@ -87,6 +95,55 @@ def test_baselines(tiny: list[str], tmp_path: Path, algorithm: str) -> None:
     assert len(metrics(tmp_path / "runs" / "one")) == 2
 
 
+def test_eval_of_a_run_and_of_its_model(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([*tiny, "--run_name", "one", "--save_steps", "1"]) == 0
+    run, trained = tmp_path / "runs" / "one", metrics(tmp_path / "runs" / "one")
+    capsys.readouterr()
+
+    def evaluated(name: str, model: Path, *arguments: str) -> dict[str, Any]:
+        assert main(["eval", "--model", str(model), "--out", str(tmp_path / name), *arguments]) == 0
+        out, err = capsys.readouterr()
+        assert "sample 8/8" in err
+        result = json.loads((tmp_path / name / "eval.json").read_text())
+        accuracy = result["all"]["avg@2"]
+        assert f"{accuracy['value']:.4f} [{accuracy['low']:.4f}, {accuracy['high']:.4f}]" in out
+        assert out.splitlines()[0].split() == ["task", "prompts", "avg@2", "pass@2", "response_length", "truncated"]
+        return result
+
+    # The run's own settings, so the numbers are those that training logged.
+    last = evaluated("last", run)
+    assert last["model"] == str(run / "checkpoint-2" / "policy")
+    assert last["all"]["avg@2"]["value"] == trained[-1]["eval/accuracy"]
+    assert last["all"]["response_length"] == trained[-1]["eval/response_length/mean"]
+    samples = [{k: v for k, v in s.items() if k != "step"} for s in read_jsonl(run / "samples.jsonl")]
+    assert read_jsonl(tmp_path / "last" / "samples.jsonl") == [s for s in samples if s["split"] == "eval"][-8:]
+
+    first = evaluated("first", run / "checkpoint-1")
+    assert first["model"] == str(run / "checkpoint-1" / "policy")
+    again = evaluated("again", run / "checkpoint-1" / "policy", "--max_completion_length", "3")
+    assert again["config"]["max_completion_length"] == 3
+    assert again["config"]["data"] == last["config"]["data"]
+    assert again["all"]["response_length"] <= 3
+
+    # A model of no run needs to be told on what.
+    shutil.copytree(run / "checkpoint-2" / "policy", tmp_path / "model")
+    assert evaluated("alone", tmp_path / "model", *tiny[1:])["all"] == last["all"]
+    for arguments, named in (
+        ([], "--model: .*/model is of no run, so what to evaluate it on is not known; needs --config"),
+        ([*tiny[1:], "--out", str(tmp_path / "last")], "--out: .* exists"),
+        ([*tiny[1:], "--data.eval_size", "0"], "data.eval_size: got 0"),
+        ([*tiny[1:], "--model", "/no/such"], "model_name_or_path: cannot load '/no/such'"),
+        ([*tiny[1:], "--modle", "x"], "--modle: unknown option; did you mean --model"),
+    ):
+        assert main(["eval", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "new"), *arguments]) == 2
+        assert re.search(named, capsys.readouterr().err), arguments
+        assert not (tmp_path / "new").exists()
+    shutil.rmtree(run / "checkpoint-1")
+    shutil.rmtree(run / "checkpoint-2")
+    assert main(["eval", "--model", str(run), "--out", str(tmp_path / "new")]) == 2
+    assert "has no checkpoint, needs one" in capsys.readouterr().err
+
+
 def test_going_on(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = [*tiny, "--run_name", "one", "--resume"]
     assert main(command) == 0  # there is no such run yet
@@ -130,11 +187,23 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--nope", "1"], "--nope"),
-        (["--critic.nope", "1"], "--critic.nope"),
-        (["--max_steps", "many"], "max_steps"),
-        (["--critic.num_critics", "2.5"], "critic.num_critics"),
-        (["--algorithm", "reinforce"], "algorithm"),
+        (["--nope", "1"], "--nope: unknown option; see --help"),
+        (["--critic.num_critic", "1"], "--critic.num_critic: unknown option; did you mean --critic.num_critics?"),
+        (["--num_critics=1"], "--num_critics: unknown option; did you mean --critic.num_critics?"),
+        (["--lerning_rate", "1"], "--lerning_rate: unknown option; did you mean --learning_rate?"),
+        (["--kl_coef=1"], "--kl_coef: unknown option; did you mean --beta?"),
+        (["--warm_start.stesp", "1"], "--warm_start.stesp: unknown option; did you mean --warm_start.steps?"),
+        (["--data.task.parms.min_terms", "1"], "did you mean --data.task.params?"),
+        (["--critic", "{num_critc: 3}"], "critic.num_critc: unknown key in --critic; did you mean critic.num_critics?"),
+        (["--max_steps", "many"], "max_steps: got 'many', needs an integer"),
+        (["--critic.num_critics", "2.5"], "critic.num_critics: got '2.5', needs an integer"),
+        (["--warm_start.steps", "x"], "warm_start.steps: got 'x', needs an integer"),
+        (["--warm_start.policy.hidden_size", "x"], "warm_start.policy.hidden_size: got 'x', needs an integer"),
+        (["--eval.min_gain", "x"], "eval.min_gain: got 'x', needs a number or null"),
+        (["--reward_funcs", "3"], "reward_funcs: got '3', needs a list of text"),
+        (["--max_steps"], "--max_steps"),
+        (["more"], "more"),
+        (["--algorithm", "reinforce"], "algorithm: got 'reinforce', needs one of asyppo, ppo, grpo"),
         (["--advantage_mask_fraction", "1.0"], "advantage_mask_fraction: got 1.0, needs a fraction in [0, 1)"),
         (["--entropy_filter_fraction", "-0.1"], "entropy_filter_fraction"),
         (["--num_generations", "1"], "num_generations: got 1, needs at least critic.num_critics = 2"),
@@ -147,7 +216,8 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--data.train_size", "2000"], "data.task"),
         (["--data.task.name", "nope"], "data.task: got 'nope'"),
         (["--reward_funcs", "[nope]"], "reward_funcs: got 'nope'"),
-        (["--config", "/no/such.yaml"], "config"),
+        (["--config", "/no/such.yaml"], "--config: cannot read '/no/such.yaml'"),
+        (["--config=defualt"], "--config: cannot read 'defualt': No such file or directory"),
         (["--warm_start", "null"], "policy.model_name_or_path"),
         (["--policy.model_name_or_path", "/x"], "policy.model_name_or_path"),
         (["--critic.model_name_or_path", "/x"], "critic.model_name_or_path"),
@@ -173,12 +243,48 @@ def test_a_setting_that_cannot_work(
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["taken"]  # nothing was begun
 
 
-def test_a_file_with_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "bad.yaml").write_text("critic: {num_critic: 3}\n")
-    assert main(["train", "--config", str(tmp_path / "bad.yaml")]) == 2
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("critic: {num_critic: 3}", "critic.num_critic: unknown key in bad.yaml; did you mean critic.num_critics?"),
+        ("num_critics: 3", "num_critics: unknown key in bad.yaml; did you mean critic.num_critics?"),
+        ("warm_start: {policy: {width: 3}}", "warm_start.policy.width: unknown key in bad.yaml"),
+        ("warm_start: {steps: x}", "warm_start.steps: got 'x', needs an integer"),
+        ("critic: 3", "critic: got 3 in bad.yaml, needs a mapping of settings"),
+        ("- critic", "config: got ['critic'] in bad.yaml, needs a mapping of settings"),
+        ("", "config: got None in bad.yaml, needs a mapping of settings"),
+        ("a: [1", "--config: bad.yaml is no YAML: while parsing a flow sequence"),
+    ],
+)
+def test_a_file_that_cannot_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, text: str, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(text)
+    assert main(["train", "--config", "bad.yaml"]) == 2
     err = capsys.readouterr().err
-    assert "critic.num_critic" in err
+    assert err.startswith(f"asyppo: error: {named}")
     assert len(err.splitlines()) == 1
+
+
+def test_a_traceback_only_where_it_is_asked_for(
+    tiny: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = [*tiny, "--learning_rate", "0"]
+    message = "asyppo: error: learning_rate: got 0.0, needs a positive number"
+    assert main(wrong) == 2
+    assert capsys.readouterr().err.splitlines() == [message]
+    assert main([*wrong, "--traceback"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == message
+    monkeypatch.setenv("ASYPPO_TRACEBACK", "1")
+    assert main(wrong) == 2
+    assert "Traceback" in capsys.readouterr().err
+    # What nobody foresaw is never hidden.
+    monkeypatch.setattr("asyppo.build.load_eval_rows", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(tiny)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -196,23 +302,59 @@ def test_a_model_without_a_tokenizer(
     assert "has no tokenizer" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("command", [[], ["--help"], ["--version"], ["train", "--help"], ["eval", "--help"]])
+def test_help_needs_no_torch(command: list[str]) -> None:
+    program = "import sys; from asyppo.cli import main\n"
+    program += f"try: main({command})\nexcept SystemExit as stop: assert stop.code == 0\n"
+    program += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "asyppo" in result.stdout
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "asyppo: error: trian: unknown command; did you mean train?\n"
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[str]:
+    """Paths of all fields, null or not, found in another way than the help finds them."""
+    for field in dataclasses.fields(cls):
+        names = re.findall(r"\w+", str(field.type))
+        nested = next((c for name in names if dataclasses.is_dataclass(c := getattr(config_module, name, None))), None)
+        if nested is not None and not str(field.type).startswith("list"):
+            yield from leaves(nested, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
 def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for part in (
-        "--critic.num_critics",
-        "M. The paper's sweet spot is 2.",
-        "--epsilon_high",
-        "clip-higher",
-        "default: 0.28",
-        "--advantage_mask_fraction",
-        "those where critics agree most, whose advantage is masked",
-        "--eval.min_gain",
-        "--warm_start",
-    ):
-        assert part in text, part
+    lines = capsys.readouterr().out.splitlines()
+    paths = list(leaves(AsyPPOConfig))
+    assert "warm_start.policy.hidden_size" in paths
+    for path in paths:
+        [place] = [i for i, line in enumerate(lines) if line.startswith(f"  --{path}  [default: ")]
+        assert len(lines[place + 1].strip()) > 3, path
+    text = " ".join(" ".join(lines).split())
+    assert "--critic.num_critics [default: 2; an integer] M. The paper's sweet spot is 2." in text
+    assert "--epsilon_high [default: 0.28; a number]" in text
+    assert "--warm_start.critic.hidden_size [default: 64; an integer]" in text
+    assert "those where critics agree most, whose advantage is masked. The paper's." in text
+
+
+def test_names_of_other_trainers_lead_to_fields() -> None:
+    known = by_path(AsyPPOConfig)
+    assert set(ELSEWHERE.values()) <= set(known)
+    assert not set(ELSEWHERE) & set(known)
+    assert all(nearest(name, known) == path for name, path in ELSEWHERE.items())
+
+
+def test_true_goes_without_saying() -> None:
+    config = parse(["train", "--policy.use_peft", "--seed", "3", "--policy.trust_remote_code"])
+    assert (config.policy.use_peft, config.policy.trust_remote_code, config.seed) == (True, True, 3)
+    assert not parse(["train", "--policy.use_peft", "false"]).policy.use_peft
 
 
 def test_without_a_file_the_embedded_default_runs() -> None:

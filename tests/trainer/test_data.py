@@ -1,11 +1,28 @@
-"""Prompts: held-out ones stay held out, and a step's prompts are a function of its number."""
+"""Prompts: where they come from, which are refused, that held-out ones stay held out, and a step's prompts."""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from asyppo.config import ConfigError, DataConfig, TaskConfig
-from asyppo.data import PromptSchedule, load_eval_rows, load_train_rows
+from asyppo.data import (
+    JsonLines,
+    PromptSchedule,
+    Rows,
+    fitting,
+    load_eval_rows,
+    load_train_rows,
+    prompt_text,
+    prompt_tokens,
+)
 
 SUM = TaskConfig("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
 
@@ -50,6 +67,360 @@ def test_too_small_a_task() -> None:
 def test_a_task_that_cannot_be_made(task: TaskConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.task: got"):
         load_eval_rows(DataConfig(task=task, eval_size=1))
+
+
+# --- mixtures of tasks ---
+
+OTHER = TaskConfig("basic_arithmetic", {"min_terms": 2, "max_terms": 2}, weight=3.0)
+
+
+def test_a_mixture_has_each_task_by_its_weight() -> None:
+    config = DataConfig(tasks=[SUM, OTHER], train_size=22, eval_size=9)
+    held_out = load_eval_rows(config)
+    train = load_train_rows(config, held_out)
+    assert Counter(row["task"] for row in held_out) == {"chain_sum": 2, "basic_arithmetic": 7}
+    assert Counter(row["task"] for row in train) == {"chain_sum": 6, "basic_arithmetic": 16}  # 5.5 is rounded up once
+    for row in [*held_out, *train]:
+        assert row["entry"]["metadata"]["source_dataset"] == row["task"]
+        assert row["prompt"] == row["entry"]["question"] + "\n"
+
+
+def test_a_mixture_of_one_is_the_task() -> None:
+    alone, mixed = (load_eval_rows(DataConfig(**field, eval_size=5)) for field in ({"task": SUM}, {"tasks": [SUM]}))
+    assert alone == mixed
+    assert all(row["task"] == "chain_sum" for row in alone)
+
+
+def test_a_task_of_a_mixture_that_cannot_be_made() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tasks\[1\]: got 'nope' with \{\}, but"):
+        load_eval_rows(DataConfig(tasks=[SUM, TaskConfig("nope")], eval_size=4))
+
+
+# --- data sets of one's own ---
+
+CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+
+
+def jsonl(path: Path, *rows: Any) -> str:
+    """Write rows; text is a line as it stands."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def numbered(count: int, **columns: Any) -> list[dict[str, Any]]:
+    """Rows with prompts p0, p1, … and answers 0, 1, …."""
+    return [{"prompt": f"p{i}", "answer": i, **columns} for i in range(count)]
+
+
+def test_json_lines_keep_their_columns_and_stay_in_the_file(tmp_path: Path) -> None:
+    rows = [{"prompt": "ä", "answer": 1}, {"prompt": CHAT, "answer": "one", "deep": {"x": [1, None]}}, {"prompt": "c"}]
+    name = jsonl(tmp_path / "own.jsonl", rows[0], "", rows[1], "  ", rows[2])
+    loaded = load_train_rows(DataConfig(dataset_name=name), [])
+    assert list(loaded) == [{"task": "own", **row} for row in rows]  # empty lines are none
+    assert loaded[-1]["prompt"] == "c"
+    assert isinstance(loaded, Rows)
+    assert isinstance(loaded.source, JsonLines)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk", "directory of files", "DatasetDict"])
+def test_tables(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": [{"role": "user", "content": str(i)}], "answer": f"a{i}", "task": f"t{i % 2}"} for i in range(6)]
+    table, path = datasets.Dataset.from_list(rows), tmp_path / "own"
+    if kind == "parquet":
+        path = tmp_path / "own.parquet"
+        table.to_parquet(path)
+    elif kind == "save_to_disk":
+        table.save_to_disk(path)
+    elif kind == "DatasetDict":
+        datasets.DatasetDict(train=table, test=table).save_to_disk(path)
+    else:
+        path.mkdir()
+        table.to_parquet(path / "train-00000.parquet")
+    loaded = load_train_rows(DataConfig(dataset_name=str(path)), [])
+    assert list(loaded) == rows  # a column `task` of one's own stays
+    assert isinstance(loaded, Rows)
+    assert isinstance(loaded.source, datasets.Dataset)  # memory-mapped, not copied
+
+
+def test_held_out_prompts_of_a_data_set_are_never_trained_on(tmp_path: Path) -> None:
+    # Every prompt twice: neither copy of a held-out one may be trained on. One of them has blanks around it.
+    rows = [*numbered(20), *({**row, "prompt": f" {row['prompt']}\n"} for row in numbered(20))]
+    config = DataConfig(dataset_name=jsonl(tmp_path / "own.jsonl", *rows), eval_size=8)
+    held_out = load_eval_rows(config)
+    train = load_train_rows(config, held_out)
+    answers = [row["answer"] for row in held_out]
+    assert len(held_out) == len(set(answers)) == 8
+    assert Counter(row["answer"] for row in train) == {a: 2 for a in range(20) if a not in answers}
+    assert list(load_eval_rows(config)) == list(held_out)
+    config.eval_seed += 1
+    assert list(load_eval_rows(config)) != list(held_out)
+
+
+def test_held_out_rows_of_their_own(tmp_path: Path) -> None:
+    train, test = numbered(10), numbered(3, kind="test")
+    path = str(tmp_path / "both")
+    datasets.DatasetDict(train=datasets.Dataset.from_list(train), test=datasets.Dataset.from_list(test)).save_to_disk(
+        path
+    )
+    file = jsonl(tmp_path / "test.jsonl", *test)
+    for config in (
+        DataConfig(dataset_name=path, dataset_test_split="test"),
+        DataConfig(dataset_name=path, eval_dataset_name=path),
+        DataConfig(dataset_name=path, eval_dataset_name=file),
+        DataConfig(dataset_name=jsonl(tmp_path / "train.jsonl", *train), eval_dataset_name=file),
+    ):
+        held_out = load_eval_rows(config)  # fewer than eval_size: all of them
+        assert [row["kind"] for row in held_out] == ["test"] * 3
+        assert [row["answer"] for row in load_train_rows(config, held_out)] == list(range(3, 10))
+    assert len(load_eval_rows(DataConfig(dataset_name=path, dataset_test_split="test", eval_size=2))) == 2
+
+
+def test_tasks_can_be_evaluated_on_a_file(tmp_path: Path) -> None:
+    [row] = load_eval_rows(DataConfig(task=SUM, eval_size=1))
+    file = jsonl(tmp_path / "test.jsonl", {"prompt": row["prompt"].strip()})
+    config = DataConfig(task=SUM, eval_dataset_name=file, train_size=80)
+    held_out = load_eval_rows(config)
+    assert [r["prompt"] for r in held_out] == [row["prompt"].strip()]
+    assert row["prompt"] not in [r["prompt"] for r in load_train_rows(config, held_out)]
+
+
+def test_a_suffix_goes_behind_text(tmp_path: Path) -> None:
+    name = jsonl(tmp_path / "own.jsonl", {"prompt": "a"}, {"prompt": CHAT})
+    assert [row["prompt"] for row in load_train_rows(DataConfig(dataset_name=name), [])] == ["a", CHAT]
+    rows = load_train_rows(DataConfig(dataset_name=name, prompt_suffix=" ="), [])
+    assert [row["prompt"] for row in rows] == ["a =", CHAT]
+
+
+BAD = [
+    ('{"prompt": "p", "answer" 3}', "no JSON: Expecting ':' delimiter at column 26"),
+    ('["p"]', "no JSON object but ['p']"),
+    ("\xff", "no UTF-8: invalid start byte at byte 1"),
+    ('{"question": "p"}', "no column 'prompt', only task, question"),
+    ('{"prompt": null}', "prompt: got None, needs text or a list of chat messages"),
+    ('{"prompt": 3}', "prompt: got 3, needs text or a list of chat messages"),
+    ('{"prompt": " "}', "prompt: got ' ', needs text"),
+    ('{"prompt": []}', "prompt: got no chat message, needs at least one"),
+    ('{"prompt": ["hello"]}', "prompt: message 1 is 'hello', needs a role and a content, both text"),
+    (
+        '{"prompt": [{"role": "user", "content": "a"}, {"role": "user"}]}',
+        "prompt: message 2 is {'role': 'user'}, needs a role and a content, both text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "fault"), BAD)
+def test_a_bad_row_is_named_by_its_number(
+    tmp_path: Path, line: str, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "own.jsonl"
+    jsonl(path, *numbered(6))
+    with open(path, "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    config = DataConfig(dataset_name=str(path), eval_size=2)
+    for load in (load_eval_rows, lambda config: load_train_rows(config, [])):
+        with pytest.raises(ConfigError) as error:
+            load(config)
+        assert str(error.value) == (
+            f"data.bad_rows: own.jsonl has 1 bad row: row 7: {fault}; needs other rows, or 'skip' to leave these out"
+        )
+    config.bad_rows = "skip"
+    with caplog.at_level(logging.WARNING, "asyppo"):
+        held_out = load_eval_rows(config)
+        train = load_train_rows(config, held_out)
+    assert sorted(row["answer"] for row in [*held_out, *train]) == list(range(6))
+    assert caplog.messages == [f"data.bad_rows: own.jsonl has 1 bad row: row 7: {fault}; left out"]  # once
+
+
+def test_many_bad_rows_are_one_line(tmp_path: Path) -> None:
+    name = jsonl(tmp_path / "own.jsonl", *(row for i in range(40) for row in ({"prompt": "p"}, "{" * (i + 1))))
+    with pytest.raises(
+        ConfigError, match=r"has 40 bad rows: row 2: .*; row 4: .*; row 6: .*; and 37 more; needs"
+    ) as error:
+        load_train_rows(DataConfig(dataset_name=name), [])
+    assert "\n" not in str(error.value)
+    assert "row 8" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"question": 1}\n'])
+def test_a_data_set_without_rows(tmp_path: Path, content: str) -> None:
+    (tmp_path / "own.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=r"data: own\.jsonl has no rows with a prompt, needs at least one"):
+        load_train_rows(DataConfig(dataset_name=str(tmp_path / "own.jsonl"), bad_rows="skip"), [])
+
+
+def test_a_data_set_that_is_all_held_out(tmp_path: Path) -> None:
+    config = DataConfig(dataset_name=jsonl(tmp_path / "own.jsonl", *numbered(5)))
+    with pytest.raises(
+        ConfigError, match=r"data\.eval_size: got 512, but all 5 different prompts of own\.jsonl are held"
+    ):
+        load_train_rows(config, load_eval_rows(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset_name": "/no/such.jsonl"}, "data.dataset_name: got '/no/such.jsonl', but there is no such file"),
+        ({"dataset_name": "no/such.parquet"}, "data.dataset_name: got 'no/such.parquet', but there is no such file"),
+        ({"dataset_name": "./nowhere"}, "data.dataset_name: got './nowhere', but there is no such file or directory"),
+        ({"dataset_name": "{tmp}/own.csv"}, "needs a .jsonl or .parquet file, a directory or a hub name"),
+        ({"dataset_name": "{tmp}/broken.parquet"}, "data.dataset_name: cannot load '{tmp}/broken.parquet': "),
+        ({"dataset_name": "{tmp}/empty"}, "data.dataset_name: cannot load '{tmp}/empty': "),
+        ({"dataset_name": "nobody/nothing"}, "data.dataset_name: cannot load 'nobody/nothing': "),
+        (
+            {"dataset_name": "{tmp}/both", "dataset_train_split": "main"},
+            "data.dataset_train_split: got 'main', but the data set has the splits train",
+        ),
+        (
+            {"dataset_name": "{tmp}/both", "dataset_test_split": "dev"},
+            "data.dataset_test_split: got 'dev', but the data set has the splits train",
+        ),
+        (
+            {"dataset_name": "{tmp}/own.jsonl", "eval_dataset_name": "{tmp}/both"},
+            "data.dataset_test_split: got 'test', but the data set has the splits train",
+        ),
+        (
+            {"dataset_name": "{tmp}/own.jsonl", "dataset_test_split": "test"},
+            "data.dataset_test_split: got 'test', but '{tmp}/own.jsonl' has no splits; name the held-out rows in "
+            "data.eval_dataset_name",
+        ),
+        (
+            {"dataset_name": "{tmp}/own.jsonl", "eval_dataset_name": "/no.jsonl"},
+            "data.eval_dataset_name: got '/no.jsonl'",
+        ),
+    ],
+)
+def test_a_data_set_that_cannot_be_had(
+    tmp_path: Path, fields: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # it tries for half a minute otherwise
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    jsonl(tmp_path / "own.jsonl", *numbered(3))
+    (tmp_path / "own.csv").write_text("prompt\n")
+    (tmp_path / "broken.parquet").write_text("PAR1")
+    (tmp_path / "empty").mkdir()
+    datasets.DatasetDict(train=datasets.Dataset.from_list(numbered(3))).save_to_disk(tmp_path / "both")
+    config = DataConfig(**{key: value.format(tmp=tmp_path) for key, value in fields.items()}, eval_size=1)
+    with pytest.raises(ConfigError) as error:
+        load_train_rows(config, load_eval_rows(config))
+    assert message.format(tmp=tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- tokens ---
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.role[0] }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% if think %}p{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """One that begins text with <bos>, which its chat template writes, too."""
+    from tokenizers import Tokenizer, processors
+
+    made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    made.add_special_tokens(["<bos>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", made.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+
+
+def test_tokens_of_text_and_of_messages(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    bos, ids = chat_tokenizer.bos_token_id, {c: i for i, c in enumerate("abcdefghijklmnop", 3)}
+    messages = [{"role": "h", "content": "bc", "name": None}, {"role": "i", "content": "d"}]
+    tokens = prompt_tokens(["ab", messages, "<bos>ab"], chat_tokenizer, {"think": True})
+    # Each begins with exactly one <bos>, whoever writes it.
+    assert tokens == [[bos, ids["a"], ids["b"]], [bos, *(ids[c] for c in "hbcidap")], [bos, ids["a"], ids["b"]]]
+    assert prompt_tokens([messages], chat_tokenizer)[0] == tokens[1][:-1]
+    assert prompt_tokens([messages], chat_tokenizer)[0] == chat_tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_messages_need_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"prompts are chat messages, but the tokenizer has no chat template; needs"):
+        prompt_tokens([CHAT], tokenizer)
+    with pytest.raises(ConfigError, match="has no chat template"):
+        fitting([{"prompt": CHAT}], "train_dataset", tokenizer, DataConfig(), 10)
+
+
+def test_prompts_as_text_to_read() -> None:
+    assert prompt_text("a") == "a"
+    assert prompt_text(CHAT) == "system: s\nuser: u"
+
+
+@pytest.mark.parametrize("of_messages", [False, True])
+@pytest.mark.parametrize(
+    ("limit", "own", "reason"),
+    [
+        (6, None, "the models' positions less max_completion_length"),
+        (6, 5, "data.max_prompt_length"),
+        (5, 6, "the models' positions less max_completion_length"),
+    ],
+)
+def test_long_prompts(
+    chat_tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    of_messages: bool,
+    limit: int,
+    own: int | None,
+    reason: str,
+) -> None:
+    def prompt(length: int) -> Any:  # <bos>, the role, the content, and the beginning of the answer
+        return [{"role": "h", "content": "b" * (length - 3)}] if of_messages else "b" * (length - 1)
+
+    longest = min(limit, own or limit)
+    rows = [{"prompt": prompt(n), "n": n} for n in (longest, longest + 1, 4, longest + 3)]
+    config = DataConfig(max_prompt_length=own)
+    with pytest.raises(ConfigError) as error:
+        fitting(rows, "train_dataset", chat_tokenizer, config, limit)
+    assert str(error.value).startswith(
+        f"data.long_prompts: train_dataset has 2 prompts that are too long: row 2: {longest + 1} tokens, needs at most "
+        f"{longest}, {reason}; row 4: "
+    )
+    assert f"; row 4: {longest + 3} tokens" in str(error.value)
+    config.long_prompts = "skip"
+    with caplog.at_level(logging.WARNING, "asyppo"):
+        assert [row["n"] for row in fitting(rows, "train_dataset", chat_tokenizer, config, limit)] == [longest, 4]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].endswith("; left out")
+    with pytest.raises(ConfigError, match="train_dataset has no prompt that can be used"):
+        fitting(rows[1:2], "train_dataset", chat_tokenizer, config, limit)
+
+
+def test_numbers_of_a_file_survive_what_was_left_out_before(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    name = jsonl(tmp_path / "own.jsonl", "{", *numbered(3), {"prompt": "b" * 20})
+    rows = load_train_rows(DataConfig(dataset_name=name, bad_rows="skip"), [{"prompt": "p1"}])
+    with pytest.raises(ConfigError, match=r"own\.jsonl has 1 prompt that is too long: row 5: 21 tokens"):
+        fitting(rows, "train_dataset", chat_tokenizer, DataConfig(), 10)
+    fit = fitting(rows, "train_dataset", chat_tokenizer, DataConfig(long_prompts="skip"), 10)
+    assert [row["answer"] for row in fit] == [0, 2]
+
+
+def test_a_row_that_the_template_refuses(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": [{"role": role, "content": "a"}]} for role in ("user", "tool", "user")]
+    with pytest.raises(ConfigError, match=r"1 bad row: row 2: the chat template refuses it: no tools here; needs"):
+        fitting(rows, "train_dataset", chat_tokenizer, DataConfig(), 10)
+    assert len(fitting(rows, "train_dataset", chat_tokenizer, DataConfig(bad_rows="skip"), 10)) == 2
+
+
+def test_a_prompt_without_tokens(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyppo.data.prompt_tokens", lambda prompts, *_: [[] for _ in prompts])
+    with pytest.raises(ConfigError, match=r"row 1: prompt: got 'a', which has no tokens"):
+        fitting([{"prompt": "a"}], "train_dataset", tokenizer, DataConfig(), 10)
+
+
+def test_no_rows_at_all_are_no_fault(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(fitting([], "eval_dataset", tokenizer, DataConfig(), 10)) == 0
+
+
+# --- the rows of a step ---
 
 
 def test_schedule_passes_over_all_rows_before_any_repeats() -> None:

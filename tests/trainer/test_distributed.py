@@ -20,7 +20,7 @@ import asyppo.distributed
 from asyppo.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 from asyppo.critics import OneByOneCritics, StackedCritics
-from asyppo.distributed import divided, own_part, processes, share
+from asyppo.distributed import divided, make_mesh, own_part, processes, share
 from asyppo.policy import Policy
 from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 
@@ -157,8 +157,9 @@ def test_a_whole_copy_has_memory_only_while_it_is_filled(tiny_lm: Make) -> None:
 
     want = {name: p.detach().clone() for name, p in policy.named_parameters()}
     assert size() == 0
-    with processes(DistributedConfig(shard_single=True), torch.device("cpu")) as mesh:
-        policy.shard(mesh)
+    config = DistributedConfig(shard_single=True)
+    with processes(config):
+        policy.shard(make_mesh(config, torch.device("cpu")))
         with copy.of(policy):
             assert size() == 2 * sum(p.numel() for p in want.values())
             assert all(torch.equal(weights[name], value.to(torch.bfloat16)) for name, value in want.items())
@@ -190,7 +191,7 @@ def test_passes_keep_their_order_between_replicas() -> None:
 
 def test_replicas_that_do_not_divide_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def join(replicate: int) -> None:
-        with processes(DistributedConfig(replicate=replicate), torch.device("cpu")):
+        with processes(DistributedConfig(replicate=replicate)):
             pass
 
     with pytest.raises(ConfigError, match=r"distributed.replicate: got 2, needs a divisor of .* processes, 1"):
@@ -233,8 +234,8 @@ def test_ranks_hear_from_each_other(tmp_path: Path) -> None:
 
 
 def test_one_process_has_no_mesh() -> None:
-    with processes(DistributedConfig(), torch.device("cpu")) as mesh:
-        assert mesh is None
+    with processes(DistributedConfig()):
+        assert make_mesh(DistributedConfig(), torch.device("cpu")) is None
 
 
 def test_micro_batches_of_one_process_are_not_empty(ragged_batch: Make) -> None:

@@ -12,6 +12,7 @@ from asyppo.advantage import LearningSignal
 from asyppo.batch import Batch, make_batch
 from asyppo.config import AsyPPOConfig
 from asyppo.reduce import masked_extremes, masked_mean, masked_moments, masked_sum
+from asyppo.rewards import Rewards
 from asyppo_kernels import LinearPPOLoss
 
 MASK = torch.tensor([[True, True], [True, False]])
@@ -50,7 +51,7 @@ def test_of_batch() -> None:
     entropy = torch.tensor([[0.5, 1.0], [3.0, math.nan]])
     old = torch.tensor([[-1.5, -2.0], [-4.0, math.nan]])
     returns, value = [[1.0, 3.0], [5.0, math.nan]], [[1.0, 2.0], [6.0, math.nan]]
-    row = metrics.of_batch(batch(), signal(returns, value), old, entropy, {"f": [1.0, 2.0], "g": [0.0, -2.5]})
+    row = metrics.of_batch(batch(), signal(returns, value), old, entropy)
     expected = {
         "actor/entropy": 1.5,
         "actor/adv_mask_frac": 1 / 3,
@@ -74,17 +75,31 @@ def test_of_batch() -> None:
         "prompt_length/mean": 1.5,
         "sampling/sampling_logp_difference/mean": 0.5,
         "sampling/sampling_logp_difference/max": 1.0,
-        "rewards/f/mean": 1.5,
-        "rewards/g/mean": -1.25,
     }
     assert {key: row[key] for key in expected} == pytest.approx(expected)
+
+
+def test_of_rewards() -> None:
+    """None is in no mean; a function that has no reward for anything has zeros."""
+    rewards = Rewards({"f": [1.0, 2.0, 6.0], "g": [None, -2.5, 0.5], "h": [None] * 3}, [0.0] * 3, {"g": 1})
+    assert metrics.of_rewards(rewards) == pytest.approx(
+        {
+            "rewards/f/mean": 3.0,
+            "rewards/f/std": (14 / 3) ** 0.5,
+            "rewards/g/mean": -1.0,
+            "rewards/g/std": 1.5,
+            "rewards/h/mean": 0.0,
+            "rewards/h/std": 0.0,
+            "rewards/g/timeouts": 1.0,
+        }
+    )
 
 
 def test_explained_variance_of_returns_that_do_not_vary() -> None:
     """It is not defined; a huge negative number would hide the rest of the curve."""
     returns, value = [[1.0, 1.0], [1.0, 0.0]], [[1.0, 2.0], [6.0, 0.0]]
     zeros = torch.zeros(2, 2)
-    row = metrics.of_batch(batch(), signal(returns, value), zeros, zeros, {})
+    row = metrics.of_batch(batch(), signal(returns, value), zeros, zeros)
     assert math.isnan(row["critic/vf_explained_var"])
 
 

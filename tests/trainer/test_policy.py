@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen3ForCausalLM,
 )
 
+from asyppo.adapters import add_lora
 from asyppo.batch import Batch, micro_batches
 from asyppo.config import ConfigError
 from asyppo.policy import Policy, compute_dtype
@@ -161,3 +166,93 @@ def test_an_attention_implementation_that_is_not_there(tiny_lm: TinyLM, tmp_path
             device=CPU,
             attn_implementation="flash_attention_2",
         )
+
+
+# --- gradient checkpointing ---
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients_from_less(
+    tiny_lm: TinyLM, ragged_batch: Callable[..., Batch], lora: bool
+) -> None:
+    batch = ragged_batch()
+    micro = next(iter(micro_batches(batch, torch.arange(len(batch)), 1000)))
+    gradients, kept, forwards = [], [], []
+    for checkpointing in (False, True):
+        model = tiny_lm()
+        if lora:
+            add_lora(model, r=2, alpha=2, target_modules=None)
+        policy = Policy(model, gradient_checkpointing=checkpointing)
+        calls: list[int] = []
+        saved: list[int] = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, into=calls: into.append(1))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, into=saved: (into.append(x.numel()), x)[1], lambda x: x
+        ):
+            loss = policy(micro).logprob.sum()
+        loss.backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+        kept.append(sum(saved))
+        forwards.append(len(calls))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert len(gradients[0]) > 0
+    assert kept[1] < kept[0] / 3
+    assert forwards == [1, 2]
+
+
+def test_gradient_checkpointing_leaves_sampling_and_dropout_alone(ragged_batch: Callable[..., Batch]) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.5))
+    policy, batch = Policy(model, gradient_checkpointing=True), ragged_batch()
+    micro = next(iter(micro_batches(batch, torch.arange(len(batch)), 1000)))
+    assert torch.equal(policy(micro).logprob, policy(micro).logprob)
+    assert not any(module.training for module in policy.model.modules())
+    cache = model(batch.tokens[:1], use_cache=True).past_key_values
+    assert cache.get_seq_length() == batch.tokens.shape[1]
+
+
+def test_layers_with_dropout_of_their_own_are_refused() -> None:
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=19,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=32,
+            dropout=0.5,
+            pad_token_id=0,
+        )
+    )
+    Policy(model)
+    with pytest.raises(ConfigError, match=r"policy\.gradient_checkpointing: the layers of OPTForCausalLM have dropout"):
+        Policy(model, gradient_checkpointing=True)
+
+
+# --- what may be loaded ---
+
+
+def test_pickle_files_are_not_loaded(tiny_lm: TinyLM, tmp_path: Path) -> None:
+    model = tiny_lm()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=f"model_name_or_path: '{tmp_path}' has its weights as pickle files.*safetensors"
+    ):
+        Policy.from_pretrained(str(tmp_path), temperature=1.0, dtype=torch.float32, device=CPU)
+
+
+def test_code_of_a_model_runs_only_when_asked(tiny_lm: TinyLM, tmp_path: Path) -> None:
+    tiny_lm().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config["model_type"] = "own"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    load = partial(Policy.from_pretrained, str(tmp_path), temperature=1.0, dtype=torch.float32, device=CPU)
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load()
+    assert type(load(trust_remote_code=True).model).__name__ == "OwnForCausalLM"

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from asyppo.config import AsyPPOConfig, ConfigError, WarmStartConfig
 from asyppo.run import RunDirectory, read_jsonl
+from asyppo.trainer import TrainingError
 
 Make = Callable[..., Any]
 STEPS = 5
@@ -211,6 +212,31 @@ def test_longer_than_it_was_to_be(run: Make) -> None:
     assert [r if i != 3 else None for i, r in enumerate(rows)] == [
         r if i != 3 else None for i, r in enumerate(expected)
     ]
+
+
+def test_steps_skipped_in_a_row_are_counted_on(run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyppo.trainer._clip_and_step", lambda model, optimizer, *_: optimizer.zero_grad())
+    fields = {"save_steps": 1, "max_skipped_steps": 3}
+    with pytest.raises(Stop):
+        run("stopped", callbacks=[At(3, fail)], **fields)
+    with pytest.raises(TrainingError, match=r"3 steps in a row .* step 3;"):
+        run("stopped", resume=True, **fields)
+
+
+def test_random_numbers_between_the_steps_go_on(run: Make) -> None:
+    class Draws(TrainerCallback):
+        def __init__(self) -> None:
+            self.drawn: dict[int, Any] = {}
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.drawn[state.global_step] = (random.random(), float(np.random.rand()), float(torch.rand(())))
+
+    whole, rest = Draws(), Draws()
+    run("whole", callbacks=[whole])
+    with pytest.raises(Stop):
+        run("stopped", callbacks=[At(3, fail)])
+    run("stopped", callbacks=[rest], resume=True)
+    assert rest.drawn == {step: whole.drawn[step] for step in (2, 3, 4)}
 
 
 # --- signals ---

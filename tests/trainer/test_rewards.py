@@ -1,17 +1,46 @@
-"""Reward functions and what may come back from them."""
+"""Reward functions: built in and one's own, what they are given, what may come back, and what cuts them off."""
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from asyppo.built_in_rewards import exact_match, extract_answer, math_verify, reasoning_gym
 from asyppo.config import ConfigError, DataConfig, TaskConfig
 from asyppo.data import load_eval_rows
-from asyppo.rewards import RewardError, compute_rewards, extract_answer, resolve_reward_funcs
+from asyppo.rewards import (
+    RewardError,
+    Rewards,
+    compute_rewards,
+    resolve_reward_funcs,
+)
 
-ROWS = [{"prompt": "p", "answer": "1", "extra": "x"}, {"prompt": "q", "answer": "2", "extra": "y"}]
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "p", "answer": "1", "extra": "x"},
+    {"prompt": "q", "answer": "2", "extra": "y"},
+]
+CHAT = [{"role": "user", "content": "q"}]
+
+
+def rewards_of(*funcs: Any, completions: tuple[str, ...] = ("a", "bc"), **options: Any) -> Rewards:
+    """Rewards of the rows' completions, one token a character."""
+    ids = [list(map(ord, completion)) for completion in completions]
+    return compute_rewards(funcs, options.pop("rows", ROWS), completions, ids, **options)
+
+
+# --- built in ---
 
 
 @pytest.mark.parametrize(
@@ -30,49 +59,421 @@ def test_extract_answer(completion: str, answer: str) -> None:
 
 
 def test_reasoning_gym_scores_the_extracted_answer() -> None:
-    rows = load_eval_rows(DataConfig(task=TaskConfig("chain_sum"), eval_size=2))
-    completions = [f"thinking <answer>{rows[0]['answer']}</answer>", "<answer>no number</answer>"]
-    [rewards] = compute_rewards(resolve_reward_funcs(["reasoning_gym"]), rows, completions)
-    assert rewards[0] == 1
-    assert rewards[1] < 1
+    [row, other] = load_eval_rows(DataConfig(task=TaskConfig("chain_sum"), eval_size=2))
+    completions = [f"thinking <answer>{row['answer']}</answer>", "<answer>no number</answer>", "of another data set"]
+    right, wrong, nobodys = reasoning_gym([], completions, entry=[row["entry"], other["entry"], None])
+    assert right == 1
+    assert wrong < 1
+    assert nobodys is None
 
 
 def test_exact_match() -> None:
-    assert compute_rewards(resolve_reward_funcs(["exact_match"]), ROWS, ["<answer>1</answer>", "3"]) == [[1.0, 0.0]]
+    assert exact_match([], ["<answer>1</answer>", "3", "2 ", "-"], answer=["1", "1", 2, None]) == [1.0, 0.0, 1.0, None]
 
 
-def test_functions_get_prompts_completions_and_columns() -> None:
+@pytest.mark.parametrize(
+    ("completion", "gold", "reward"),
+    [
+        (r"so it is $\boxed{\frac{1}{2}}$", "0.5", 1),
+        (r"so it is $\boxed{\frac{1}{2}}$", "0.25", 0),
+        ("<answer>2/4</answer>", r"\frac{1}{2}", 1),
+        ("<answer>(x+1)^2</answer>", "$x^2+2x+1$", 1),
+        ("<answer>x^2</answer>", "x^2", 1),
+        ("<answer>x^2</answer>", "x^3", 0),
+        ("3 plus 4 is 7", 7, 1),
+        ("3 plus 4 is 8", 7, 0),
+        ("I do not know", "7", 0),
+        ("", "7", 0),
+        ("<answer></answer>", "7", 0),
+        ("7", "", None),
+        ("7", None, None),
+    ],
+)
+def test_math_verify(completion: str, gold: Any, reward: float | None) -> None:
+    assert math_verify([], [completion], answer=[gold]) == [reward]
+    assert math_verify([], [[{"role": "assistant", "content": completion}]], solution=[gold]) == [reward]
+
+
+def test_math_verify_needs_a_column() -> None:
+    with pytest.raises(ConfigError, match="math_verify needs a column 'answer' or 'solution'"):
+        rewards_of("math_verify", rows=[{"prompt": "p"}], completions=("7",))
+
+
+# --- what functions are given ---
+
+
+def test_functions_get_prompts_completions_tokens_and_columns() -> None:
     seen: dict[str, Any] = {}
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         seen.update(columns, prompts=prompts, completions=completions)
         return [None, 2]
 
-    def other(completions: list[str], **_: Any) -> list[float | None]:
+    def modest(completions: list[str]) -> list[float]:
         return [float(len(c)) for c in completions]
 
-    assert compute_rewards([reward, other], ROWS, ["a", "bc"]) == [[0.0, 2.0], [1.0, 2.0]]  # None is "not mine"
-    assert seen == {"prompts": ["p", "q"], "completions": ["a", "bc"], "answer": ["1", "2"], "extra": ["x", "y"]}
+    rewards = rewards_of(reward, modest)
+    assert rewards.by_function == {"reward": [None, 2.0], "modest": [1.0, 2.0]}
+    assert rewards.total == rewards.scores == [1.0, 4.0]  # None is "not mine"
+    assert seen == {
+        "prompts": ["p", "q"],
+        "completions": ["a", "bc"],
+        "completion_ids": [[97], [98, 99]],
+        "answer": ["1", "2"],
+        "extra": ["x", "y"],
+    }
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_not_finite_is_named_with_its_sample(bad: float) -> None:
-    def broken(**_: Any) -> list[float | None]:
-        return [1.0, bad]
+def test_chat_messages_are_answered_by_a_chat_message() -> None:
+    """As in TRL; text beside them is answered by text. A column that a row has not is None."""
+    seen: dict[str, Any] = {}
 
-    with pytest.raises(RewardError, match=r"broken: returned (nan|-?inf) for sample 1 \('q'\)"):
-        compute_rewards([broken], ROWS, ["a", "b"])
+    def reward(**columns: Any) -> list[float]:
+        seen.update(columns)
+        return [0.0, 0.0]
+
+    rewards_of(reward, rows=[{"prompt": CHAT}, {"prompt": "q", "answer": 1}])
+    assert seen["prompts"] == [CHAT, "q"]
+    assert seen["completions"] == [[{"role": "assistant", "content": "a"}], "bc"]
+    assert seen["answer"] == [None, 1]
+
+
+def test_a_column_that_is_not_there() -> None:
+    def reward(completions: list[str], entry: list, kind: list | None = None, **_: Any) -> list[float]:
+        return [0.0]
+
+    [func] = resolve_reward_funcs([reward])
+    with pytest.raises(
+        ConfigError, match="reward_funcs: reward needs a column 'entry', but the data has answer, extra"
+    ):
+        func.check_columns(ROWS[0])
+    func.check_columns({"prompt": "p", "entry": 1})
+
+
+# --- several, weights, None, rewards of tokens ---
+
+
+def constant(*rewards: Any, name: str = "constant") -> Callable[..., Any]:
+    """Make a function that returns ``rewards``."""
+
+    def func(**_: Any) -> Any:
+        return list(rewards)
+
+    func.__name__ = name
+    return func
+
+
+def test_weights() -> None:
+    rewards = rewards_of(constant(1, 2), constant(10, None, name="other"), weights=[0.5, -1])
+    assert rewards.by_function == {"constant": [1.0, 2.0], "other": [10.0, None]}  # unweighted
+    assert rewards.scores == [-9.5, 1.0]
+    with pytest.raises(
+        ConfigError, match=r"reward_weights: got \[1\.0\], needs 2, one for each of the reward functions"
+    ):
+        resolve_reward_funcs(["exact_match", "math_verify"], weights=[1.0])
+
+
+def test_functions_of_one_name() -> None:
+    assert list(rewards_of(constant(1, 2), constant(3, 4), constant(5, 6)).by_function) == [
+        "constant",
+        "constant#2",
+        "constant#3",
+    ]
+
+
+def test_a_sample_that_is_nobodys(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "asyppo"):
+        rewards = rewards_of(constant(1, None), constant(None, None), step=3)
+    assert rewards.scores == [1.0, 0.0]
+    assert caplog.messages == [
+        "step 3: no reward function has a reward for 1 of 2 samples, which count as 0; the first is sample 1 ('q')"
+    ]
+
+
+@pytest.mark.parametrize("as_type", [list, tuple, np.array, torch.tensor])
+def test_rewards_of_tokens(as_type: Any) -> None:
+    rewards = rewards_of(constant(1.5, as_type([0.5, 0.25])), constant(2, -1, name="other"), weights=[2, 1])
+    assert rewards.by_function == {"constant": [1.5, 0.75], "other": [2.0, -1.0]}
+    assert rewards.total[0] == 5.0
+    assert isinstance(rewards.total[1], torch.Tensor)
+    assert rewards.total[1].tolist() == [1.0, -0.5]  # the other function's number is on the last token
+    assert rewards.scores == [5.0, 0.5]
+    both = rewards_of(constant([1.0], [0.5, 0.25]), constant(None, [1.0, 2.0]))
+    assert [total.tolist() for total in both.total] == [[1.0], [1.5, 2.25]]
+
+
+def test_a_tensor_of_rewards() -> None:
+    def func(completions: list[str]) -> Any:
+        return torch.tensor([float(len(c)) for c in completions])
+
+    assert rewards_of(func).scores == [1.0, 2.0]
+
+
+def test_a_coroutine_function() -> None:
+    import asyncio
+
+    async def judge(completions: list[str], **_: Any) -> list[float]:
+        await asyncio.sleep(0.01)
+        return [float(len(c)) for c in completions]
+
+    assert rewards_of(judge).scores == [1.0, 2.0]
+
+    async def inside_a_running_loop() -> Rewards:  # as in a notebook
+        return rewards_of(judge)
+
+    assert asyncio.run(inside_a_running_loop()).scores == [1.0, 2.0]
+
+
+# --- what is no reward ---
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1", {}, [math.nan, 1.0], [1.0, None]])
+def test_a_reward_that_is_not_finite_is_named_with_its_sample(bad: Any) -> None:
+    named = {list: "for a token, needs finite numbers"}.get(type(bad), "needs a finite number or None")
+    with pytest.raises(RewardError, match=rf"reward function broken, step 7, sample 1 \('q'\): returned .*{named}"):
+        rewards_of(constant(1.0, bad, name="broken"), step=7)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_wrong_number_of_rewards(count: int) -> None:
-    def broken(**_: Any) -> list[float | None]:
-        return [1.0] * count
+    with pytest.raises(
+        RewardError, match=f"broken, evaluation: returned {count} rewards, needs 2, one for each sample"
+    ):
+        rewards_of(constant(*[1.0] * count, name="broken"))
 
-    with pytest.raises(RewardError, match=f"broken: returned {count} rewards, needs 2"):
-        compute_rewards([broken], ROWS, ["a", "b"])
+
+def test_no_list_of_rewards() -> None:
+    def broken(**_: Any) -> Any:
+        return 1.0
+
+    with pytest.raises(
+        RewardError, match=r"broken, evaluation: returned 1\.0, needs a list with one reward for each of 2"
+    ):
+        rewards_of(broken)
 
 
-def test_unknown_name() -> None:
-    with pytest.raises(ConfigError, match="reward_funcs: got 'nope', needs one of reasoning_gym, exact_match"):
-        resolve_reward_funcs(["nope"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_rewards_of_tokens(count: int) -> None:
+    with pytest.raises(
+        RewardError, match=rf"sample 1 \('q'\): returned rewards for {count} tokens, needs 2, one for each"
+    ):
+        rewards_of(constant([1.0], [1.0] * count))
+
+
+def test_a_function_that_raises_is_named_with_its_sample() -> None:
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(c)) if c == "a" else int(c) for c in completions]
+
+    line = broken.__code__.co_firstlineno + 1
+    with pytest.raises(RewardError) as error:
+        rewards_of(broken, rows=[{"prompt": "p"}, {"prompt": [{"role": "user", "content": "x" * 90}]}], step=7)
+    assert str(error.value) == (
+        f"reward function broken, step 7, sample 1 ('user: {'x' * 51}...'): raised TypeError: int() argument must be "
+        f"a string, a bytes-like object or a real number, not 'list' ({__file__}:{line})"
+    )
+    assert isinstance(error.value.__cause__, TypeError)
+
+
+def test_a_function_that_raises_for_no_sample_alone() -> None:
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        if len(completions) > 1:
+            raise KeyError("two\nlines")
+        return [0.0]
+
+    with pytest.raises(RewardError, match=r"^reward function broken, step 7: raised KeyError: 'two\\nlines' \("):
+        rewards_of(broken, step=7)
+
+
+# --- one's own, by name ---
+
+OWN = """
+def reward(completions, **_):
+    return [float(len(c)) for c in completions]
+
+class Group:
+    @staticmethod
+    def inner(completions, **_):
+        return [0.0 for c in completions]
+
+number = 3
+"""
+
+
+def test_a_function_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "neighbour.py").write_text("BONUS = 10\n")
+    (tmp_path / "own.py").write_text(OWN.replace("float(len(c))", "neighbour.BONUS + len(c)") + "import neighbour\n")
+    file = f"{tmp_path}/own.py"
+    [func, inner] = resolve_reward_funcs([f"{file}:reward", f"{file}:Group.inner"])
+    assert (func.name, inner.name) == ("reward", "inner")
+    assert rewards_of(func, inner).scores == [11.0, 12.0]
+
+
+def test_a_function_of_a_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    (tmp_path / "own_rewards_module.py").write_text(OWN)
+    assert rewards_of(*resolve_reward_funcs(["own_rewards_module:reward"])).scores == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (
+            "nope",
+            "got 'nope', needs one of reasoning_gym, exact_match, math_verify, or one of your own as module:function",
+        ),
+        ("no_such_module:reward", "got 'no_such_module:reward', but there is no module 'no_such_module'"),
+        ("json.nope:reward", "got 'json.nope:reward', but there is no module 'json.nope'"),
+        ("/no/such.py:reward", "got '/no/such.py:reward', but there is no file /no/such.py"),
+        ("{tmp}/own.py:nope", "has no function 'nope'; it has reward"),
+        ("{tmp}/own.py:number", "has no function 'number'; it has reward"),
+        ("{tmp}/own.py:", "has no function ''; it has reward"),
+        (
+            "{tmp}/broken.py:reward",
+            "whose import failed: NameError: name 'undefined' is not defined ({tmp}/broken.py:2)",
+        ),
+        ("{tmp}/needs.py:reward", "whose import failed: ModuleNotFoundError: No module named 'no_such_dependency'"),
+    ],
+)
+def test_a_function_that_cannot_be_had(tmp_path: Path, reference: str, message: str) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("\nundefined\n")
+    (tmp_path / "needs.py").write_text("import no_such_dependency\n")
+    with pytest.raises(ConfigError) as error:
+        resolve_reward_funcs([reference.format(tmp=tmp_path)])
+    assert str(error.value).startswith("reward_funcs: got '")
+    assert message.format(tmp=tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- time limits ---
+
+SLOW = """
+import asyncio, os, re, time
+
+calls = 0
+
+def reward(completions, answer, **_):
+    global calls
+    calls += 1
+    [completion] = completions
+    if completion == "loop":
+        while True:
+            pass
+    if completion == "compiled":
+        re.match("(a+)+$", "a" * 60 + "b")  # for ever, without a look at signals
+    if completion == "die":
+        os._exit(3)
+    if completion == "raise":
+        raise ValueError("no\\nreward")
+    if completion == "two":
+        return [1.0, 2.0]
+    if completion == "tokens":
+        return [[0.5] * 6]
+    return [calls + int(answer[0]) / 10]
+
+async def judge(completions, **_):
+    [completion] = completions
+    await asyncio.sleep(60 if completion == "loop" else 0.3)
+    if completion == "raise":
+        raise ValueError("no")
+    return [float(len(completion))]
+"""
+
+
+def limited(tmp_path: Path, name: str, timeout: float) -> Any:
+    """The function with a time limit."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    [func] = resolve_reward_funcs([f"{tmp_path}/slow.py:{name}"], timeout)
+    return func
+
+
+def rows_for(*completions: str) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{i}", "answer": i} for i in range(len(completions))]
+
+
+@pytest.mark.parametrize("kind", ["loop", "compiled"])
+def test_a_slow_sample_is_cut_off_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    func, completions = limited(tmp_path, "reward", 0.5), ("a", "tokens", kind, "b")
+    with caplog.at_level(logging.WARNING, "asyppo"):
+        rewards = rewards_of(func, completions=completions, rows=rows_for(*completions), step=2)
+    # The process lives from call to call until it is stuck; then another takes its place.
+    assert rewards.by_function == {"reward": [1.0, 3.0, None, 1.3]}
+    assert rewards.timeouts == {"reward": 1}
+    assert caplog.messages[0] == (
+        "reward function reward, step 2: cut off after 0.5 s at 1 of 4 samples, the first is sample 2 ('p2')"
+    )
+    again = rewards_of(func, completions=("a",), rows=rows_for("a"))
+    assert (again.by_function, again.timeouts) == ({"reward": [2.0]}, {"reward": 0})
+    pid = func.process.process.pid
+    os.kill(pid, 0)
+    del func.process
+    gc.collect()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)  # nothing is left running
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        ("die", r"ended its process \(exit status 3\)"),
+        ("raise", r"raised ValueError: no reward \(.*slow\.py:18\)"),
+        ("two", r"returned \[1\.0, 2\.0\] for one sample, needs a list with one reward"),
+    ],
+)
+def test_failures_in_a_process_of_its_own(tmp_path: Path, completion: str, message: str) -> None:
+    func, completions = limited(tmp_path, "reward", 30), ("a", completion)
+    with pytest.raises(RewardError, match=rf"^reward function reward, step 2, sample 1 \('p1'\): {message}"):
+        rewards_of(func, completions=completions, rows=rows_for(*completions), step=2)
+
+
+def test_a_slow_coroutine_is_cut_off(tmp_path: Path) -> None:
+    func, completions = limited(tmp_path, "judge", 1.5), ("a", "loop", *["bc"] * 20)
+    start = time.monotonic()
+    rewards = rewards_of(func, completions=completions, rows=rows_for(*completions))
+    assert time.monotonic() - start < 5  # side by side: one after another would take more than 6
+    assert rewards.by_function == {"judge": [1.0, None, *[2.0] * 20]}
+    assert rewards.timeouts == {"judge": 1}
+    with pytest.raises(RewardError, match=r"sample 1 \('p1'\): raised ValueError: no \(.*slow\.py"):
+        rewards_of(func, completions=("a", "raise"), rows=rows_for("a", "raise"))
+
+
+def test_a_time_limit_needs_a_function_that_can_be_imported() -> None:
+    for func, name in ((constant(1.0), "constant"), (lambda **_: [1.0], "<lambda>")):
+        with pytest.raises(
+            ConfigError, match=f"reward_timeout: reward function {name} cannot run in a process of its own"
+        ):
+            resolve_reward_funcs([func], timeout=1.0)
+
+
+def test_built_in_functions_under_a_time_limit() -> None:
+    funcs = resolve_reward_funcs(["exact_match", "math_verify"], timeout=60)
+    rows = [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "0.5"}]
+    rewards = rewards_of(*funcs, completions=("1", "<answer>1/2</answer>"), rows=rows)
+    assert rewards.by_function == {"exact_match": [1.0, 0.0], "math_verify": [1.0, 1.0]}
+    assert rewards.timeouts == {"exact_match": 0, "math_verify": 0}
+
+
+ABANDONS = """
+import os, signal, sys, threading, time
+from asyppo.rewards import resolve_reward_funcs
+
+[func] = resolve_reward_funcs([sys.argv[1]], 1000)
+threading.Thread(target=func, args=({"completions": ["loop"], "answer": [0]},), daemon=True).start()
+while func.process.connection is None:
+    time.sleep(0.1)
+print(func.process.process.pid, flush=True)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_stuck_process_does_not_outlive_a_killed_trainer(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-c", ABANDONS, f"{tmp_path}/slow.py:reward"]
+    pid = int(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout)
+    deadline = time.monotonic() + 60
+    while (Path("/proc") / str(pid)).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

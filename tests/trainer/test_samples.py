@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import asyppo.policy
 from asyppo.run import RunDirectory, read_jsonl
 from asyppo.samples import pieces, rounded, sample_rows
 
@@ -76,14 +77,24 @@ def test_what_a_training_step_logs(
     assert {row["prompt"] for row in samples} <= {row["prompt"] for row in trainer.train_dataset}
 
 
-def test_the_log_ratio_is_that_of_the_last_visit(tiny_config: Make, tiny_trainer: Make) -> None:
-    """With one pass and one minibatch each token is visited once, by the policy that sampled it."""
-    for iterations, zero in ((1, True), (2, False)):
-        config = tiny_config(num_iterations=iterations, run_name=f"{iterations}")
-        run = RunDirectory(config)
-        tiny_trainer(config, score).step(1, run)
-        ratios = [abs(x) for row in read_jsonl(run.samples) for x in row["log_ratio"]]
-        assert (max(ratios) < 1e-4) is zero
+def test_the_log_ratio_is_that_of_the_last_visit(
+    tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits: list[list[float]] = []
+    op = asyppo.policy.linear_ppo_loss
+
+    def spy(*arguments: Any, old_logprob: torch.Tensor, **options: Any) -> Any:
+        result = op(*arguments, old_logprob=old_logprob, **options)
+        visits.append([rounded(x) for x in (result.logprob - old_logprob).tolist()])
+        return result
+
+    monkeypatch.setattr(asyppo.policy, "linear_ppo_loss", spy)
+    config = tiny_config(num_iterations=3, logging_samples=12)
+    run = RunDirectory(config)
+    tiny_trainer(config, score).step(1, run)
+    logged = sorted(x for row in read_jsonl(run.samples) for x in row["log_ratio"])
+    assert max(map(abs, visits[0])) < 1e-4  # the policy that sampled
+    assert logged == sorted(visits[2]) != sorted(visits[1])
 
 
 def test_without_a_policy_update_the_ratio_is_one(tiny_config: Make, tiny_trainer: Make) -> None:

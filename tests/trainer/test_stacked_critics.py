@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForTokenClassification,
     LlamaConfig,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from asyppo.batch import Batch, share_micro_batches
+from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, OneByOneCritics, StackedCritics, make_critics
 from asyppo.run import RunDirectory
@@ -297,6 +299,45 @@ def test_gradient_checkpointing() -> None:
     assert kept[1] < kept[0] / 3
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operators that reach a backend; views and what only allocates launch nothing."""
+
+    NOTHING = ("view", "unsafe_view", "t", "transpose", "expand", "unsqueeze", "squeeze", "select", "slice", "split")
+    NOTHING += ("detach", "alias", "permute", "empty", "new_empty", "unbind", "as_strided", "empty_like")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        self.count += func.__name__.partition(".")[0].lstrip("_") not in self.NOTHING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_launches_of_one_for_all(padding: str) -> None:
+    """Forward and backward launch the same for any number of critics, a layer no more than one of transformers."""
+    ids, mask = inputs(padding)
+
+    def count(run: Callable[[], Tensor]) -> int:
+        run().sum().backward()  # what is made once is there
+        with Launches() as launches:
+            run().sum().backward()
+        return launches.count
+
+    def stacked_count(num_critics: int, depth: int) -> int:
+        critics = StackedCritics(make_models("qwen3", num_critics, num_hidden_layers=depth))
+        return count(lambda: critics(ids, mask))
+
+    def alone_count(depth: int) -> int:
+        (model,) = make_models("qwen3", 1, num_hidden_layers=depth)
+        return count(lambda: model(input_ids=ids, attention_mask=mask).logits)
+
+    assert stacked_count(1, 2) == stacked_count(2, 2) == stacked_count(4, 2)
+    assert stacked_count(4, 3) - stacked_count(4, 2) <= alone_count(3) - alone_count(2)
+
+
 # --- what is saved and loaded ---
 
 
@@ -530,3 +571,29 @@ def test_both_kinds_give_the_same_metrics(
                 assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5, nan_ok=True), key
         assert 0 < other["critic/padding_frac"] < 1
         assert one["critic/vf_loss"] > 0
+
+
+def test_a_checkpoint_of_either_kind_is_one_of_the_other(
+    tiny_config: Callable[..., AsyPPOConfig], tiny_trainer: Callable[..., AsyPPOTrainer]
+) -> None:
+    """Weights and optimizer go on bit for bit, those of a critic that has never stepped, too."""
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(c.count("a")) for c in completions]
+
+    for stacked in (True, False):
+        configs = [tiny_config(run_name=f"{stacked}-{s}", critic={"stacked": s}) for s in (stacked, not stacked)]
+        first, second = (tiny_trainer(config, reward) for config in configs)
+        run = RunDirectory(configs[0])
+        handle = next(first.critics.parameters()).register_hook(lambda g: g * torch.nan)
+        assert first.step(1, run)["critic/skipped_updates"] == (2 if stacked else 1)
+        handle.remove()
+        if not stacked:
+            assert first.step(2, run)["critic/skipped_updates"] == 0
+        checkpoint = first.save(run, 2)
+        load_checkpoint(checkpoint, second.trained())
+        (one, adam), (other, other_adam) = (trainer.trained()["critics"] for trainer in (first, second))
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+            for name, value in adam.state[p].items():
+                assert torch.equal(value, other_adam.state[q][name])

@@ -62,6 +62,7 @@ def read_steps(
     value,
     reward,
     mask,
+    row_lam,
     row,
     time,
     b,
@@ -73,6 +74,7 @@ def read_steps(
     reward_t,
     mask_b,
     mask_t,
+    gamma,
     lam,
     rest,
     decay,
@@ -83,6 +85,10 @@ def read_steps(
 ):
     """Read a tile: which steps count, their rewards, mean and deviation over K critics, and (a, b) for both lambdas."""
     inside = (row < b)[:, None] & (time < t)[None, :]
+    if row_lam is not None:
+        lam = tl.load(row_lam + row, mask=row < b, other=0.0)[:, None]
+        rest = 1 - lam
+        decay = gamma * lam
     row = row[:, None].to(tl.int64)
     time = time[None, :].to(tl.int64)
     valid = tl.load(mask + row * mask_b + time * mask_t, mask=inside, other=0) != 0
@@ -109,6 +115,7 @@ def summary_kernel(
     value,
     reward,
     mask,
+    row_lam,
     summary,
     b,
     t,
@@ -120,6 +127,7 @@ def summary_kernel(
     reward_t,
     mask_b,
     mask_t,
+    gamma,
     lam,
     rest,
     decay,
@@ -146,8 +154,8 @@ def summary_kernel(
     for i in range(blocks):
         time = start + (blocks - 1 - i) * BLOCK_T + step
         _, _, _, _, _, c1, d1, c2, d2 = read_steps(
-            value, reward, mask, row + tl.arange(0, 1), time, b, t, value_k, value_b, value_t, reward_b, reward_t,
-            mask_b, mask_t, lam, rest, decay, value_lam, value_rest, value_decay, K,
+            value, reward, mask, row_lam, row + tl.arange(0, 1), time, b, t, value_k, value_b, value_t, reward_b,
+            reward_t, mask_b, mask_t, gamma, lam, rest, decay, value_lam, value_rest, value_decay, K,
         )  # fmt: skip
         c1, d1, c2, d2 = scan_from_the_right(c1, d1, c2, d2, 1)
         a1, b1, a2, b2 = compose(
@@ -165,6 +173,7 @@ def gae_kernel(
     value,
     reward,
     mask,
+    row_lam,
     summary,
     advantage,
     returns,
@@ -217,8 +226,8 @@ def gae_kernel(
     for i in range(blocks):
         time = start + (blocks - 1 - i) * BLOCK_T + step
         inside, valid, r, mean, std, a1, b1, a2, b2 = read_steps(
-            value, reward, mask, row, time, b, t, value_k, value_b, value_t, reward_b, reward_t,
-            mask_b, mask_t, lam, rest, decay, value_lam, value_rest, value_decay, K,
+            value, reward, mask, row_lam, row, time, b, t, value_k, value_b, value_t, reward_b, reward_t,
+            mask_b, mask_t, gamma, lam, rest, decay, value_lam, value_rest, value_decay, K,
         )  # fmt: skip
         one = tl.full((ROWS, BLOCK_T), 1.0, tl.float32)
         zero = tl.zeros((ROWS, BLOCK_T), tl.float32)

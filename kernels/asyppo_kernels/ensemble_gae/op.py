@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def ensemble_gae(
     mask: Tensor,
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
     value_lam: float = 1.0,
     backend: Backend = "auto",
 ) -> EnsembleGAE:
@@ -50,7 +50,7 @@ def ensemble_gae(
         reward: [B, T], in any of these dtypes.
         mask: [B, T] bool, True where the step counts.
         gamma: discount, in [0, 1].
-        lam: lambda of the advantage, in [0, 1].
+        lam: lambda of the advantage, in [0, 1]; or one for each row, [B] float32, whose values are not checked.
         value_lam: lambda of the returns, in [0, 1]; 1 is the discounted sum of the rewards.
         backend: "torch", "triton" (a GPU's, but for Triton's interpreter), or "auto": Triton on a GPU, torch elsewhere.
 
@@ -66,11 +66,15 @@ def ensemble_gae(
         raise ValueError(f"value: got shape {list(value.shape)}, needs [K, B, T] with K >= 1")
     check_tensor("reward", reward, shape=(b, t), needs="[B, T] of value", dtypes=FLOATS, device=value.device)
     check_tensor("mask", mask, shape=(b, t), needs="[B, T] of value", dtypes=(torch.bool,), device=value.device)
-    for name, number in (("gamma", gamma), ("lam", lam), ("value_lam", value_lam)):
+    row_lam, one_lam = None, cast(float, lam)
+    if isinstance(lam, Tensor) and lam.dim() > 0:
+        check_tensor("lam", lam, shape=(b,), needs="[B] of value", dtypes=(torch.float32,), device=value.device)
+        row_lam, one_lam = lam.detach(), 0.0
+    for name, number in (("gamma", gamma), ("lam", one_lam), ("value_lam", value_lam)):
         check_number(name, number, "a number in [0, 1]", low=0.0, high=1.0)
     form = choose_backend("ensemble_gae", backend, value.device, has_triton=True)
-    numbers = float(gamma), float(lam), float(value_lam)
-    return EnsembleGAE(*_op(value.detach(), reward.detach(), mask, *numbers, form))
+    numbers = float(gamma), float(one_lam), float(value_lam)
+    return EnsembleGAE(*_op(value.detach(), reward.detach(), mask, *numbers, row_lam, form))
 
 
 def _form(form: str) -> ModuleType:
@@ -80,14 +84,28 @@ def _form(form: str) -> ModuleType:
 
 @torch.library.custom_op("asyppo::ensemble_gae", mutates_args=())
 def _op(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float, form: str = "torch"
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    value_lam: float,
+    row_lam: Tensor | None = None,
+    form: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _form(form).forward(value, reward, mask, gamma, lam, value_lam)
+    return _form(form).forward(value, reward, mask, gamma, lam, value_lam, row_lam)
 
 
 @_op.register_fake
 def _(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float, form: str = "torch"
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    value_lam: float,
+    row_lam: Tensor | None = None,
+    form: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def empty() -> Tensor:
         return value.new_empty(mask.shape, dtype=torch.float32)

@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def ensemble_gae_reference(
-    value: Tensor, reward: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95, value_lam: float = 1.0
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    value_lam: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return advantage, returns, mean and std, all [B, T]; see ``ensemble_gae``."""
     value = value.masked_fill(~mask, 0)

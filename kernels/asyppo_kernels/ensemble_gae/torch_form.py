@@ -20,20 +20,27 @@ BLOCK = 32
 
 
 def forward(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    value_lam: float,
+    row_lam: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return advantage, returns, mean and std, all [B, T] float32."""
     masked = ~mask
     value = value.float().contiguous().masked_fill(masked, 0)
     reward = reward.float().contiguous().masked_fill(masked, 0)
     mean, std = mean_and_std(value)
-    advantage = (reward - mean).add_(_next_z(mean, reward, mask, gamma, lam), alpha=gamma).masked_fill_(masked, 0)
+    next_z = _next_z(mean, reward, mask, gamma, lam if row_lam is None else row_lam[:, None])
+    advantage = (reward - mean).add_(next_z, alpha=gamma).masked_fill_(masked, 0)
     returns = reward.add_(_next_z(mean, reward, mask, gamma, value_lam), alpha=gamma).masked_fill_(masked, 0)
     return advantage, returns, mean, std
 
 
-def _next_z(mean: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    coefficient = torch.ones_like(mean).masked_fill_(mask, gamma * lam)
+def _next_z(mean: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
+    coefficient = torch.where(mask, gamma * lam, torch.ones_like(mean))
     return _after(_scan(coefficient, torch.lerp(mean, reward, lam)))
 
 

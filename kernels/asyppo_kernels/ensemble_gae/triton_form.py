@@ -31,7 +31,13 @@ def chunks_of(b: int, t: int) -> int:
 
 
 def forward(
-    value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float, value_lam: float
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    value_lam: float,
+    row_lam: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return advantage, returns, mean and std, all [B, T] float32."""
     k, b, t = value.shape
@@ -44,8 +50,8 @@ def forward(
     chunks = chunks_of(b, t)
     span = block * triton.cdiv(triton.cdiv(t, block), chunks)
     strides = (*value.stride(), *reward.stride(), *mask.stride())
-    numbers = (lam, 1 - lam, gamma * lam, value_lam, 1 - value_lam, gamma * value_lam)
-    inputs = (value, reward, mask.view(torch.uint8))
+    numbers = (gamma, lam, 1 - lam, gamma * lam, value_lam, 1 - value_lam, gamma * value_lam)
+    inputs = (value, reward, mask.view(torch.uint8), None if row_lam is None else row_lam.contiguous())
     summary = value.new_empty((b, chunks, 4), dtype=torch.float32) if chunks > 1 else None
     with device_guard(value):
         if chunks > 1:
@@ -61,7 +67,6 @@ def forward(
             span,
             chunks,
             *strides,
-            gamma,
             *numbers,
             K=k,
             ROWS=rows,

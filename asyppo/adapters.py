@@ -1,0 +1,48 @@
+"""LoRA adapters on a causal language model, by peft through transformers' own integration.
+
+The model stays a ``PreTrainedModel``: its layers get adapters in place, ``save_pretrained`` writes the adapters alone,
+and ``disable_adapters`` gives back the model under them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from asyppo.config import ConfigError
+
+
+def base_of_adapter(path: str) -> str | None:
+    """Return the model under the adapter that ``path`` (directory or hub name) holds, None if it holds a model."""
+    found = find_adapter_config_file(path)
+    if found is None or (Path(path) / "config.json").exists():
+        return None
+    return json.loads(Path(found).read_text())["base_model_name_or_path"]
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether adapters are trained rather than the model's own weights."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: list[str] | None) -> None:
+    """Put trainable adapters of rank ``r`` (arXiv 2106.09685) on the linear layers that ``target_modules`` names, and
+    freeze everything else. None: all linear layers but the head. A new adapter changes nothing: its B is 0.
+
+    Raises ConfigError for a name that no layer has, and for the head, whose weight goes into the fused ops as it is.
+    """
+    from peft import LoraConfig
+
+    try:
+        model.add_adapter(
+            LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules or "all-linear", task_type="CAUSAL_LM")
+        )
+    except ValueError as error:
+        raise ConfigError(f"policy.lora_target_modules: {' '.join(str(error).split())}") from error
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ConfigError(
+            f"policy.lora_target_modules: got {target_modules}, which names the head; needs layers below it"
+        )

@@ -1,0 +1,259 @@
+"""The memory estimate: counted parts equal what torch has, for real models and a real step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from asyppo.build import build_trainer
+from asyppo.cli import READY_CONFIGS, main, parse
+from asyppo.config import AsyPPOConfig, PolicyConfig
+from asyppo.plan import GIB, Model, activations, describe, known_shape, make_plan
+from asyppo.policy import Policy
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # as the model cards have them, in billions
+        ("Qwen/Qwen3-0.6B-Base", 0.596),
+        ("Qwen/Qwen3-1.7B-Base", 1.721),
+        ("Qwen/Qwen3-4B", 4.022),
+        ("Qwen/Qwen3-8B-Base", 8.191),
+        ("Qwen/Qwen3-14B", 14.768),
+    ],
+)
+def test_shapes_known_offline(name: str, parameters: float) -> None:
+    config = known_shape(name)
+    assert config is not None
+    found = describe(name, "", config, config=AsyPPOConfig())
+    assert found.parameters / 1e9 == pytest.approx(parameters, abs=6e-4)
+    assert found.trainable == found.parameters
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert found.parameters == model.num_parameters()
+    assert found.largest_layer == sum(p.numel() for p in model.model.layers[0].parameters())
+    cache = 2 * 8 * 128 * config.num_hidden_layers  # keys and values of 8 heads of 128, in each layer
+    assert found.kv_bytes_per_token(2) == 2 * cache
+
+
+def test_other_names_have_no_shape() -> None:
+    assert known_shape("Qwen/Qwen3-3B") is None
+    assert known_shape("other/Qwen3-4B") is None
+
+
+def saved(directory: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def tiny_run(
+    tmp_path: Path, tiny_lm: Callable[..., Any], tokenizer: PreTrainedTokenizerFast, tiny_config: Callable[..., Any]
+) -> Callable[..., AsyPPOConfig]:
+    """A configuration of tiny models on disk."""
+
+    def make(**fields: Any) -> AsyPPOConfig:
+        config = tiny_config(**fields)
+        config.policy.model_name_or_path = saved(tmp_path / "policy", tiny_lm(), tokenizer)
+        config.critic.model_name_or_path = saved(tmp_path / "critic", tiny_lm(num_hidden_layers=1), tokenizer)
+        config.data.train_size, config.data.eval_size = 8, 0
+        config.policy.dtype = "float32"
+        config.reward_funcs = ["exact_match"]
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_weights_gradients_and_moments_are_those_of_a_step(
+    tiny_run: Callable[..., AsyPPOConfig], tmp_path: Path, lora_rank: int
+) -> None:
+    config = tiny_run(beta=0.1, critic={"lora_rank": lora_rank})
+    config.data.dataset_name = str(tmp_path / "rows.jsonl")
+    Path(config.data.dataset_name).write_text('{"prompt": "ab", "answer": "a"}\n{"prompt": "c", "answer": "d"}\n')
+    phases = make_plan(config).phases
+    trainer = build_trainer(config)
+    assert trainer.critics is not None
+    assert trainer.critic_optimizer is not None
+    optimizers = {"policy": trainer.policy_optimizer, "critics": trainer.critic_optimizer.adamw}
+    gradients: dict[str, int] = {}
+    for name, optimizer in optimizers.items():
+
+        def noted(*args: Any, name: str = name, optimizer: Any = optimizer, step: Any = optimizer.step) -> Any:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients[name] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+            return step(*args)
+
+        optimizer.step = noted  # type: ignore[method-assign]
+    trainer.train()
+
+    def moments(name: str) -> int:
+        states = optimizers[name].state.values()
+        return sum(tensor.nbytes for state in states for key, tensor in state.items() if key != "step")
+
+    update = phases["policy update"]
+    assert update["policy weights"] == sum(p.nbytes for p in trainer.policy.parameters())
+    assert update["critics weights"] == sum(p.nbytes for p in trainer.critics.parameters())
+    assert update["reference weights"] == sum(p.nbytes for p in trainer.reference.parameters())  # type: ignore[union-attr]
+    for name in ("policy", "critics"):
+        assert update[f"{name} optimizer"] == moments(name)
+    assert update["gradients"] == gradients["policy"]
+    assert phases["critic update"]["gradients"] == gradients["critics"]
+
+
+def kept_by(model: Any, rows: int, width: int, forward: Callable[..., Any]) -> int:
+    """Bytes of real tensors that a real forward pass saves, weights apart."""
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and not isinstance(tensor, torch.nn.Parameter):
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ids = torch.zeros(rows, width, dtype=torch.int64)
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        forward(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def gemma() -> Gemma3ForCausalLM:
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=8, intermediate_size=32, sliding_window=16, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_of_a_real_pass(tiny_lm: Callable[..., Any], family: str, checkpointing: bool) -> None:
+    model = (tiny_lm(num_hidden_layers=5) if family == "qwen3" else gemma()).eval()
+    policy = Policy(model, gradient_checkpointing=checkpointing)
+
+    def forward(**inputs: Any) -> Any:
+        with policy._checkpointing():
+            return model.get_decoder()(**inputs)
+
+    described = describe("", "", model.config, config=AsyPPOConfig())
+    counted = activations(described, 3, 40, torch.float32, checkpointing)
+    assert counted.casts == 0
+    assert counted.kept == pytest.approx(kept_by(model, 3, 40, forward), rel=0.02)
+    assert (counted.layer < counted.kept) is not checkpointing
+
+
+def test_autocast_copies_the_weights(tiny_lm: Callable[..., Any]) -> None:
+    model = tiny_lm()
+    described = describe("", "", model.config, config=AsyPPOConfig())
+    counted = activations(described, 3, 40, torch.bfloat16, checkpointing=False)
+    linear = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    assert counted.casts == 2 * sum(m.weight.numel() for m in linear)
+    assert counted.kept < activations(described, 3, 40, torch.float32, checkpointing=False).kept
+
+
+def test_adapters(tiny_lm: Callable[..., Any]) -> None:
+    config = AsyPPOConfig(policy=PolicyConfig(use_peft=True, lora_r=3, lora_target_modules=["q_proj", "down_proj"]))
+    model = tiny_lm()
+    plain = model.num_parameters()
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=["q_proj", "down_proj"]), model)
+    found = describe("", "", model.config, config=config)
+    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.parameters == plain + found.trainable
+
+
+def test_sharding_divides_what_is_sharded(tiny_run: Callable[..., AsyPPOConfig]) -> None:
+    config = tiny_run(prompts_per_step=8)
+    one, four = make_plan(config).phases["policy update"], make_plan(config, gpus=4).phases["policy update"]
+    for name in ("policy weights", "policy optimizer", "critics weights", "critics optimizer", "gradients", "batch"):
+        assert four[name] == one[name] // 4, name
+    assert four["activations"] == one["activations"]
+
+
+def test_what_does_not_train_takes_no_memory(tiny_run: Callable[..., AsyPPOConfig]) -> None:
+    config = tiny_run()
+    assert not any("reference" in name for name in make_plan(config).phases["policy update"])
+    config.algorithm = "grpo"
+    phases = make_plan(config).phases
+    assert list(phases) == ["generation", "log-probs", "policy update"]
+    assert not any("critic" in name for name in phases["policy update"])
+    config.algorithm = "ppo"
+    ppo = make_plan(config)
+    policy, critic = ppo.models
+    assert critic.parameters == policy.parameters - 19 * 16 + (16 + 1)  # one value with a bias in place of 19 logits
+
+
+def test_checkpointing_and_shorter_responses_save_memory() -> None:
+    config = AsyPPOConfig(max_completion_length=4096, generation_batch_size=16, sampler="generate")
+    config.policy.model_name_or_path, config.algorithm = "Qwen/Qwen3-1.7B-Base", "grpo"
+    plain = make_plan(config)
+    config.policy.gradient_checkpointing = True
+    assert make_plan(config).phases["policy update"]["activations"] < 0.1 * plain.phases["policy update"]["activations"]
+    config.max_completion_length = 1024
+    cache = [p.phases["generation"]["key-value cache"] for p in (plain, make_plan(config))]
+    assert cache[0] == 16 * (4096 + 1024) * (2 * 28 * 8 * 128 * 2)
+    assert cache[1] / cache[0] == (1024 + 1024) / (4096 + 1024)
+    # Continuous batching makes do with less room.
+    config.sampler = "continuous"
+    continuous = make_plan(config)
+    assert continuous.phases["generation"]["key-value cache"] == cache[1] // 16
+    assert "each more takes 0.22 GiB" in continuous.table()
+    assert continuous.phases["generation"]["policy copy to sample with"] == 2 * plain.models[0].parameters
+
+
+def test_the_table(tiny_run: Callable[..., AsyPPOConfig]) -> None:
+    plan = make_plan(tiny_run(), gpus=2)
+    lines = plan.table().splitlines()
+    name, total = plan.peak
+    assert total == max(sum(parts.values()) for parts in plan.phases.values())
+    assert f"peak: {total / GIB:.1f} GiB on each of 2 GPUs, {name}" in lines
+    header = next(line for line in lines if line.startswith("GiB on each GPU"))
+    assert all(phase in header for phase in plan.phases)
+    assert "its config.json" in lines[0]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["plan", "--config", "default", "--prompt_length", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "warm_start" in out.splitlines()[0]
+    assert "every response is 16 tokens long, every prompt 32" in out
+    assert main(["plan", "--config", "default", "--gpus", "0"]) == 2
+    assert "--gpus: got 0, needs an integer of at least 1" in capsys.readouterr().err
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    assert main(["plan", "--policy.model_name_or_path", "some/model"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "asyppo: error: model_name_or_path: got 'some/model', which is no directory, and the hub gives"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in READY_CONFIGS if name != "default"])
+def test_ready_configurations(name: str, capsys: pytest.CaptureFixture) -> None:
+    """They are read, hold, name what the paper has, and fit the GPUs that their first lines name."""
+    config = parse(["train", "--config", name])
+    size = name.removeprefix("qwen3-").upper()
+    assert config.policy.model_name_or_path == f"Qwen/Qwen3-{size}-Base"
+    assert config.critic.model_name_or_path in {f"Qwen/Qwen3-{size}-Base" for size in ("0.6B", "1.7B", "4B")}
+    assert (config.num_critics, config.num_generations) == (2, 32)
+    assert config.prompts_per_step * config.num_generations == 1024
+    assert (config.max_completion_length, config.learning_rate) == (8192, 1e-6)
+    assert (config.advantage_mask_fraction, config.entropy_filter_fraction) == (0.2, 0.2)
+    assert config.num_iterations * config.num_mini_batches == 4
+    plan = make_plan(config, gpus=8)
+    assert [m.source for m in plan.models] == ["shape known here, not looked up on the hub"] * 2
+    assert plan.peak[1] < 0.9 * 80 * GIB, plan.table()
+    assert isinstance(plan.models[0], Model)
