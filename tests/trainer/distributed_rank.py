@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
 
 import asyppo.trainer
+from asyppo.adapters import add_lora
 from asyppo.advantage import LearningSignal
+from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
-from asyppo.critics import make_critics
+from asyppo.critics import Critics, LoraCritics, make_critics
 from asyppo.distributed import make_mesh, processes, rank
 from asyppo.policy import Policy
-from asyppo.run import Timer
+from asyppo.progress import Timer
+from asyppo.run import open_run
 from asyppo.sampler import Response
 from asyppo.trainer import AsyPPOTrainer
 
@@ -79,9 +82,17 @@ def shape(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def policy(dtype: torch.dtype = torch.float32, **changes: Any) -> Policy:
+def policy(
+    dtype: torch.dtype = torch.float32, *, lora: bool = False, gradient_checkpointing: bool = False, **changes: Any
+) -> Policy:
     torch.manual_seed(0)
-    return Policy(Qwen3ForCausalLM(Qwen3Config(**shape(**changes))), dtype=dtype)
+    model = Qwen3ForCausalLM(Qwen3Config(**shape(**changes)))
+    if lora:
+        add_lora(model, r=2, alpha=4, target_modules=None)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # so that the adapters do something
+                torch.nn.init.normal_(parameter, std=0.1)
+    return Policy(model, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 
 
 def critic(seed: int) -> Qwen3ForTokenClassification:
@@ -132,13 +143,26 @@ def make_config(**fields: Any) -> AsyPPOConfig:
     return AsyPPOConfig(**(defaults | fields), critic=CriticConfig(**critics))
 
 
+def make_critics_of(config: AsyPPOConfig, dtype: torch.dtype) -> Critics | None:
+    if not config.num_critics:
+        return None
+    models = [critic(10 + m) for m in range(config.num_critics)]
+    rank = config.critic.lora_rank
+    if not rank:
+        return make_critics(models, config.critic, dtype=dtype)
+    critics = LoraCritics(models[0], [model.score for model in models], rank=rank, alpha=4, dtype=dtype)
+    for name, parameter in critics.trained_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return critics
+
+
 def make_trainer(config: AsyPPOConfig, mesh: DeviceMesh | None, **kw: Any) -> AsyPPOTrainer:
-    stacked, dtype = kw.pop("stacked", True), kw.pop("dtype", torch.float32)
-    critics = [critic(10 + m) for m in range(config.num_critics)]
-    settings = replace(config.critic, stacked=stacked)
+    config = replace(config, critic=replace(config.critic, stacked=kw.pop("stacked", True)))
+    dtype = kw.pop("dtype", torch.float32)
     return AsyPPOTrainer(
         policy=policy(dtype, **kw.pop("policy", {})),
-        critics=make_critics(critics, settings, dtype=dtype) if critics else None,
+        critics=make_critics_of(config, dtype),
         tokenizer=tokenizer(),
         reward_funcs=[likes_a],
         train_dataset=[{"prompt": text} for text in PROMPTS],
@@ -212,45 +236,87 @@ def collectives(mesh: DeviceMesh | None) -> dict[str, Any]:
             counts[name] = mode.counts
 
     asyppo.trainer.Timer = CountingTimer  # type: ignore[misc]
-    try:
+    with suppress(KeyError):  # it has counted no time
         trainer.step(2, NoRun())  # type: ignore[arg-type]
-    except KeyError:
-        pass
-    finally:
-        asyppo.trainer.Timer = Timer
+    asyppo.trainer.Timer = Timer  # type: ignore[misc]
     return counts
 
 
+def generate(mesh: DeviceMesh | None) -> list[dict[str, float]]:
+    """Metrics of two steps on responses that the policy samples; every rank's are of lengths of their own."""
+    trainer = make_trainer(make_config(max_completion_length=20), mesh)
+    return [trainer.step(step, NoRun()) for step in (1, 2)]  # type: ignore[arg-type]
+
+
+def save(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
+    """Save a checkpoint after a step, and return what the next one comes to, with the weights that were saved."""
+    config = make_config(output_dir=str(folder), run_name="run", report_to=[])
+    trainer = make_trainer(config, mesh, sampler=Scripted(12))
+    with open_run(config) as run:
+        run.start(0)
+        trainer.step(1, run)
+        saved = weights(trainer)
+        trainer.save(run, 1)
+    row = trainer.step(2, NoRun())  # type: ignore[arg-type]
+    return {"rows": [row], "signals": [], "weights": weights(trainer), "saved": saved}
+
+
+def load(mesh: DeviceMesh | None, checkpoint: Path) -> dict[str, Any]:
+    """Go on from a checkpoint of ``save``."""
+    trainer = make_trainer(make_config(), mesh, sampler=Scripted(12))
+    assert load_checkpoint(checkpoint, trainer.trained())["step"] == 1
+    row = trainer.step(2, NoRun())  # type: ignore[arg-type]
+    return {"rows": [row], "signals": [], "weights": weights(trainer)}
+
+
 def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
-    """What is run, by name."""
+    """Runs whose results do not depend on the number of ranks, by name."""
     lambda_below_1 = {"value_lambda": 0.9, "num_iterations": 2}
+    options = {
+        "use_kl_in_reward": True,
+        "beta": 0.05,
+        "delta": 2.0,
+        "importance_sampling_clip_max": 2.0,
+        "overlong_buffer_len": 4,
+        "mask_truncated_completions": True,
+        "dynamic_sampling": True,
+        "advantage_values": "cross_fit",
+    }
     return {
         "asyppo": lambda: train(make_config(), mesh),
         "one_by_one": lambda: train(make_config(), mesh, stacked=False),
         "ppo": lambda: train(make_config(algorithm="ppo", beta=0.1, critic=lambda_below_1), mesh),
         "grpo": lambda: train(make_config(algorithm="grpo", loss_aggregation="token-mean", num_iterations=2), mesh),
         "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
+        "options": lambda: train(make_config(**options, critic={"cliprange_value": 0.2}), mesh),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
-        "bfloat16": lambda: train(make_config(), mesh, dtype=torch.bfloat16),
-        "collectives": lambda: collectives(mesh),
+        "checkpointing": lambda: train(
+            make_config(critic={"gradient_checkpointing": True}), mesh, policy={"gradient_checkpointing": True}
+        ),
+        "adapters": lambda: train(make_config(beta=0.1, critic={"lora_rank": 2}), mesh, policy={"lora": True}),
         # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
         "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
     }
 
 
-def main(folder: Path) -> None:
-    """Run every case and save what came of it."""
-    settings = json.loads(os.environ.get("ASYPPO_TEST_DISTRIBUTED", "{}"))
-    config = DistributedConfig(timeout_s=120, **settings)
+def main(folder: Path, chosen: Sequence[str]) -> None:
+    """Run the cases that are asked for, or all that do not depend on the number of ranks, and save what came of it."""
+    config = DistributedConfig(timeout_s=120, **json.loads(os.environ.get("ASYPPO_TEST_DISTRIBUTED", "{}")))
     with processes(config):
         mesh = make_mesh(config, torch.device("cpu"))
-        for name, case in cases(mesh).items():
-            if len(sys.argv) > 2 and name not in sys.argv[2:]:
-                continue
-            result = case()
+        every = cases(mesh)
+        further = {
+            "bfloat16": lambda: train(make_config(), mesh, dtype=torch.bfloat16),
+            "collectives": lambda: collectives(mesh),
+            "generate": lambda: generate(mesh),
+            "save": lambda: save(mesh, folder),
+            "load": lambda: load(mesh, Path(os.environ["ASYPPO_TEST_CHECKPOINT"])),
+        }
+        for name in chosen or every:
+            result = (every | further)[name]()
             if rank() == 0:
                 torch.save(result, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
