@@ -161,7 +161,7 @@ class WholeCopy:
 def whole_on_main(*modules: nn.Module) -> Iterator[None]:
     """Inside, ``modules`` have their weights whole, on the CPU of rank 0, for code there that knows nothing of shards,
     such as ``save_pretrained``. On other ranks they are not to be used meanwhile."""
-    gathered: dict[int, nn.Parameter] = {}
+    whole: dict[int, nn.Parameter | None] = {}
     sharded = []
     for module in modules:
         release(module)
@@ -170,13 +170,14 @@ def whole_on_main(*modules: nn.Module) -> Iterator[None]:
                 if not isinstance(parameter, DTensor):
                     continue
                 sharded.append((part, name, parameter))
-                if id(parameter) not in gathered:  # tied weights stay tied
-                    whole = parameter.full_tensor().detach()
-                    if rank() == 0:
-                        gathered[id(parameter)] = nn.Parameter(whole.cpu(), requires_grad=parameter.requires_grad)
+                if id(parameter) not in whole:  # tied weights stay tied
+                    gathered = parameter.full_tensor().detach()  # by all ranks
+                    whole[id(parameter)] = (
+                        nn.Parameter(gathered.cpu(), parameter.requires_grad) if rank() == 0 else None
+                    )
     try:
         for part, name, parameter in sharded if rank() == 0 else ():
-            setattr(part, name, gathered[id(parameter)])
+            setattr(part, name, whole[id(parameter)])
         yield
     finally:
         for part, name, parameter in sharded:

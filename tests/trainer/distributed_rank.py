@@ -251,7 +251,7 @@ def generate(mesh: DeviceMesh | None) -> list[dict[str, float]]:
 def save(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
     """Save a checkpoint after a step, and return what the next one comes to, with the weights that were saved."""
     config = make_config(output_dir=str(folder), run_name="run", report_to=[])
-    trainer = make_trainer(config, mesh, sampler=Scripted(12))
+    trainer = make_trainer(config, mesh, sampler=Scripted(12), policy={"tie_word_embeddings": True})
     with open_run(config) as run:
         run.start(0)
         trainer.step(1, run)
@@ -263,7 +263,7 @@ def save(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
 
 def load(mesh: DeviceMesh | None, checkpoint: Path) -> dict[str, Any]:
     """Go on from a checkpoint of ``save``."""
-    trainer = make_trainer(make_config(), mesh, sampler=Scripted(12))
+    trainer = make_trainer(make_config(), mesh, sampler=Scripted(12), policy={"tie_word_embeddings": True})
     assert load_checkpoint(checkpoint, trainer.trained())["step"] == 1
     row = trainer.step(2, NoRun())  # type: ignore[arg-type]
     return {"rows": [row], "signals": [], "weights": weights(trainer)}
