@@ -85,6 +85,7 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), **alone)
     try:
         yield
+        dist.barrier()  # none leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
