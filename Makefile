@@ -4,17 +4,25 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
-.PHONY: train test test-slow bench lint clean
+.PHONY: train test test-slow browser bench lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
 
 # One thread a test process: on small tensors a second one costs more than it brings.
-test: $(READY)
+test: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
-test-slow: $(READY)
+test-slow: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+
+# The report's page is tested in Chromium. Root on Debian or Ubuntu gets it here; others are told what to do by the tests.
+browser:
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null && command -v apt-get >/dev/null \
+		&& [ "$$(id -u)" = 0 ] && [ "$$ASYPPO_TEST_BROWSER" != skip ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+			chromium chromium-driver >/dev/null; \
+	fi
 
 # Ours beside what others use, on what this machine has; the report is bench/results/README.md.
 bench: $(PEERS)

@@ -29,6 +29,8 @@ class LearningSignal:
     """float32 [B, T]: the λ-return that critics learn; of the mean value where λ < 1."""
     value: Tensor
     """float32 [B, T]: V̄, the mean over critics."""
+    values: Tensor
+    """float32 [M, B, T]: each critic's own."""
     std: Tensor
     """float32 [B, T]: σ, the population standard deviation over critics."""
     low: Tensor
@@ -81,6 +83,7 @@ def ensemble_signal(
         raw_advantage=gae.advantage,
         returns=gae.returns,
         value=gae.mean,
+        values=value,
         std=std,
         low=low,
         high=high,
@@ -148,6 +151,7 @@ def group_signal(
         raw_advantage=advantage,
         returns=torch.where(mask, score[:, None], 0.0),
         value=torch.where(mask, mean[:, None], 0.0),
+        values=reward.new_zeros(0, *reward.shape),
         std=torch.zeros_like(reward),
         low=zero,
         high=zero,

@@ -99,7 +99,7 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
             tokenizer,
             rows,
             [torch.tensor(ids) for ids in prompts],
-            reward_funcs[0],
+            reward_funcs,
             config,
             progress=lambda count: progress.advance(count=count),
         )

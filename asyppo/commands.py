@@ -81,11 +81,12 @@ def _train(namespace: Namespace) -> int:
     for name, path in (
         ("run", run.path),
         ("metrics", run.metrics),
-        ("curves", run.path / "curves.png"),
+        ("report", run.path / "report.html"),
         ("samples", run.samples),
         ("checkpoint", result.checkpoint),
     ):
-        print(f"{name + ':':<12}{path}")
+        if path.exists():  # a report that failed was a warning
+            print(f"{name + ':':<12}{path}")
     gain = config.eval.min_gain
     if gain is not None and before is not None and after is not None and after - before < gain:
         print(
@@ -155,6 +156,25 @@ def _eval(namespace: Namespace) -> int:
     return 0
 
 
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Directory of a run; several are overlaid.")
+    parser.add_argument(
+        "--out",
+        type=str,
+        metavar="FILE",
+        help="The page. By default report.html in the run's directory, or in the current one for several runs. A file "
+        "of that name is replaced.",
+    )
+
+
+def _report(namespace: Namespace) -> int:
+    from asyppo.report import write_report
+
+    out = None if namespace.out is None else Path(namespace.out).expanduser()
+    print(f"report: {write_report([Path(run).expanduser() for run in namespace.runs], out)}")
+    return 0
+
+
 def _plan_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the work and the weights (FSDP2).")
     parser.add_argument(
@@ -193,6 +213,7 @@ COMMANDS: dict[str, Command] = {
         base_config=_eval_base_config,
         without_config="A checkpoint of a run starts out from the run's own.",
     ),
+    "report": Command("show runs as one HTML page: curves, calibration, masks, and tokens", _report, _report_arguments),
     "plan": Command(
         "estimate the memory of a configuration on each GPU, by phase of a step",
         _plan,

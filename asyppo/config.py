@@ -125,6 +125,10 @@ class DataConfig:
     ``dataset_test_split`` (None: ``test``) is taken."""
     eval_dataset_config: str | None = None
     """Configuration of ``eval_dataset_name``, where that is a hub data set."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """New names of a data set's columns, such as ``{question: prompt}``."""
+    max_train_rows: int | None = None
+    """Train on at most so many rows of a data set, drawn with ``train_seed``; None: on all. The paper's: 5,000."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """The reasoning-gym task of training and held-out prompts."""
     tasks: list[TaskConfig] = field(default_factory=list)
@@ -145,7 +149,7 @@ class DataConfig:
     train_size: int = 20_000
     """Training rows generated of the tasks; of a data set all are taken. Rows whose prompt is held out are left out."""
     train_seed: int = 1
-    """Seed of the generated training rows."""
+    """Seed of the generated training rows, and of the draw of ``max_train_rows``."""
     eval_size: int = 512
     """Held-out prompts, all different; all that there are where a split or file of held-out rows has fewer. 0: none."""
     eval_seed: int = 1_000_003
@@ -263,7 +267,8 @@ class AsyPPOConfig:
     """The prompts."""
     reward_funcs: list[str] = field(default_factory=lambda: ["reasoning_gym"])
     """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, or one's own as ``module:function`` or
-    ``path.py:function``, in TRL's signature. The first one decides accuracy: right is a reward of 1."""
+    ``path.py:function``, in TRL's signature. Right, for the accuracy, is what gets a 1 from the
+    first of them that has a reward for it (None is none)."""
     reward_weights: list[float] | None = None
     """Weight of each function in the sum of rewards. None: 1 each."""
     reward_timeout: float | None = None
@@ -545,6 +550,8 @@ class AsyPPOConfig:
         ):
             got = getattr(data, name)
             _need(got is None or there is not None, f"data.{name}", got, f"a data.{other} beside it")
+        got = data.max_train_rows
+        _need(got is None or got >= 1, "data.max_train_rows", got, "an integer of at least 1, or null")
         _need(data.dataset_name is None or not data.tasks, "data.tasks", data.tasks, "none beside data.dataset_name")
         for index, task in enumerate(data.tasks):
             _need(

@@ -10,7 +10,7 @@ import json
 import logging
 from array import array
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,8 @@ class Rows(Sequence[Row]):
     """Value of the column ``task`` where a row has none."""
     suffix: str = ""
     """Put behind a text prompt."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """New names of columns."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -53,14 +55,14 @@ class Rows(Sequence[Row]):
         """Row ``i``; a list of rows for a slice."""
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        row = dict(self.source[self.places[i]])
+        row = {self.columns.get(name, name): value for name, value in self.source[self.places[i]].items()}
         if isinstance(row.get("prompt"), str):
             row["prompt"] += self.suffix
         return row if self.task is None else {"task": self.task} | row
 
     def take(self, chosen: Sequence[int]) -> Rows:
         """Return the rows at ``chosen``."""
-        return Rows(self.name, self.source, array("q", (self.places[i] for i in chosen)), self.task, self.suffix)
+        return replace(self, places=array("q", (self.places[i] for i in chosen)))
 
 
 class NotARow(ValueError):
@@ -156,7 +158,7 @@ def _key(prompt: Prompt) -> str:
 def _prompt_fault(row: Row) -> str | None:
     """Say what is wrong with the prompt of ``row``, or None."""
     if "prompt" not in row:
-        return f"no column 'prompt', only {', '.join(map(str, row)) or 'nothing'}"
+        return f"no column 'prompt', only {', '.join(map(str, row)) or 'nothing'}; data.columns gives others that name"
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return None if prompt.strip() else f"prompt: got {_short(prompt)}, needs text"
@@ -348,11 +350,17 @@ def _training_splits(config: DataConfig) -> dict[str, Rows]:
 
 def _training_rows(config: DataConfig) -> Rows:
     splits = _training_splits(config)
-    return splits[""] if "" in splits else _split(splits, config.dataset_train_split, "dataset_train_split")
+    rows = splits[""] if "" in splits else _split(splits, config.dataset_train_split, "dataset_train_split")
+    return replace(rows, columns=config.columns)
 
 
 def _held_out_source(config: DataConfig) -> Rows | None:
     """Rows that are for evaluation alone, if any are."""
+    rows = _held_out_rows(config)
+    return None if rows is None else replace(rows, columns=config.columns)
+
+
+def _held_out_rows(config: DataConfig) -> Rows | None:
     if config.eval_dataset_name is not None:
         splits = _open("eval_dataset_name", config.eval_dataset_name, config.eval_dataset_config, config.prompt_suffix)
         if "" in splits:
@@ -394,7 +402,8 @@ def load_eval_rows(config: DataConfig) -> Sequence[Row]:
 def load_train_rows(config: DataConfig, eval_rows: Sequence[Row]) -> Sequence[Row]:
     """Return the training rows, none of whose prompts is held out. Raises ConfigError.
 
-    Those of a data set are all that it has; of the tasks, ``train_size`` different prompts.
+    Those of a data set are all that it has, or ``max_train_rows`` of them; of the tasks, ``train_size`` different
+    prompts.
     """
     held_out = {_key(row["prompt"]) for row in eval_rows}
     if config.dataset_name is None:
@@ -405,6 +414,9 @@ def load_train_rows(config: DataConfig, eval_rows: Sequence[Row]) -> Sequence[Ro
             f"data.eval_size: got {config.eval_size}, but all {len(held_out)} different prompts of {rows.name} are "
             "held out; needs fewer, so that some are left to train on"
         )
+    if config.max_train_rows is not None and len(rows) > config.max_train_rows:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.train_seed))
+        rows = rows.take(sorted(order[: config.max_train_rows].tolist()))
     return rows
 
 

@@ -14,11 +14,12 @@ A single process is the same program: every share is the whole there, and every 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -88,6 +89,17 @@ def processes(config: DistributedConfig) -> Iterator[None]:
         dist.barrier()  # none leaves while another still talks to it
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, which ``torchrun`` started.
+
+    At once, with the output flushed: models and process groups that refer to each other are destroyed in any order
+    when the interpreter ends, and threads of gloo and NCCL then wait for what is gone.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def make_mesh(config: DistributedConfig, device: torch.device) -> DeviceMesh | None:

@@ -38,7 +38,8 @@ class Evaluation:
     right: list[list[bool]]
     """[prompt][response]."""
     samples: list[dict[str, Any]]
-    """Every response, prompt by prompt: prompt, completion, reward, truncated, response_length in tokens, task."""
+    """Every response, prompt by prompt: prompt, completion, reward (the weighted sum), rewards by function, truncated,
+    response_length in tokens, task."""
 
     @property
     def num_generations(self) -> int:
@@ -113,7 +114,7 @@ def _mean(values: Sequence[float]) -> float:
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Return the probability that among k of n responses, drawn without putting back, at least one is right: the
     unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1)."""
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
+    return (math.comb(n, k) - math.comb(n - right, k)) / math.comb(n, k)
 
 
 def clustered_estimate(scores: Sequence[float], responses: int, z: float = 1.959964) -> Estimate:
@@ -140,13 +141,13 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     prompts: Sequence[Tensor],
-    reward_func: RewardFunc | RewardFunction,
+    reward_funcs: Sequence[RewardFunc | RewardFunction],
     config: AsyPPOConfig,
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Sample ``config.eval.num_generations`` responses to each of ``prompts``, the tokens (int64 [length]) of ``rows``,
-    and see which are right: those that ``reward_func`` gives 1.
+    and see which are right: those that get a 1 from the first of ``reward_funcs`` that has a reward for them.
 
     Torch's generator is seeded with ``data.eval_seed`` and put back afterwards, so evaluations compare like with like
     and training does not notice them. ``progress`` is called now and then with the number of new samples.
@@ -172,18 +173,25 @@ def evaluate(
     repeated = [rows[i] for i in numbers]
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
     ids = [response.tokens.tolist() for response in responses]
-    rewards = compute_rewards([reward_func], repeated, completions, ids).scores
+    rewards = compute_rewards(reward_funcs, repeated, completions, ids, weights=config.reward_weights)
+    by_function = [
+        dict(zip(rewards.by_function, of_sample, strict=True))
+        for of_sample in zip(*rewards.by_function.values(), strict=True)
+    ]
     samples = [
         {
             "prompt": prompt_text(row["prompt"]),
             "completion": completion,
-            "reward": reward,
+            "reward": score,
+            "rewards": of_sample,
             "truncated": response.truncated,
             "response_length": len(response.tokens),
             "task": row.get("task", ""),
         }
-        for row, completion, reward, response in zip(repeated, completions, rewards, responses, strict=True)
+        for row, completion, score, of_sample, response in zip(
+            repeated, completions, rewards.scores, by_function, responses, strict=True
+        )
     ]
-    right = [reward >= 1 for reward in rewards]
+    right = [next((r for r in of_sample.values() if r is not None), 0.0) >= 1 for of_sample in by_function]
     starts = range(0, len(right), num_generations)
     return Evaluation([row.get("task", "") for row in rows], [right[s : s + num_generations] for s in starts], samples)

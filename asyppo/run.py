@@ -93,7 +93,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class RunDirectory:
-    """``config.yaml``, ``metrics.jsonl`` and ``samples.jsonl`` of one run; curves, TensorBoard's files and
+    """``config.yaml``, ``metrics.jsonl`` and ``samples.jsonl`` of one run; the report, TensorBoard's files and
     checkpoints lie beside them. A context manager: leaving it closes what is open.
 
     With ``config.resume`` it is the existing directory, if there is one. One process at a time may have it.

@@ -11,6 +11,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from asyppo.advantage import LearningSignal
 from asyppo.batch import Batch
 
 
@@ -20,16 +21,31 @@ def sample_rows(
     batch: Batch,
     score: Tensor,
     rewards: Mapping[str, list[float | None]],
-    columns: Mapping[str, Tensor],
-    values: Tensor | None,
+    signal: LearningSignal,
+    old_logprob: Tensor,
+    entropy: Tensor,
+    log_ratio: Tensor,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """Return rows of ``count`` responses, spread evenly over the batch: of different prompts as far as there are
     enough.
 
-    ``score`` [B] is the reward and ``rewards`` its parts by function, B each. ``columns`` [B, T] become a number, or a
-    bool, for each token of a response, and ``values`` [M, B, T] a list of M such lists.
+    ``score`` [B] is the reward and ``rewards`` its parts by function, B each. What lies on the grid [B, T] becomes a
+    number, or a bool, for each token of a response.
     """
+    columns = {
+        "logprob": old_logprob,
+        "sampler_logprob": batch.sampler_logprob,
+        "entropy": entropy,
+        "log_ratio": log_ratio,
+        "value": signal.value,
+        "std": signal.std,
+        "advantage": signal.advantage,
+        "raw_advantage": signal.raw_advantage,
+        "returns": signal.returns,
+        "advantage_keep": signal.advantage_keep,
+        "entropy_keep": signal.entropy_keep,
+    }
     count = min(count, len(batch))
     chosen = [index * len(batch) // count for index in range(count)]
     rows = []
@@ -49,10 +65,7 @@ def sample_rows(
                 "truncated": bool(batch.truncated[b]),
                 "tokens": pieces(tokenizer, response),
                 **{name: [rounded(x) for x in grid[b, :length].tolist()] for name, grid in columns.items()},
-                "values": [
-                    [rounded(x) for x in of_critic[b, :length].tolist()]
-                    for of_critic in (() if values is None else values)
-                ],
+                "values": [[rounded(x) for x in grid[b, :length].tolist()] for grid in signal.values],
             }
         )
     return rows

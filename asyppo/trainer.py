@@ -19,13 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo import metrics
-from asyppo.advantage import (
-    LearningSignal,
-    ensemble_signal,
-    group_signal,
-    length_adaptive_lambda,
-    token_weights,
-)
+from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, length_adaptive_lambda, token_weights
 from asyppo.batch import Batch, MicroBatch, make_batch, micro_batches, split_responses, token_imbalance
 from asyppo.callbacks import Callbacks
 from asyppo.checkpoint import (
@@ -40,13 +34,13 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
 from asyppo.data import Prompt, PromptSchedule, Row, fitting, prompt_tokens
 from asyppo.distributed import first_of_ranks, from_main, rank, sum_over_ranks
-from asyppo.durable import WriteError, writing
+from asyppo.durable import WriteError
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loading import critics_of, load_tokenizer, policy_of
 from asyppo.losses import importance_weights, value_loss
 from asyppo.policy import Policy
 from asyppo.progress import ProgressDisplay, Timer
-from asyppo.report import plot_curves
+from asyppo.report import report_at_the_end
 from asyppo.rewards import RewardFunc, Rewards, compute_rewards, resolve_reward_funcs
 from asyppo.rng import seed_everything
 from asyppo.rollout import Group, Sample, keep_unequal
@@ -211,8 +205,7 @@ class AsyPPOTrainer:
                     break
         hooks("on_train_end")
         if rank() == 0:
-            with writing(run.path / "curves.png"):
-                plot_curves(run.metrics, run.path / "curves.png")
+            report_at_the_end(run.path)
         if self.skipped_in_a_row >= config.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them step "
@@ -262,7 +255,6 @@ class AsyPPOTrainer:
             batch, penalties = shape_rewards(batch, old_logprob, ref_logprob, config)
             row |= penalties
 
-            value: Any = None
             if self.critics is not None:
                 # Split: each prompt's responses among the critics, disjointly.
                 share = split_responses(batch.group, len(self.critics), generator).to(self.device)
@@ -320,20 +312,10 @@ class AsyPPOTrainer:
                 batch,
                 score,
                 rewards.by_function,
-                {
-                    "logprob": old_logprob,
-                    "sampler_logprob": batch.sampler_logprob,
-                    "entropy": entropy,
-                    "log_ratio": log_ratio,
-                    "value": signal.value,
-                    "std": signal.std,
-                    "advantage": signal.advantage,
-                    "raw_advantage": signal.raw_advantage,
-                    "returns": signal.returns,
-                    "advantage_keep": signal.advantage_keep,
-                    "entropy_keep": signal.entropy_keep,
-                },
-                value,
+                signal,
+                old_logprob,
+                entropy,
+                log_ratio,
                 self.tokenizer,
             )
         )
@@ -449,11 +431,10 @@ class AsyPPOTrainer:
         everything = torch.arange(len(batch), device=self.device)
         minibatches = list(_minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
         for rows in minibatches:
-            weight = token_weights(batch.learned, rows, config.loss_aggregation)
-            per_token = {
+            per_token: dict[str, Any] = {
                 "old_logprob": old_logprob,
                 "advantage": signal.advantage,
-                "token_weight": weight,
+                "token_weight": token_weights(batch.learned, rows, config.loss_aggregation),
                 "advantage_keep": signal.advantage_keep,
                 "entropy_keep": signal.entropy_keep,
                 "ref_logprob": ref_logprob if config.kl_in_loss else None,
@@ -464,7 +445,7 @@ class AsyPPOTrainer:
                 log_ratio[rows] = 0.0  # another rank may have visited them before
             micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
             for micro in between_replicas_once(self.policy, micros):
-                arguments = {name: x if x is None else x[micro.grid] for name, x in per_token.items()}
+                arguments: dict[str, Any] = {n: x if x is None else x[micro.grid] for n, x in per_token.items()}
                 result = self.policy(
                     micro,
                     loss=arguments
@@ -481,7 +462,7 @@ class AsyPPOTrainer:
                 updates.add(result, arguments)
                 if log_ratio is not None:
                     moved = result.logprob - old_logprob[micro.grid]
-                    log_ratio[micro.grid] = torch.where(weight[micro.grid] != 0, moved, 0.0)
+                    log_ratio[micro.grid] = torch.where(arguments["token_weight"] != 0, moved, 0.0)
             loss = sum_over_ranks(loss)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
@@ -500,9 +481,7 @@ class AsyPPOTrainer:
         if not self.eval_dataset:
             return None
         prompts = self.tokenize([row["prompt"] for row in self.eval_dataset])
-        evaluation = evaluate(
-            self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs[0], self.config
-        )
+        evaluation = evaluate(self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs, self.config)
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
         return evaluation
 
@@ -564,8 +543,8 @@ class AsyPPOTrainer:
             set_learning_rate(self.critic_optimizer.adamw, config.critic.learning_rate * factor)
 
     def _critic_targets(self, batch: Batch, own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """λ-returns [B, T], on each critic's own rows those that it learns, and its values [B, T] there before the
-        update; zeros where nothing needs them."""
+        """λ-returns [B, T] that each critic learns on its own rows, and its values [B, T] there before the update;
+        zeros where nothing needs them."""
         assert self.critics is not None
         config, value = self.config.critic, torch.zeros_like(batch.reward)
         if config.value_lambda < 1 or config.cliprange_value is not None:

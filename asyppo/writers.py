@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -36,9 +37,13 @@ class TensorBoard:
     def __init__(self, config: AsyPPOConfig, directory: Path, after_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Points of later steps, of a run that is resumed, do not count any more.
-        purge_step = after_step + 1 if (directory / "tensorboard").exists() else None
-        self.writer = SummaryWriter(directory / "tensorboard", purge_step=purge_step)
+        folder = directory / "tensorboard"
+        # Points of later steps, of a run that is resumed, do not count any more. TensorBoard reads files in the order
+        # of their names, which have the second they were made in: this one has to be another than the last file's.
+        purge_step = after_step + 1 if folder.exists() else None
+        while list(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.02)
+        self.writer = SummaryWriter(folder, purge_step=purge_step)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Write a scalar a metric; it is in the file on return."""

@@ -43,10 +43,10 @@ class Layout:
         row = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None]
         if self.packed:
             # Tokens to the front, in their order.
-            order = attention_mask.flatten(1).logical_not().argsort(dim=1, stable=True)[:, :most]
+            order = attention_mask.flatten(1).logical_not().byte().argsort(dim=1, stable=True)[:, :most]
             self.slot = attention_mask.flatten(1).cumsum(1) - 1
         else:
-            order = attention_mask.logical_not().argsort(dim=2, stable=True)[:, :, : self.longest]
+            order = attention_mask.logical_not().byte().argsort(dim=2, stable=True)[:, :, : self.longest]
             order = (order + row * self.width).flatten(1)
             self.slot = (row * self.longest + rank).flatten(1)
         self.slot.clamp_(min=0)
@@ -66,10 +66,12 @@ class Layout:
             self.into = torch.where(filler, num_critics * grid, place + first).flatten()
             self.back = torch.where(filler, first, place + first).flatten()
 
-    def rotary(self, embedding: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, [N, D] or [K, N, D], of ``embedding``, a rotary embedding of transformers, in ``like``'s
-        dtype. Positions are columns of ``input_ids``, as transformers counts them."""
-        cos, sin = embedding(like, torch.arange(self.width, device=like.device)[None])
+    def rotary(self, embedding: Any) -> tuple[Tensor, Tensor]:
+        """Return float32 cos and sin, [N, D] or [K, N, D], of ``embedding``, a rotary embedding of transformers.
+        Positions are columns of ``input_ids``, as transformers counts them."""
+        device = self.columns.device
+        like = torch.empty(0, device=device)  # whose dtype the result takes
+        cos, sin = embedding(like, torch.arange(self.width, device=device)[None])
         columns = self.columns[0] if len(self.columns) == 1 else self.columns
         return cos[0][columns], sin[0][columns]
 
@@ -100,7 +102,7 @@ class Layout:
         """Tokens [M * N, heads, D] as [M * B, longest, heads, D]."""
         if self.packed:
             grid = x.new_zeros(self.sequences * self.longest + 1, *x.shape[1:])
-            x = grid.index_copy(0, self.into, x)[:-1]
+            x = grid.index_copy_(0, self.into, x)[:-1]
         return x.view(self.sequences, self.longest, *x.shape[1:])
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

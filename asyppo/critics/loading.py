@@ -62,8 +62,9 @@ def load_value_models(
             f"critic.num_critics = {num_critics}"
         )
     models = []
+    how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     for path in map(str, path_or_paths):
-        model, _ = load_value_model(path, device, attn_implementation, trust_remote_code)
+        model, _ = load_value_model(path, device, **how)
         check_vocabulary(model, path, vocab_size)
         models.append(model)
     return models
@@ -92,10 +93,10 @@ def load_value_model(
 ) -> tuple[Any, bool]:
     """Return a model with a ``base_model`` and a linear head called ``score``, and whether that was drawn anew.
     Raises ConfigError."""
+    how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
     try:
-        options: Any = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         if _has_token_classifier(path, trust_remote_code):
             model, report = load_pretrained(
                 AutoModelForTokenClassification,
@@ -104,11 +105,11 @@ def load_value_model(
                 num_labels=1,
                 # The class's default of 0.1 would pollute the disagreement. Not every config knows the field.
                 config_attributes={"classifier_dropout": 0.0},
-                **options,
+                **how,
             )
             head_is_new = "score.weight" in report["missing_keys"]
         else:
-            backbone, _ = load_pretrained(AutoModel, path, device, **options)
+            backbone, _ = load_pretrained(AutoModel, path, device, **how)
             model = BackboneWithValueHead(backbone)
             head_is_new = not (Path(path) / VALUE_HEAD).exists()
             if not head_is_new:

@@ -162,15 +162,15 @@ class Stacked(Critics):
         """Values [M, n] at the tokens ``index``, [n] or [M, n]."""
         hidden = self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
         update = None
-        cos, sin = layout.rotary(self.rotary_emb, self.norm.weight)
+        cos, sin = layout.rotary(self.rotary_emb)
         for layer in self.layers:
             hidden, update = layer(hidden, update, cos, sin, layout.attend)
         # From here on only what is read.
         hidden = _take(hidden, index)
         hidden, _ = self.norm(hidden, None if update is None else _take(update, index))
-        # Mean and deviation of these few numbers are left to the advantage, which needs them on the grid. Joining
-        # the norm, head and both in one kernel would save the [M, n, H] that the norm writes and the head reads: four
-        # bytes an element in bfloat16, once a pass, where each layer moves about fifty times that.
+        # Mean and deviation are left to the advantage, which needs them on the grid. One kernel for the norm, the head
+        # and both would save 4 H bytes a token in bfloat16: of Qwen3-0.6B's shape 4 KiB beside the 0.88 GFLOP of its
+        # layers, less than a thousandth of the time where 790 TFLOP/s and 4.3 TB/s are the limits.
         bias = None if self.score.bias is None else self.score.bias[:, 0]
         return ensemble_value(hidden, self.score.weight[:, 0], bias).value
 

@@ -32,7 +32,7 @@ SHAPES: dict[Scale, list[Shape]] = {
 CRITICS: dict[Scale, tuple[int, ...]] = {"gpu": (2,), "cpu": (1, 2, 4), "quick": (2,)}
 # Responses B and the longest sequence T. Lengths are even between a quarter of T and T, or all T.
 BATCHES: dict[Scale, list[tuple[int, int]]] = {
-    "gpu": [(4, 800), (8, 1600), (8, 6400)],
+    "gpu": [(4, 800), (8, 1600), (32, 1600)],  # about 2, 8 and 32 thousand tokens
     "cpu": [(16, 32)],
     "quick": [(5, 9)],
 }
@@ -47,7 +47,7 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
     return [
         Case(
             OP,
-            f"{'step' if backward else 'value pass'}, M = {count}, H = {shape['H']}, T = {width}"
+            f"{'step' if backward else 'value pass'}, M = {count}, H = {shape['H']}, {rows} × {width}"
             + ("" if ragged else ", no padding"),
             {"M": count, "B": rows, "T": width, **shape},
             {"backward": backward, "ragged": ragged},
@@ -58,7 +58,7 @@ def cases(scale: Scale, device: torch.device) -> list[Case]:
         for rows, width in BATCHES[scale]
         for count in CRITICS[scale]
         for ragged in (True, False)
-        if ragged or count == 2
+        if ragged or count <= 2
         for backward in (False, True)
     ]
 
@@ -98,6 +98,8 @@ def batch_of(given: Inputs) -> Any:
         reward=torch.zeros_like(given["target"]),
         sampler_logprob=torch.zeros_like(given["target"]),
         truncated=nothing.bool(),
+        score=torch.zeros(rows, device=given["tokens"].device),
+        ignored=nothing.bool(),
     )
 
 

@@ -133,7 +133,7 @@ def test_a_reward_function_that_fails_is_one_line(
 ) -> None:
     (tmp_path / "own.py").write_text(REWARDS)
     own = ["--reward_funcs", f"[{tmp_path}/own.py:{function}]", "--reward_weights", "null", "--reward_timeout", timeout]
-    assert main([*example, *own]) == 1
+    assert main([*example, *own]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("teach the ")]
     assert len(err) == 1, err
     assert message.format(tmp=tmp_path) in err[0]

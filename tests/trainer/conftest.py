@@ -21,6 +21,7 @@ from asyppo.batch import Batch, make_batch
 from asyppo.config import AsyPPOConfig, CriticConfig, EvalConfig
 from asyppo.critics import make_critics
 from asyppo.data import Row
+from asyppo.evaluate import Evaluation
 from asyppo.policy import Policy
 from asyppo.sampler import Response
 from asyppo.trainer import AsyPPOTrainer
@@ -199,5 +200,16 @@ def ragged_batch() -> Callable[..., Batch]:
             pad_token_id=pad,
             device=torch.device("cpu"),
         )
+
+    return make
+
+
+@pytest.fixture
+def scripted_evaluation() -> Callable[[float], Evaluation]:
+    """Make an evaluation of ten prompts, one response each, so many of them right."""
+
+    def make(accuracy: float) -> Evaluation:
+        right = [[i < round(10 * accuracy)] for i in range(10)]
+        return Evaluation([""] * 10, right, [{"response_length": 1, "truncated": False}] * 10)
 
     return make

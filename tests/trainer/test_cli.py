@@ -73,7 +73,7 @@ def test_a_whole_run_and_a_second_one(tiny: list[str], tmp_path: Path, capsys: p
     rows = metrics(tmp_path / "runs" / "one")
     assert [f"{rows[i]['eval/accuracy']:.4f}" for i in (0, -1)] == list(accuracy.groups())
     paths = [Path(line.split(maxsplit=1)[1]) for line in lines[1:]]
-    assert [path.name for path in paths] == ["one", "metrics.jsonl", "curves.png", "samples.jsonl", "checkpoint-2"]
+    assert [path.name for path in paths] == ["one", "metrics.jsonl", "report.html", "samples.jsonl", "checkpoint-2"]
     assert all(path.exists() for path in paths)
     AutoModelForCausalLM.from_pretrained(paths[-1] / "policy")
 
@@ -93,6 +93,30 @@ def test_a_whole_run_and_a_second_one(tiny: list[str], tmp_path: Path, capsys: p
 def test_baselines(tiny: list[str], tmp_path: Path, algorithm: str) -> None:
     assert main([*tiny, "--algorithm", algorithm, "--run_name", "one", "--data.eval_size", "0"]) == 0
     assert len(metrics(tmp_path / "runs" / "one")) == 2
+
+
+def test_going_on(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = [*tiny, "--run_name", "one", "--resume"]
+    assert main(command) == 0  # there is no such run yet
+    first = capsys.readouterr().out
+    rows = metrics(tmp_path / "runs" / "one")
+    assert main(command) == 0  # it is at its end
+    assert capsys.readouterr().out == first
+    assert metrics(tmp_path / "runs" / "one") == rows
+    assert main([*command, "--max_steps", "3"]) == 0
+    assert metrics(tmp_path / "runs" / "one")[:3] == rows
+    assert len(metrics(tmp_path / "runs" / "one")) == 4
+    capsys.readouterr()
+    assert main([*command, "--seed", "1", "--beta", "0.1"]) == 2
+    err = capsys.readouterr().err
+    assert "config.yaml: seed is 0 there, got 1, beta is 0.0 there, got 0.1; --resume may change max_steps, " in err
+    assert len(err.splitlines()) == 1
+    for file in (tmp_path / "runs" / "one").glob("checkpoint-*/rng.json"):
+        file.unlink()
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("asyppo: error: no checkpoint in ")
+    assert "Traceback" not in err
 
 
 def test_eval_of_a_run_and_of_its_model(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -142,30 +166,6 @@ def test_eval_of_a_run_and_of_its_model(tiny: list[str], tmp_path: Path, capsys:
     shutil.rmtree(run / "checkpoint-2")
     assert main(["eval", "--model", str(run), "--out", str(tmp_path / "new")]) == 2
     assert "has no checkpoint, needs one" in capsys.readouterr().err
-
-
-def test_going_on(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    command = [*tiny, "--run_name", "one", "--resume"]
-    assert main(command) == 0  # there is no such run yet
-    first = capsys.readouterr().out
-    rows = metrics(tmp_path / "runs" / "one")
-    assert main(command) == 0  # it is at its end
-    assert capsys.readouterr().out == first
-    assert metrics(tmp_path / "runs" / "one") == rows
-    assert main([*command, "--max_steps", "3"]) == 0
-    assert metrics(tmp_path / "runs" / "one")[:3] == rows
-    assert len(metrics(tmp_path / "runs" / "one")) == 4
-    capsys.readouterr()
-    assert main([*command, "--seed", "1", "--beta", "0.1"]) == 2
-    err = capsys.readouterr().err
-    assert "config.yaml: seed is 0 there, got 1, beta is 0.0 there, got 0.1; --resume may change max_steps, " in err
-    assert len(err.splitlines()) == 1
-    for file in (tmp_path / "runs" / "one").glob("checkpoint-*/rng.json"):
-        file.unlink()
-    assert main(command) == 1
-    err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith("asyppo: error: no checkpoint in ")
-    assert "Traceback" not in err
 
 
 def test_falling_short_is_an_error(tiny: list[str], capsys: pytest.CaptureFixture) -> None:

@@ -195,7 +195,7 @@ BAD = [
     ('{"prompt": "p", "answer" 3}', "no JSON: Expecting ':' delimiter at column 26"),
     ('["p"]', "no JSON object but ['p']"),
     ("\xff", "no UTF-8: invalid start byte at byte 1"),
-    ('{"question": "p"}', "no column 'prompt', only task, question"),
+    ('{"question": "p"}', "no column 'prompt', only task, question; data.columns gives others that name"),
     ('{"prompt": null}', "prompt: got None, needs text or a list of chat messages"),
     ('{"prompt": 3}', "prompt: got 3, needs text or a list of chat messages"),
     ('{"prompt": " "}', "prompt: got ' ', needs text"),
@@ -448,3 +448,24 @@ def test_schedule_of_more_prompts_than_rows() -> None:
 def test_schedule_needs_rows() -> None:
     with pytest.raises(ConfigError, match="training rows"):
         PromptSchedule(0, 4, seed=0)
+
+
+def test_columns_by_other_names_and_some_of_the_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "final_answer": str(i)}) + "\n" for i in range(30)))
+    columns = {"question": "prompt", "final_answer": "answer"}
+    config = DataConfig(dataset_name=str(file), columns=columns, max_train_rows=12, eval_size=5, prompt_suffix="?")
+    held_out = load_eval_rows(config)
+    rows = load_train_rows(config, held_out)
+    assert all(row["prompt"] == f"q{row['answer']}?" and "question" not in row for row in [*held_out, *rows])
+    assert len(rows) == 12
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
+    again = load_train_rows(config, held_out)
+    assert [row["answer"] for row in again] == [row["answer"] for row in rows]
+    config.train_seed = 2
+    assert [row["answer"] for row in load_train_rows(config, held_out)] != [row["answer"] for row in rows]
+    config.max_train_rows = None
+    assert len(load_train_rows(config, held_out)) == 25
+    config.columns = {}
+    with pytest.raises(ConfigError, match=r"no column 'prompt', .*, final_answer; data\.columns gives"):
+        load_eval_rows(config)

@@ -27,9 +27,9 @@ def score(completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of a tiny run's time would be the picture."""
-    monkeypatch.setattr("asyppo.trainer.plot_curves", lambda metrics, image: None)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much of a tiny run's time would be its report."""
+    monkeypatch.setattr("asyppo.trainer.report_at_the_end", lambda path: None)
 
 
 @pytest.fixture
@@ -138,11 +138,13 @@ def test_no_checkpoint_is_valid(three: Path, tiny_config: Make, tiny_trainer: Ma
     assert last_valid_checkpoint(three.parent) is None
 
 
-def test_the_last_and_the_best_are_kept(tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_and_the_best_are_kept(
+    tiny_config: Make, tiny_trainer: Make, scripted_evaluation: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accuracy = {0: 0.9, 1: 0.1, 2: 0.5, 3: 0.5, 4: 0.2, 5: 0.3, 6: 0.4}
     config = tiny_config(max_steps=6, save_steps=1, save_total_limit=2, evaluation={"every": 1})
     trainer, kept = tiny_trainer(config, score), []
-    monkeypatch.setattr(trainer, "evaluate", lambda run, step: accuracy[step])
+    monkeypatch.setattr(trainer, "evaluate", lambda run, step: scripted_evaluation(accuracy[step]))
     save = trainer.save
 
     def look(run: Any, *arguments: Any) -> Path:
@@ -157,7 +159,7 @@ def test_the_last_and_the_best_are_kept(tiny_config: Make, tiny_trainer: Make, m
     # A run that goes on knows the best one of before.
     os.truncate(run / "checkpoint-6" / "rng.json", 9)
     trainer = tiny_trainer(tiny_config(**(vars(config) | {"max_steps": 6, "resume": True, "critic": {}})), score)
-    monkeypatch.setattr(trainer, "evaluate", lambda run, step: accuracy[step])
+    monkeypatch.setattr(trainer, "evaluate", lambda run, step: scripted_evaluation(accuracy[step]))
     with pytest.warns(UserWarning, match="passed over"):
         trainer.train()
     assert [int(p.name.split("-")[1]) for p in checkpoints(run)] == [2, 5, 6]

@@ -141,7 +141,7 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
     ),
     (pickle_weights, [], ["model_name_or_path: 'policy'", "pickle", "needs safetensors"]),
     (a_run_of_that_name, ["--run_name", "mine"], ["run_name: ", "runs/mine exists", "--resume"]),
-    (nothing, ["--output_dir", "rewards.py"], ["output_dir: cannot make rewards.py/", "Not a directory"]),
+    (nothing, ["--output_dir", "rewards.py"], ["output_dir: cannot make rewards.py/", "rewards.py is no directory"]),
     (nothing, ["--config", "yours.yaml"], ["--config: cannot read 'yours.yaml'", "needs a YAML file"]),
     (nothing, ["--learning-rate", "1"], ["--learning-rate: unknown option; did you mean --learning_rate?"]),
     (nothing, ["--advantage_mask_fraction", "1"], ["advantage_mask_fraction: got 1.0, needs a fraction in [0, 1)"]),
@@ -189,7 +189,7 @@ def test_a_directory_that_cannot_be_written(project: Path, capsys: pytest.Captur
         target = "locked"
     assert main(["train", "--config", "my.yaml", "--output_dir", target]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"asyppo: error: output_dir: cannot make {target}/")
+    assert line.startswith(f"asyppo: error: output_dir: cannot write to {target}/")
 
 
 @pytest.mark.parametrize(

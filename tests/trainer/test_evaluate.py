@@ -28,11 +28,18 @@ def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | 
 def run(tokenizer: PreTrainedTokenizerFast, tiny_config: Callable[..., Any]) -> Callable[..., Evaluation]:
     """``evaluate`` with three samples a prompt."""
 
-    def evaluated(sampler: Any, num_generations: int = 3, seed: int = 5, rows: list[Row] = ROWS, **kw: Any) -> Any:
+    def evaluated(
+        sampler: Any,
+        num_generations: int = 3,
+        seed: int = 5,
+        rows: list[Row] = ROWS,
+        reward_funcs: Any = None,
+        **kw: Any,
+    ) -> Any:
         fields = {"max_completion_length": 4, "generation_batch_size": 4}
         config = tiny_config(evaluation={"num_generations": num_generations}, **fields)
         config.data.eval_seed = seed
-        return evaluate(sampler, tokenizer, rows, PROMPTS, reward, config, **kw)
+        return evaluate(sampler, tokenizer, rows, PROMPTS, reward_funcs or [reward], config, **kw)
 
     return evaluated
 
@@ -84,6 +91,25 @@ def test_metrics_by_task(run: Callable[..., Evaluation], scripted_sampler: Calla
     assert "0.3333 [" in lines[1]
 
 
+def test_the_first_function_with_a_reward_decides(
+    run: Callable[..., Evaluation], scripted_sampler: Callable[..., Any]
+) -> None:
+    """As in a mixture, where each function has rewards for rows of its own."""
+
+    def of_the_second(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+        return [float(c == "b") if a == "e" else None for c, a in zip(completions, answer, strict=True)]
+
+    def always(completions: list[str], **_: Any) -> list[float | None]:
+        return [1.0] * len(completions)
+
+    result = run(scripted_sampler([[4, 1]]), reward_funcs=[of_the_second, reward, always])
+    assert result.right == [[True] * 3, [True] * 3]
+    result = run(scripted_sampler([[7, 1]]), reward_funcs=[of_the_second, reward, always])
+    assert result.right == [[False] * 3, [False] * 3]  # the second prompt's would be right by the other function
+    assert result.samples[3]["rewards"] == {"of_the_second": 0.0, "reward": 1.0, "always": 1.0}
+    assert result.samples[3]["reward"] == 2.0
+
+
 def test_one_task_has_no_row_of_its_own(run: Callable[..., Evaluation], scripted_sampler: Callable[..., Any]) -> None:
     result = run(scripted_sampler(SIX), num_generations=1)
     assert [key for key in result.metrics() if "pass" in key] == []
@@ -116,7 +142,7 @@ def test_a_few_batches_at_a_time_draw_what_one_call_draws(
     rows = [{"prompt": text, "answer": "b"} for text in ("ab", "c", "de")]
     sampler = GenerateSampler(tiny_lm(), eos_token_ids=[1], pad_token_id=0, batch_size=2)
     counts: list[int] = []
-    result = evaluate(sampler, tokenizer, rows, prompts, reward, config, progress=counts.append)
+    result = evaluate(sampler, tokenizer, rows, prompts, [reward], config, progress=counts.append)
     assert len(counts) == 11
     assert sum(counts) == 21
     torch.manual_seed(config.data.eval_seed)

@@ -75,7 +75,7 @@ def start(place: Path, name: str) -> Any:
 
 
 def written(run: Path) -> dict[str, Any]:
-    """All that a killed run is to have in common with one that was not: logs, curves, and the last weights."""
+    """All that a killed run is to have in common with one that was not: logs, report, and the last weights."""
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     names = [name for name in board.Tags()["scalars"] if not name.startswith(("timing_s/", "perf/"))]
     last = run / f"checkpoint-{STEPS}"
@@ -220,9 +220,10 @@ def test_two_signals(place: Path) -> None:
     assert process.returncode == 130
     assert time.monotonic() - begin < 2
     assert (out, err.splitlines()[-1]) == ("", "asyppo: SIGINT: stopped at once")
-    assert not (place / "runs" / "twice" / "curves.png").exists()
+    assert not (place / "runs" / "twice" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step(place: Path) -> None:
     process = command(place, "early", "--warm_start.steps", "100000")
     lines_until(process, "^teach the policy 50/")

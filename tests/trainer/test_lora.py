@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from asyppo.adapters import add_lora, has_adapters
 from asyppo.batch import Batch, micro_batches
-from asyppo.checkpoint import load_checkpoint, save_checkpoint
+from asyppo.checkpoint import load_checkpoint, publish_checkpoint, write_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
-from asyppo.critics import Critics
+from asyppo.critics import StackedCritics
 from asyppo.policy import Policy, WithoutAdapters
 from asyppo.run import RunDirectory
 from asyppo.sampler import GenerateSampler
@@ -133,7 +133,10 @@ def test_checkpoints_hold_the_adapters(
     for step in (1, 2):
         trainer.step(step, RunDirectory(tiny_config(run_name=f"run-{step}")))
     own = logprobs(trainer.policy, batch)
-    path = save_checkpoint(tmp_path, 2, trainer.policy, trainer.critics, tokenizer, trainer.trained())
+    state = trainer.trained()
+    path = publish_checkpoint(
+        write_checkpoint(tmp_path, 2, trainer.policy, trainer.critics, tokenizer, state, {}), None
+    )
     assert {file.name for file in (path / "policy").glob("*.safetensors")} == {"adapter_model.safetensors"}
     for auto_class in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         loaded = auto_class.from_pretrained(path / "policy").eval()
@@ -200,7 +203,7 @@ def test_layers_that_cannot_have_adapters(tiny_lm: Make, names: list[str], messa
 def test_a_critic_needs_a_model(adapted: Make, tmp_path: Path) -> None:
     adapted().model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match="holds an adapter, a critic needs a model"):
-        Critics.from_pretrained(str(tmp_path / "adapter"), 1, vocab_size=19, dtype=torch.float32, device=CPU)
+        StackedCritics.from_pretrained(str(tmp_path / "adapter"), 1, vocab_size=19, dtype=torch.float32, device=CPU)
 
 
 def test_a_rank_of_zero() -> None:

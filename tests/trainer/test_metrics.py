@@ -41,6 +41,7 @@ def signal(returns: list, value: list) -> LearningSignal:
         raw_advantage=torch.tensor([[1.0, 2.0], [6.0, math.nan]]),
         returns=torch.tensor(returns),
         value=torch.tensor(value),
+        values=torch.tensor([value, value]),
         std=torch.tensor([[0.1, 0.2], [0.6, math.nan]]),
         low=torch.tensor(0.1),
         high=torch.tensor(0.5),

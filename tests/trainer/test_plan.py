@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Ge
 from asyppo.build import build_trainer
 from asyppo.cli import READY_CONFIGS, main, parse
 from asyppo.config import AsyPPOConfig, PolicyConfig
-from asyppo.plan import GIB, Model, activations, describe, known_shape, make_plan
+from asyppo.plan import GIB, activations, describe, known_shape, make_plan
 from asyppo.policy import Policy
 
 
@@ -242,8 +242,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
 
 
 @pytest.mark.parametrize("name", [name for name in READY_CONFIGS if name != "default"])
-def test_ready_configurations(name: str, capsys: pytest.CaptureFixture) -> None:
-    """They are read, hold, name what the paper has, and fit the GPUs that their first lines name."""
+def test_ready_configurations(name: str) -> None:
+    """They are read, hold, say what the paper says, and fit GPUs of 80 GB, as many as the README says."""
     config = parse(["train", "--config", name])
     size = name.removeprefix("qwen3-").upper()
     assert config.policy.model_name_or_path == f"Qwen/Qwen3-{size}-Base"
@@ -253,7 +253,10 @@ def test_ready_configurations(name: str, capsys: pytest.CaptureFixture) -> None:
     assert (config.max_completion_length, config.learning_rate) == (8192, 1e-6)
     assert (config.advantage_mask_fraction, config.entropy_filter_fraction) == (0.2, 0.2)
     assert config.num_iterations * config.num_mini_batches == 4
-    plan = make_plan(config, gpus=8)
+    gpus = {"4B": 8, "8B": 8, "14B": 16}[size]
+    plan = make_plan(config, gpus=gpus)
     assert [m.source for m in plan.models] == ["shape known here, not looked up on the hub"] * 2
     assert plan.peak[1] < 0.9 * 80 * GIB, plan.table()
-    assert isinstance(plan.models[0], Model)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    critics = (config.critic.model_name_or_path or "").split("-")[1]
+    assert f"| `{name}` | {size} | 2 × {critics} | {gpus} | {plan.peak[1] / GIB:.1f} GiB, {plan.peak[0]} |" in readme

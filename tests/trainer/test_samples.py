@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import asyppo.policy
+from asyppo.advantage import group_signal
 from asyppo.run import RunDirectory, read_jsonl
 from asyppo.samples import pieces, rounded, sample_rows
 
@@ -51,7 +52,7 @@ def test_what_a_training_step_logs(
     keep("sample")
     with RunDirectory(config) as run:
         trainer.step(1, run)
-    batch, _ = seen["sample"]
+    batch, _, _ = seen["sample"]
     samples = read_jsonl(run.samples)
     assert [row["group"] for row in samples] == [0, 0, 1, 1, 2]  # responses 0, 2, 4, 7, 9 of 12
     for index, row in zip([0, 2, 4, 7, 9], samples, strict=True):
@@ -107,7 +108,10 @@ def test_without_a_policy_update_the_ratio_is_one(tiny_config: Make, tiny_traine
 @pytest.mark.parametrize(("count", "groups"), [(0, []), (1, [0]), (3, [0, 1, 2]), (6, [0, 0, 1, 1, 2, 2]), (99, None)])
 def test_samples_are_spread_over_prompts(ragged_batch: Make, tokenizer: Any, count: int, groups: Any) -> None:
     batch = ragged_batch()
-    rows = sample_rows(1, count, batch, batch.reward.sum(dim=1), {}, {}, None, tokenizer)
+    nothing = group_signal(batch.reward, batch.mask, batch.group)
+    rows = sample_rows(
+        1, count, batch, batch.reward.sum(dim=1), {}, nothing, batch.reward, batch.reward, batch.reward, tokenizer
+    )
     assert [row["group"] for row in rows] == (groups if groups is not None else batch.group.tolist())
 
 

@@ -473,6 +473,20 @@ def test_shares(ragged_batch: Callable[..., Batch], packed: bool, budget: int) -
     assert all(p.grad is None for module in (critics, *critics.models) for p in module.parameters())
 
 
+def test_a_pass_is_within_the_budget(ragged_batch: Callable[..., Batch]) -> None:
+    """The tokens of all critics count; a row that is longer by itself goes through alone."""
+    batch, critics, sizes = ragged_batch(), StackedCritics(make_models("qwen3", 3)), []
+    critics.register_forward_pre_hook(lambda _, args: sizes.append(args[0]))
+    shares = [torch.tensor([0, 3, 5]), torch.tensor([11]), torch.tensor([2, 4, 6])]
+    for budget in (90, 10):
+        critics.values(batch, budget)
+        critics.own_values(batch, shares, budget)
+    for ids in sizes:
+        count = 3 * ids[0].numel() if ids.dim() == 3 else 3 * ids.numel()
+        assert count <= 90 or ids.shape[-2] == 1
+    assert max(ids.shape[-2] for ids in sizes) > 1
+
+
 def test_padding_is_measured(ragged_batch: Callable[..., Batch]) -> None:
     batch = ragged_batch()
     real = int(batch.length.sum())

@@ -20,6 +20,12 @@ from asyppo.run import RunDirectory, read_jsonl
 Make = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much of a tiny run's time would be its report."""
+    monkeypatch.setattr("asyppo.trainer.report_at_the_end", lambda path: None)
+
+
 def score(completions: list[str], **_: Any) -> list[float]:
     """Number of a's."""
     return [float(c.count("a")) for c in completions]
@@ -79,6 +85,16 @@ def test_a_row_is_in_the_file_at_once(tiny_config: Make) -> None:
         board = EventAccumulator(str(run.path / "tensorboard")).Reload()
         assert [(p.step, p.value) for p in board.Scalars("a")] == [(1, 0.5)]
         assert board.Tags()["scalars"] == ["a"]
+
+
+@pytest.mark.slow
+def test_files_are_read_in_the_order_they_were_written_in(tiny_config: Make) -> None:
+    for last in range(12):  # TensorBoard's own names of files made in one second are not in order after the tenth
+        with RunDirectory(tiny_config(resume=True)) as run:
+            run.start(last)
+            run.log_metrics({"step": last + 1, "a": float(last)})
+    board = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(p.step, p.value) for p in board.Scalars("a")] == [(i + 1, float(i)) for i in range(12)]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

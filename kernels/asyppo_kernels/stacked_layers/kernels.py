@@ -73,7 +73,7 @@ def rms_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """A program owns one part of one critic's rows.
+    """A program owns one part of one critic's rows, ``part_rows``, a multiple of ROWS.
 
     It writes the gradient of summed there (unless ``grad_input`` is None), ``grad_summed`` (unless that is None)
     included, and what the part adds to the gradient of weight (unless ``partial`` [parts, M, h] is None). The root mean
@@ -86,9 +86,8 @@ def rms_norm_backward_kernel(
     w = tl.load(weight + m * weight_m + column * weight_h, mask=in_columns, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, BLOCK_H), tl.float32)
     for start in range(0, part_rows, ROWS):
-        in_part = start + tl.arange(0, ROWS)[:, None]
-        row = first + in_part
-        inside = (in_part < part_rows) & (row < n) & in_columns
+        row = first + start + tl.arange(0, ROWS)[:, None]
+        inside = (row < n) & in_columns
         value = tl.load(summed + m * summed_m + row * summed_n + column * summed_h, mask=inside, other=0.0)
         at = grad_normed + m * grad_normed_m + row * grad_normed_n + column * grad_normed_h
         g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
