@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 
@@ -82,8 +84,14 @@ def processes(config: DistributedConfig) -> Iterator[None]:
         torch.cuda.set_device(local_rank())
     # Two backends: what is not a tensor of the GPU travels between CPUs.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), **alone)
+    timeout = timedelta(seconds=config.timeout_s)
+    store: dist.Store = dist.HashStore()
+    if launched:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        # torchrun may keep the store when it starts everything again, and with it the addresses of dead processes.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    rank = int(os.environ["RANK"]) if launched else 0
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
         yield
         dist.barrier()  # none leaves while another still talks to it
@@ -95,8 +103,11 @@ def leave(status: int) -> NoReturn:
     """End this process, which ``torchrun`` started.
 
     At once, with the output flushed: models and process groups that refer to each other are destroyed in any order
-    when the interpreter ends, and threads of gloo and NCCL then wait for what is gone.
+    when the interpreter ends, and threads of gloo and NCCL then wait for what is gone. A failure is held back for
+    three seconds: where it is that another rank has died, torchrun sees that one first, names it and ends this one.
     """
+    if status:
+        time.sleep(3)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

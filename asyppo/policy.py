@@ -66,11 +66,16 @@ def load_pretrained(
         raise ConfigError(f"model_name_or_path: cannot load {path!r}: {' '.join(str(error).split())}") from error
     model = model.to(device)
     if device.type == "cuda":
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
-
-        if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-            _apply_liger_kernel_to_instance(model=model)
+        use_liger_kernels(model)
     return model, report
+
+
+def use_liger_kernels(model: PreTrainedModel) -> None:
+    """Replace parts of ``model`` by Liger's where it knows the architecture; they run on GPUs only."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        _apply_liger_kernel_to_instance(model=model)
 
 
 class Reference(Protocol):
@@ -147,7 +152,9 @@ class Policy(nn.Module):
         return self.model.device
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Shard the weights over ``mesh``, layer by layer."""
+        """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
+        if mesh.device_type == "cuda" and self.device.type == "cpu":
+            use_liger_kernels(self.model)
         shard(self, decoder_layers(self.model), mesh, self.dtype)
 
     def autocast(self) -> torch.autocast:

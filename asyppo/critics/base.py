@@ -38,7 +38,7 @@ class Critics(nn.Module, ABC):
 
     @abstractmethod
     def shard(self, mesh: DeviceMesh) -> None:
-        """Shard the weights over ``mesh``, layer by layer."""
+        """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
 
     @abstractmethod
     def values(self, batch: Batch, max_tokens: int) -> Tensor:

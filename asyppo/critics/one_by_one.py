@@ -15,6 +15,7 @@ from asyppo.batch import Batch, MicroBatch, micro_batches
 from asyppo.critics.base import Critics, Loss
 from asyppo.critics.loading import check_head, load_value_models
 from asyppo.distributed import sum_over_ranks
+from asyppo.policy import use_liger_kernels
 from asyppo.sharding import between_replicas_once, decoder_layers, release, shard
 from asyppo_kernels import ensemble_value
 
@@ -78,6 +79,9 @@ class OneByOneCritics(Critics):
 
     def shard(self, mesh: DeviceMesh) -> None:
         """See Critics."""
+        if mesh.device_type == "cuda" and next(self.parameters()).device.type == "cpu":
+            for model in self.models:
+                use_liger_kernels(model)
         shard(self, decoder_layers(self), mesh, self.dtype)
 
     @torch.no_grad()

@@ -89,7 +89,10 @@ class Stacked(Critics):
         self.rotary_emb = bodies[0].rotary_emb
         self.mesh: DeviceMesh | None = None
         self.varlen: VarlenAttention | None = None
-        if dtype in (torch.bfloat16, torch.float16) and self.score.weight.is_cuda:
+        self._choose_attention(self.score.weight.device.type)
+
+    def _choose_attention(self, device_type: str) -> None:
+        if self.dtype in (torch.bfloat16, torch.float16) and device_type == "cuda":
             from torch.nn.attention import varlen
 
             self.varlen = cast(VarlenAttention, varlen.varlen_attn)
@@ -121,6 +124,9 @@ class Stacked(Critics):
         """
         place = placement_of_stacked(mesh)
         whole = {p for p in self.parameters() if place(p) is None}
+        for parameter in whole:  # fully_shard puts the others there
+            parameter.data = parameter.data.to(mesh.device_type)
+        self._choose_attention(mesh.device_type)
         shard(self, self.layers, mesh, self.dtype, shard_placement_fn=place, ignored_params=whole)
         self.mesh = mesh
         self.tie_models()

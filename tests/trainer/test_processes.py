@@ -198,7 +198,7 @@ def rank_process(launcher: subprocess.Popen[str], rank: int) -> int:
 def wait_for(path: Path, launcher: subprocess.Popen[str]) -> None:
     """Until it exists."""
     while not path.exists():
-        assert launcher.poll() is None, launcher.communicate()
+        assert launcher.poll() is None, "".join(launcher.communicate())[-6000:]
         time.sleep(0.01)
 
 
