@@ -1,7 +1,19 @@
 """``python -m asyppo`` is the command ``asyppo``."""
 
+import os
 import sys
+import traceback
 
 from asyppo.cli import main
 
-sys.exit(main())
+if "TORCHELASTIC_RUN_ID" not in os.environ:
+    sys.exit(main())
+
+from asyppo.distributed import leave
+
+try:
+    status = main()
+except Exception:
+    traceback.print_exc()
+    status = 1
+leave(status)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asyppo.reduce import masked_moments, sum_over_ranks
+from asyppo.reduce import masked_moments
 from asyppo_kernels import agreement_masks, ensemble_gae
 
 
@@ -140,7 +140,7 @@ def group_signal(
         advantage /= (_sum_by_group(advantage.square(), group) / (count - 1).clamp(min=1)).sqrt() + 1e-4
     elif scale == "batch":
         everyone = torch.ones_like(score, dtype=torch.bool)
-        size = sum_over_ranks(everyone.sum())
+        size = everyone.sum()
         advantage /= (masked_moments(score, everyone)[1] * size / (size - 1).clamp(min=1)).sqrt() + 1e-4
     advantage = torch.where(mask, advantage[:, None], 0.0)
     zero = torch.zeros((), device=reward.device)
@@ -164,10 +164,10 @@ def whiten(advantage: Tensor, mask: Tensor, group: Tensor, scope: Literal["none"
         return advantage
     advantage = torch.where(mask, advantage, 0.0)
     if scope == "batch":
-        count, total = sum_over_ranks(torch.stack([mask.sum(), advantage.sum()])).unbind()
+        count, total = mask.sum(), advantage.sum()
         count = count.clamp(min=1)
         deviation = torch.where(mask, advantage - total / count, 0.0)
-        variance = sum_over_ranks(deviation.square().sum()) / count
+        variance = deviation.square().sum() / count
     else:
         count = _sum_by_group(mask.sum(dim=1).float(), group).clamp(min=1)
         mean = (_sum_by_group(advantage.sum(dim=1), group) / count)[:, None]
@@ -191,9 +191,7 @@ def token_weights(mask: Tensor, rows: Tensor, aggregation: Literal["sequence-mea
     chosen = torch.zeros_like(mask)
     chosen[rows] = mask[rows]
     if aggregation == "sequence-mean":
-        weight = 1.0 / (
-            mask.sum(dim=1, keepdim=True).clamp(min=1) * sum_over_ranks(torch.tensor(len(rows), device=mask.device))
-        )
+        weight = 1.0 / (mask.sum(dim=1, keepdim=True).clamp(min=1) * len(rows))
     else:
-        weight = 1.0 / sum_over_ranks(chosen.sum()).clamp(min=1)
+        weight = 1.0 / chosen.sum().clamp(min=1)
     return torch.where(chosen, weight, 0.0)

@@ -11,9 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from asyppo.distributed import rank, share
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -146,9 +151,24 @@ def micro_batch(batch: Batch, rows: Tensor, width: int | None = None) -> MicroBa
     )
 
 
+def empty_micro_batch(batch: Batch) -> MicroBatch:
+    """Return a micro-batch of one padding token and no response: a pass over it computes nothing, but takes part in
+    the communication between ranks."""
+    none = batch.tokens.new_zeros(0)
+    token = batch.tokens.new_zeros(1, 1)
+    return MicroBatch(none, token, torch.ones_like(token), (none, none), (none, none))
+
+
 def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1) -> Iterator[MicroBatch]:
-    """Cut ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, and at least ``at_least``
-    of them where there are that many rows. Rows of like length go together, so that padding is small."""
+    """Cut this rank's share of ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, and at
+    least ``at_least`` of them where there are that many rows. Rows of like length go together, so that padding is
+    small. Every rank gets the same number, some of them empty if need be."""
+    pieces = [list(_pieces(batch, own, max_tokens, at_least)) for own in share(rows, batch.length)]
+    for own in _in_step(pieces):
+        yield empty_micro_batch(batch) if own is None else micro_batch(batch, own)
+
+
+def _pieces(batch: Batch, rows: Tensor, max_tokens: int, at_least: int) -> Iterator[Tensor]:
     order = rows[torch.argsort(batch.length[rows], descending=True, stable=True)]
     lengths = batch.length[order].tolist()
     start = 0
@@ -156,14 +176,26 @@ def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1
         even = -(-(len(lengths) - start) // max(at_least, 1))
         # The first row is the longest of its piece, so it decides how many rows fit.
         count = min(even, max(1, max_tokens // lengths[start]))
-        yield micro_batch(batch, order[start : start + count])
+        yield order[start : start + count]
         start += count
         at_least -= 1
 
 
 def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[list[MicroBatch]]:
-    """Cut M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a share, that have at most
-    ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run out has no rows."""
+    """Cut this rank's part of M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a
+    share, that have at most ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run
+    out has no rows. Every rank gets the same number."""
+    of_ranks = zip(*(share(rows, batch.length) for rows in shares), strict=True)
+    pieces = [list(_pieces_side_by_side(batch, of_rank, max_tokens)) for of_rank in of_ranks]
+    for own in _in_step(pieces):
+        if own is None:
+            yield [empty_micro_batch(batch) for _ in shares]
+        else:
+            rows, width = own
+            yield [micro_batch(batch, of_share, width) for of_share in rows]
+
+
+def _pieces_side_by_side(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[tuple[list[Tensor], int]]:
     orders = [rows[torch.argsort(batch.length[rows], descending=True, stable=True)] for rows in shares]
     lengths = [batch.length[order].tolist() for order in orders]
     start = 0
@@ -171,7 +203,7 @@ def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int)
         # The first row of each share is the longest of its piece.
         width = max(of_share[start] for of_share in lengths if start < len(of_share))
         end = start + max(1, max_tokens // (width * len(shares)))
-        yield [micro_batch(batch, order[start:end], width) for order in orders]
+        yield [order[start:end] for order in orders], width
         start = end
 
 
@@ -182,6 +214,24 @@ def minibatches(
     for _ in range(num_iterations):
         order = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         yield from (part for part in order.tensor_split(num_mini_batches) if len(part))
+
+
+def token_imbalance(batch: Batch, passes: Sequence[Tensor]) -> float:
+    """Return the tokens of the rank that has most over those of the mean rank, summed over ``passes``, the rows (int64
+    [b]) of each; 1 is even."""
+    busiest = everyone = 0.0
+    for rows in passes:
+        loads = [float(batch.length[own].sum()) for own in share(rows, batch.length)]
+        busiest, everyone = busiest + max(loads) * len(loads), everyone + sum(loads)
+    return busiest / everyone
+
+
+def _in_step(of_ranks: Sequence[list[T]]) -> Iterator[T | None]:
+    """Yield what is this rank's, and then None until the rank that has most is done, too: in every pass all ranks
+    communicate."""
+    own = of_ranks[rank()]
+    for i in range(max(map(len, of_ranks))):
+        yield own[i] if i < len(own) else None
 
 
 def split_responses(group: Tensor, num_critics: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from asyppo import warm_start
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.data import fitting, load_eval_rows, load_train_rows, prompt_tokens
+from asyppo.data import Row, fitting, load_eval_rows, load_train_rows, prompt_tokens
+from asyppo.distributed import agreed, from_main, make_mesh
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loading import choose_device, critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
 from asyppo.progress import ProgressDisplay
@@ -21,7 +23,8 @@ from asyppo.writers import check_writers
 
 
 def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
-    """Load what ``config`` names and return a trainer of it. Raises ConfigError."""
+    """Load what ``config`` names and return a trainer of it, whose models are sharded over the processes that
+    ``distributed.processes`` has joined. Raises ConfigError."""
     if (config.policy.model_name_or_path is None) == (config.warm_start is None):
         raise ConfigError(
             f"policy.model_name_or_path: got {config.policy.model_name_or_path!r}, needs a model, or else "
@@ -32,35 +35,44 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
             f"critic.model_name_or_path: got {config.critic.model_name_or_path!r}, needs none where a warm_start makes "
             "the critics"
         )
-    # What cannot work shows before the work, not after it.
-    run_path(config)
-    check_writers(config)
-    resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
-    device = choose_device(config)
-    eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
-    train_rows = load_train_rows(config.data, eval_rows)
+    device, train_rows, eval_rows = agreed(lambda: _checked(config))
     policy_path, critic_path = config.policy.model_name_or_path, config.critic.model_name_or_path
     if config.warm_start is not None:
         # It has solutions of the task alone, so beside a data set of one's own it learns from rows of the task.
         data = replace(config.data, dataset_name=None)
         rows = train_rows if config.data.dataset_name is None else load_train_rows(data, eval_rows)
-        made = warm_start.build(config.warm_start, data, rows, device)
+        shapes = config.warm_start
+        made = from_main(lambda: warm_start.build(shapes, data, rows, device))
         policy_path, critic_path = str(made[0]), str(made[1])
     assert policy_path is not None
     if config.algorithm == "ppo" or critic_path is None:
         critic_path = policy_path
+    mesh = make_mesh(config.distributed, device)
 
-    policy = policy_of(policy_path, config)
-    critics = critics_of(critic_path, config, policy) if config.num_critics else None
-    return AsyPPOTrainer(
-        policy=policy,
-        critics=critics,
-        tokenizer=load_tokenizer(policy_path, config.policy.trust_remote_code),
-        reward_funcs=config.reward_funcs,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        config=config,
-    )
+    def make() -> AsyPPOTrainer:
+        policy = policy_of(policy_path, config)
+        return AsyPPOTrainer(
+            policy=policy,
+            critics=critics_of(critic_path, config, policy) if config.num_critics else None,
+            tokenizer=load_tokenizer(policy_path, config.policy.trust_remote_code),
+            reward_funcs=config.reward_funcs,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            config=config,
+            mesh=mesh,
+        )
+
+    return agreed(make)
+
+
+def _checked(config: AsyPPOConfig) -> tuple[torch.device, Sequence[Row], Sequence[Row]]:
+    """What cannot work shows before the work, not after it. Returns the device, and training and held-out rows."""
+    run_path(config)
+    check_writers(config)
+    resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
+    device = choose_device(config)
+    eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
+    return device, load_train_rows(config.data, eval_rows), eval_rows
 
 
 def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:

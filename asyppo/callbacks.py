@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from asyppo.config import AsyPPOConfig
+from asyppo.distributed import from_main, local_rank, rank
 
 
 class Callbacks:
@@ -27,6 +28,8 @@ class Callbacks:
         self.state = TrainerState(
             max_steps=config.max_steps, logging_steps=1, eval_steps=config.eval.every, save_steps=config.save_steps
         )
+        self.state.is_world_process_zero = rank() == 0
+        self.state.is_local_process_zero = local_rank() == 0
 
     def __call__(self, event: str, **arguments: Any) -> None:
         """Call the method ``event`` of every callback; what one returns is the control from then on."""
@@ -56,6 +59,7 @@ class Callbacks:
         self.control.should_evaluate |= every > 0 and step % every == 0
         self.control.should_save |= save_steps > 0 and step % save_steps == 0
         self("on_step_end")
+        self.control = from_main(lambda: self.control)  # what the callbacks of rank 0 decide
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Remember the best accuracy, and call ``on_evaluate``."""

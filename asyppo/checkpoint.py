@@ -33,7 +33,9 @@ from transformers import PreTrainedTokenizerBase
 
 from asyppo import durable, rng
 from asyppo.critics import Critics
+from asyppo.distributed import from_main, world_size
 from asyppo.policy import Policy
+from asyppo.sharding import whole_on_main
 
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer] | Stateful]
 """What is trained, by name (``policy``, and ``critics`` together): a model and its optimizer, or anything with
@@ -76,23 +78,35 @@ def write_checkpoint(
     ``remembered`` is what else the loop needs, as JSON can hold it. Raises WriteError, which leaves nothing behind.
     """
     partial = directory / f".checkpoint-{step}.partial"
+
+    def begin() -> None:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+
+    def export_policy() -> None:
+        policy.model.save_pretrained(partial / "policy")
+        tokenizer.save_pretrained(partial / "policy")
+
+    def finish() -> None:
+        (partial / "trainer_state.json").write_text(json.dumps({"step": step, **remembered}, indent=1))
+        (partial / "rng.json").write_text(json.dumps(rng.generator_states()))
+        if (directory / "config.yaml").exists():
+            shutil.copy(directory / "config.yaml", partial)
+        durable.seal(partial)
+
     try:
         with durable.writing(directory / f"checkpoint-{step}"):
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-            policy.model.save_pretrained(partial / "policy")
-            tokenizer.save_pretrained(partial / "policy")
+            from_main(begin)
+            with whole_on_main(policy):
+                from_main(export_policy)
             if critics is not None:
-                critics.save_pretrained(partial)
+                with whole_on_main(critics, *critics.models):
+                    from_main(lambda: critics.save_pretrained(partial))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
-                dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=True)
-            (partial / "trainer_state.json").write_text(json.dumps({"step": step, **remembered}, indent=1))
-            (partial / "rng.json").write_text(json.dumps(rng.generator_states()))
-            if (directory / "config.yaml").exists():
-                shutil.copy(directory / "config.yaml", partial)
-            durable.seal(partial)
+                dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=world_size() == 1)
+            from_main(finish)
     except durable.WriteError:
         shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk
         raise
@@ -105,13 +119,17 @@ def publish_checkpoint(partial: Path, save_total_limit: int | None = None) -> Pa
     The last ``save_total_limit`` stay (None: all), and the one with the highest accuracy. Raises WriteError.
     """
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
-    with durable.writing(final):
+
+    def publish() -> None:
         durable.publish(partial, final)
         if save_total_limit is not None:
             every = checkpoints(final.parent)
             for path in every[:-save_total_limit]:
                 if path != best_checkpoint(final.parent):
                     durable.remove(path)
+
+    with durable.writing(final):
+        from_main(publish)
     return final
 
 
@@ -121,7 +139,7 @@ def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
     state = _state(trained)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
+        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=world_size() == 1)
     for name, entry in trained.items():
         if isinstance(entry, tuple):
             model, optimizer = entry

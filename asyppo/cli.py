@@ -237,5 +237,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if "--traceback" in arguments or os.environ.get("ASYPPO_TRACEBACK") == "1":
             traceback.print_exception(error)
-        print(f"asyppo: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank has it
+            print(f"asyppo: error: {error}", file=sys.stderr)
         return status

@@ -59,8 +59,13 @@ def _train(namespace: Namespace) -> int:
     config = configuration(namespace)
     _quiet_libraries()
     from asyppo.build import build_trainer
+    from asyppo.distributed import is_main, processes, restarted
 
-    result = build_trainer(config).train()
+    config = restarted(config)
+    with processes(config.distributed):
+        result = build_trainer(config).train()
+    if not is_main():  # rank 0 says what came of it
+        return 0
     if result.stopped_by is not None:
         path = result.run.path
         print(

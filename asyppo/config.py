@@ -214,6 +214,21 @@ class EvalConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, one a GPU, started by ``torchrun``; weights are sharded over them with FSDP2."""
+
+    replicate: int = 1
+    """Copies of the sharded weights (HSDP): neighbouring ranks share a copy, and gradients are summed over the copies.
+    The number of nodes keeps the gathering of weights within a node. 1: one copy over all ranks."""
+    shard_single: bool = False
+    """Wrap the models with FSDP2 in a single process, too. It shards nothing there; with bfloat16 compute it keeps the
+    compute weights of one layer at a time instead of all of them."""
+    timeout_s: int = 1800
+    """Seconds that a rank waits for the others before it ends the run with an error. Longer than the longest
+    difference between ranks, which is that of their sampling and rewarding."""
+
+
+@dataclass
 class AsyPPOConfig:
     """A training run."""
 
@@ -268,6 +283,9 @@ class AsyPPOConfig:
     """Make small models here instead of loading the policy and the critics from ``model_name_or_path``."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation on held-out prompts."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Several processes."""
 
     prompts_per_step: int = 64
     """Prompts sampled a step; the batch is this times ``num_generations``. The paper's: 1,024 responses at 14B."""
@@ -401,6 +419,11 @@ class AsyPPOConfig:
         for name, got in (
             ("data.train_size", self.data.train_size),
             ("eval.num_generations", self.eval.num_generations),
+        ):
+            _need(got >= 1, name, got, "an integer of at least 1")
+        for name, got in (
+            ("distributed.replicate", self.distributed.replicate),
+            ("distributed.timeout_s", self.distributed.timeout_s),
         ):
             _need(got >= 1, name, got, "an integer of at least 1")
         _need(

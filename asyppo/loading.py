@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics, load_critics
+from asyppo.distributed import world_size
 from asyppo.policy import Policy, compute_dtype
 from asyppo.sampler import ContinuousBatchingSampler, GenerateSampler, Sampler
 
@@ -73,7 +74,8 @@ def _shared(config: AsyPPOConfig) -> dict[str, Any]:
     device = choose_device(config)
     return {
         "dtype": compute_dtype(config.policy.dtype, device),
-        "device": device,
+        # What is sharded gets to its GPU in pieces, since as a whole it may not fit.
+        "device": torch.device("cpu") if world_size() > 1 else device,
         "attn_implementation": config.policy.attn_implementation,
         "trust_remote_code": config.policy.trust_remote_code,
     }

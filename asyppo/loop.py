@@ -25,6 +25,7 @@ from asyppo.checkpoint import (
 from asyppo.config import AsyPPOConfig
 from asyppo.critics import Critics
 from asyppo.data import Row
+from asyppo.distributed import first_of_ranks, from_main, rank
 from asyppo.durable import WriteError
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.policy import Policy
@@ -33,7 +34,7 @@ from asyppo.report import report_at_the_end
 from asyppo.rewards import RewardFunction
 from asyppo.rng import seed_everything
 from asyppo.rollout import Rollout
-from asyppo.run import RunDirectory
+from asyppo.run import RunDirectory, open_run
 from asyppo.sampler import Sampler
 from asyppo.signals import StopSignals
 
@@ -94,7 +95,7 @@ class TrainingLoop(ABC):
             processing_class=self.tokenizer,
             optimizer=self.policy_optimizer,
         )
-        with RunDirectory(self.config) as run:
+        with open_run(self.config) as run:
             try:
                 return self._train(run, hooks)
             except WriteError as error:
@@ -110,6 +111,7 @@ class TrainingLoop(ABC):
             hooks.evaluated(0, evaluation.metrics())
             hooks.log(row := {"step": 0, **evaluation.metrics()})
             run.log_metrics(row)
+        received = None
         with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
             for step in range(first, config.max_steps + 1):
                 hooks.begin_step()
@@ -122,7 +124,8 @@ class TrainingLoop(ABC):
                         hooks.evaluated(step, evaluation.metrics())
                 hooks.log(row)
                 failed = self.skipped_in_a_row >= config.max_skipped_steps
-                stop = hooks.control.should_training_stop or failed or signals.received is not None
+                received = first_of_ranks(signals.received)
+                stop = hooks.control.should_training_stop or failed or received is not None
                 if stop or hooks.control.should_save:
                     checkpoint = self.save(run, step, row, hooks)
                 else:
@@ -131,7 +134,8 @@ class TrainingLoop(ABC):
                 if stop:
                     break
         hooks("on_train_end")
-        report_at_the_end(run.path)
+        if rank() == 0:
+            report_at_the_end(run.path)
         if self.skipped_in_a_row >= config.max_skipped_steps:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them step "
@@ -141,19 +145,19 @@ class TrainingLoop(ABC):
         accuracies = [row["eval/accuracy"] for row in hooks.state.log_history if "eval/accuracy" in row]
         before, after = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
         unfinished = hooks.state.global_step < config.max_steps
-        return TrainResult(run, checkpoint, before, after, signals.received if unfinished else None)
+        return TrainResult(run, checkpoint, before, after, received if unfinished else None)
 
     def resume(self, run: RunDirectory, hooks: Callbacks) -> tuple[int, Path | None]:
         """Put everything back to the run's last checkpoint, and cut off what was logged after it. Returns the step to
         go on with, and the checkpoint; 1 and None where there is none."""
         state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "callbacks": {}}
-        checkpoint = last_valid_checkpoint(run.path)
+        checkpoint = from_main(lambda: last_valid_checkpoint(run.path))
         seed_everything(self.config.seed * 1_000_003)
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.trained())
         self.skipped_in_a_row = state["skipped_in_a_row"]
         run.start(state["step"])
-        hooks.resume(state["step"], run.rows(), state["callbacks"])
+        hooks.resume(state["step"], from_main(run.rows), state["callbacks"])
         return state["step"] + 1, checkpoint
 
     def evaluate(self, run: RunDirectory, step: int) -> Evaluation | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from asyppo.advantage import LearningSignal
 from asyppo.batch import Batch
 from asyppo.config import AsyPPOConfig
+from asyppo.distributed import sum_over_ranks, world_size
 from asyppo.reduce import masked_extremes, masked_mean, masked_moments
 from asyppo.rewards import Rewards
 from asyppo_kernels import LinearPPOLoss
@@ -74,13 +75,13 @@ def of_rewards(rewards: Rewards) -> Row:
 
 
 def of_time(batch: Batch, seconds: Row, device: torch.device) -> Row:
-    """Seconds of each phase, and tokens a second."""
+    """Seconds of each phase, and tokens a second and process."""
     tokens = float(batch.length.sum())
     step = seconds["timing_s/step"]
     row = seconds | {
         "perf/total_num_tokens": tokens,
         "perf/time_per_step": step,
-        "perf/throughput": tokens / step,
+        "perf/throughput": tokens / step / world_size(),
     }
     if device.type == "cuda":
         row["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
@@ -125,7 +126,7 @@ class PolicyUpdates:
     def row(self) -> Row:
         """Return the metrics: losses and norms as means over optimizer steps, the rest over tokens."""
         steps = len(self.losses)
-        entropy, kl, log_ratio, clipped, tokens = torch.stack(self.sums).double().sum(dim=0).tolist()
+        entropy, kl, log_ratio, clipped, tokens = sum_over_ranks(torch.stack(self.sums).double().sum(dim=0)).tolist()
         entropy, kl, loss = entropy / steps, kl / steps, sum(self.losses) / steps
         norms = [norm for norm in self.norms if norm is not None]
         row = {

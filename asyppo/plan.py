@@ -42,7 +42,7 @@ ASSUMPTIONS = (
     "every response is {completion} tokens long, every prompt {prompt}",
     "activations are what transformers' own forward pass keeps; Liger's and the stacked critics' kernels keep less",
     "a backward pass needs, beside what is kept, as much as one layer keeps; so does a pass without gradients",
-    "weights are sharded over several GPUs, activations are not: each has its own micro-batch",
+    "weights are sharded over several GPUs, the batch and activations are not: each has its own micro-batch",
     "the context of CUDA, other libraries' workspaces and fragmentation are not counted: leave 10 % free",
 )
 
@@ -125,7 +125,12 @@ def _gib(size: int | None) -> str:
 
 
 def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024) -> Plan:
-    """Estimate the memory of ``config`` on each of ``gpus`` GPUs. Raises ConfigError where a model is unknown."""
+    """Estimate the memory of ``config`` on each of ``gpus`` GPUs. Raises ConfigError where a model is unknown, or
+    ``distributed.replicate`` does not divide ``gpus``."""
+    replicas = config.distributed.replicate
+    if gpus % replicas:
+        raise ConfigError(f"distributed.replicate: got {replicas}, needs a divisor of the number of GPUs, {gpus}")
+    shards = gpus // replicas
     dtype = compute_dtype(config.policy.dtype, torch.device("cuda"))
     element = dtype.itemsize
     prompt = config.data.max_prompt_length or prompt_length
@@ -136,16 +141,19 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     plan.assumptions = [a.format(completion=config.max_completion_length, prompt=prompt) for a in ASSUMPTIONS]
 
     # Always there.
-    always: dict[str, int] = _resident("policy", policy, element, gpus)
+    always: dict[str, int] = _resident("policy", policy, element, shards)
     if critic is not None:
-        always |= _resident("critics", critic, element, gpus, config.num_critics)
+        always |= _resident("critics", critic, element, shards, config.num_critics)
     if config.beta > 0 and not config.policy.use_peft:
-        always["reference weights"] = 4 * policy.parameters // gpus
-    responses = config.prompts_per_step * config.num_generations // gpus
-    always["batch"] = responses * (8 * width + _BATCH_BYTES * config.max_completion_length)
-
-    if element < 4 and not config.policy.use_peft:
-        always["policy copy to sample with"] = element * policy.parameters
+        always["reference weights"] = 4 * policy.parameters // shards
+    everyones = config.prompts_per_step * config.num_generations
+    always["batch"] = everyones * (8 * width + _BATCH_BYTES * config.max_completion_length)
+    responses = -(-everyones // gpus)
+    # Of shards a copy is gathered for each time; a single process keeps one where its weights are not what it samples
+    # with.
+    copy_to_sample_with = {"policy copy to sample with": element * policy.parameters}
+    if gpus == 1 and element < 4 and not config.policy.use_peft:
+        always |= copy_to_sample_with
 
     # `generate` has a batch of sequences side by side; continuous batching has as many as there is room for.
     sequences = max(1, min(config.generation_batch_size, responses))
@@ -156,11 +164,15 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
             f"counted here, each more takes {cache / GIB:.2f} GiB while it is at its longest"
         )
         sequences = 1
-    plan.phases["generation"] = always | {
-        "key-value cache": sequences * cache,
-        "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
-        "prompts in one pass": _prefill(policy, sequences * prompt, element),
-    }
+    plan.phases["generation"] = (
+        always
+        | (copy_to_sample_with if gpus > 1 else {})
+        | {
+            "key-value cache": sequences * cache,
+            "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
+            "prompts in one pass": _prefill(policy, sequences * prompt, element),
+        }
+    )
 
     rows = max(1, config.max_tokens_per_micro_batch // width)
     of_policy = activations(policy, rows, width, dtype, config.policy.gradient_checkpointing)
@@ -177,14 +189,14 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
         # A frozen backbone is there once, and in the precision of the pass already.
         in_use = 0 if config.critic.lora_rank else config.num_critics * _in_use(critic, of_critic, element, gpus)
         plan.phases["critic update"] = always | {
-            "gradients": 4 * config.num_critics * critic.trainable // gpus,
+            "gradients": 4 * config.num_critics * critic.trainable // shards,
             "weights as computed with": in_use,
             "activations": of_critic.kept,
             "within a layer": of_critic.layer,
         }
         plan.phases["values"] = always | {"weights as computed with": in_use, "within a layer": of_critic.layer}
     plan.phases["policy update"] = always | {
-        "gradients": 4 * policy.trainable // gpus,
+        "gradients": 4 * policy.trainable // shards,
         "weights as computed with": _in_use(policy, of_policy, element, gpus),
         "activations": of_policy.kept,
         "within a layer": of_policy.layer,
@@ -197,12 +209,12 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
 _BATCH_BYTES = 4 * 16
 
 
-def _resident(name: str, model: Model, element: int, gpus: int, count: int = 1) -> dict[str, int]:
+def _resident(name: str, model: Model, element: int, shards: int, count: int = 1) -> dict[str, int]:
     """Weights in float32 and AdamW's two moments; frozen weights, which all share, as they are computed with."""
     frozen = model.parameters - model.trainable
     return {
-        f"{name} weights": (4 * count * model.trainable + element * frozen) // gpus,
-        f"{name} optimizer": count * 8 * model.trainable // gpus,
+        f"{name} weights": (4 * count * model.trainable + element * frozen) // shards,
+        f"{name} optimizer": count * 8 * model.trainable // shards,
     }
 
 

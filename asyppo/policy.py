@@ -10,11 +10,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from asyppo.adapters import add_lora, base_of_adapter, has_adapters
 from asyppo.batch import Batch, MicroBatch
 from asyppo.config import ConfigError
+from asyppo.distributed import sum_over_ranks
+from asyppo.sharding import decoder_layers, release, shard
 from asyppo_kernels import LinearLogprob, LinearPPOLoss, linear_logprob, linear_ppo_loss
 
 
@@ -63,11 +66,16 @@ def load_pretrained(
         raise ConfigError(f"model_name_or_path: cannot load {path!r}: {' '.join(str(error).split())}") from error
     model = model.to(device)
     if device.type == "cuda":
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
-
-        if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-            _apply_liger_kernel_to_instance(model=model)
+        use_liger_kernels(model)
     return model, report
+
+
+def use_liger_kernels(model: PreTrainedModel) -> None:
+    """Replace parts of ``model`` by Liger's where it knows the architecture; they run on GPUs only."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        _apply_liger_kernel_to_instance(model=model)
 
 
 class Reference(Protocol):
@@ -143,6 +151,12 @@ class Policy(nn.Module):
         """Where the weights are."""
         return self.model.device
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
+        if mesh.device_type == "cuda" and self.device.type == "cpu":
+            use_liger_kernels(self.model)
+        shard(self, decoder_layers(self.model), mesh, self.dtype)
+
     def autocast(self) -> torch.autocast:
         """Return the context in which the model computes in ``dtype``."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
@@ -171,6 +185,8 @@ class Policy(nn.Module):
         for micro in micros:
             result = self(micro)
             logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
+        release(self)
+        logprob, entropy = sum_over_ranks(torch.stack([logprob, entropy])).unbind()
         return logprob, entropy
 
     def reference(self) -> Reference:

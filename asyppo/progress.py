@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from asyppo.distributed import rank
+
 
 class Timer:
     """Seconds spent in each phase of a step, as ``timing_s/{phase}``; waits for the GPU so that they are its own."""
@@ -34,7 +36,8 @@ class Timer:
 
 
 class ProgressDisplay:
-    """A bar with the time left on a terminal; elsewhere one plain line an update, with the same facts."""
+    """A bar with the time left on a terminal; elsewhere one plain line an update, with the same facts. Of
+    several ranks the first shows it."""
 
     def __init__(self, title: str, total: int, *, done: int = 0, every: int = 1, stream: TextIO | None = None):
         self.title, self.total, self.every = title, total, every
@@ -42,7 +45,7 @@ class ProgressDisplay:
         self.start = time.perf_counter()
         self.done = self.done_before = done
         self.bar: Progress | None = None
-        if self.stream.isatty():
+        if self.stream.isatty() and rank() == 0:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -69,7 +72,9 @@ class ProgressDisplay:
         self.done += count
         if self.bar is not None:
             self.bar.update(self.task, advance=count, note=note)
-        elif self.done // self.every > (self.done - count) // self.every or (count and self.done == self.total):
+        elif rank() == 0 and (
+            self.done // self.every > (self.done - count) // self.every or (count and self.done == self.total)
+        ):
             elapsed = time.perf_counter() - self.start
             left = elapsed / (self.done - self.done_before) * (self.total - self.done)
             print(

@@ -25,6 +25,7 @@ from torch import Tensor
 from asyppo.built_in_rewards import BUILT_IN, Reward, RewardFunc
 from asyppo.config import ConfigError
 from asyppo.data import Row, prompt_text
+from asyppo.distributed import divided
 from asyppo.reward_worker import (
     Failure,
     RewardProcess,
@@ -202,12 +203,36 @@ def compute_rewards(
     weights: Sequence[float] | None = None,
     step: int | None = None,
 ) -> Rewards:
-    """Return the rewards of each row's completion. ``step`` is for messages; None: it is an evaluation.
+    """Return the rewards of each row's completion. ``step`` is for messages; None: it is an evaluation. Each rank calls
+    the functions on its own prompts.
 
     Raises RewardError for a function that raises, and for a wrong number of rewards, a reward that is no finite number,
     or a wrong number of rewards of tokens. A sample that no function has a reward for gets 0, with a warning.
     """
-    funcs = resolve_reward_funcs(funcs)
+    functions = resolve_reward_funcs(funcs)
+
+    def own(part: slice) -> list[Rewards]:
+        first = part.start
+        return [_rewards(functions, rows[part], completions[part], completion_ids[part], weights, step, first)]
+
+    parts = divided(own, [id(row) for row in rows])
+    return Rewards(
+        {name: [reward for part in parts for reward in part.by_function[name]] for name in parts[0].by_function},
+        [total for part in parts for total in part.total],
+        {name: sum(part.timeouts[name] for part in parts) for name in parts[0].timeouts},
+    )
+
+
+def _rewards(
+    funcs: Sequence[RewardFunction],
+    rows: Sequence[Row],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    weights: Sequence[float] | None,
+    step: int | None,
+    first: int,
+) -> Rewards:
+    """Rewards of a part of the samples, the first of which is number ``first``."""
     columns = dict.fromkeys(name for row in rows for name in row if name != "prompt")
     arguments: Arguments = {name: [row.get(name) for row in rows] for name in columns} | {
         "prompts": [row["prompt"] for row in rows],
@@ -223,7 +248,7 @@ def compute_rewards(
     for func in funcs:
 
         def fail(what: str, sample: int | None, func: RewardFunction = func) -> RewardError:
-            at = "" if sample is None else f", sample {sample} ({_beginning(rows[sample])})"
+            at = "" if sample is None else f", sample {first + sample} ({_beginning(rows[sample])})"
             return RewardError(f"reward function {func.name}, {when}{at}: {what}")
 
         try:
@@ -244,13 +269,21 @@ def compute_rewards(
         if cut_off:
             log.warning(
                 "reward function %s, %s: cut off after %g s at %d of %d samples, the first is sample %d (%s)",
-                *(func.name, when, func.timeout, len(cut_off), len(rows), cut_off[0], _beginning(rows[cut_off[0]])),
+                *(
+                    func.name,
+                    when,
+                    func.timeout,
+                    len(cut_off),
+                    len(rows),
+                    first + cut_off[0],
+                    _beginning(rows[cut_off[0]]),
+                ),
             )
     nobodys = [i for i in range(len(rows)) if all(rewards[i] is None for rewards in by_function.values())]
     if nobodys:
         log.warning(
             "%s: no reward function has a reward for %d of %d samples, which count as 0; the first is sample %d (%s)",
-            *(when, len(nobodys), len(rows), nobodys[0], _beginning(rows[nobodys[0]])),
+            *(when, len(nobodys), len(rows), first + nobodys[0], _beginning(rows[nobodys[0]])),
         )
     weights = [1.0] * len(funcs) if weights is None else weights
     return Rewards(

@@ -18,6 +18,7 @@ import yaml
 
 from asyppo import durable
 from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.distributed import from_main
 from asyppo.writers import Writer, check_writers, open_writers
 
 MAY_CHANGE = (
@@ -170,6 +171,40 @@ class RunDirectory:
             writer.close()
         self._writers = []
         self._lock.close()
+
+
+class RunOfMain(RunDirectory):
+    """The directory of a run as the other ranks have it: rank 0 writes."""
+
+    def __init__(self, config: AsyPPOConfig, path: Path):
+        self.config, self.path = config, path
+
+    def start(self, step: int) -> None:
+        """Do nothing."""
+
+    def log_metrics(self, row: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def log_samples(self, rows: list[dict[str, Any]]) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_run(config: AsyPPOConfig) -> RunDirectory:
+    """Return the directory of the run, which rank 0 makes. Raises ConfigError on every rank."""
+    made: list[RunDirectory] = []
+
+    def make() -> Path:
+        made.append(RunDirectory(config))
+        return made[0].path
+
+    path = from_main(make)
+    return made[0] if made else RunOfMain(config, path)
 
 
 def _append(path: Path, rows: list[Any]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from asyppo.adapters import has_adapters
+from asyppo.distributed import divided, own_randomness
 
 
 @dataclass
@@ -220,6 +221,28 @@ class ContinuousBatchingSampler:
 
     def _response(self, tokens: list[int], logprob: list[float]) -> Response:
         return Response(torch.tensor(tokens), torch.tensor(logprob), tokens[-1] not in self.eos_token_ids)
+
+
+class DividedSampler:
+    """``Sampler`` of several ranks: each samples its own prompts, whole groups, and gets the responses of all.
+
+    ``weights`` is the context in which the model of ``sampler`` has its weights. Ranks draw different random numbers,
+    so samples depend on their number.
+    """
+
+    def __init__(self, sampler: Sampler, weights: Callable[[], AbstractContextManager[None]] = nullcontext):
+        self.sampler, self.weights = sampler, weights
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        """Return one response for each prompt (int64 [length])."""
+
+        def own(part: slice) -> list[Response]:
+            return self.sampler.sample(
+                prompts[part], max_completion_length=max_completion_length, temperature=temperature
+            )
+
+        with self.weights(), own_randomness():
+            return divided(own, [prompt.tolist() for prompt in prompts])
 
 
 class _TemperLogitsAndRecord(LogitsProcessor):

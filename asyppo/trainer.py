@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo import diagnostics, metrics
 from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, length_adaptive_lambda, token_weights
-from asyppo.batch import Batch, MicroBatch, micro_batches, minibatches, split_responses
+from asyppo.batch import Batch, MicroBatch, micro_batches, minibatches, split_responses, token_imbalance
 from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import CriticOptimizer, Critics
 from asyppo.data import Row, fitting
+from asyppo.distributed import sum_over_ranks
 from asyppo.loading import critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
 from asyppo.loop import TrainingError, TrainingLoop, TrainResult
 from asyppo.losses import importance_weights, value_loss
@@ -27,10 +30,11 @@ from asyppo.rewards import RewardFunc, resolve_reward_funcs
 from asyppo.rng import seed_everything
 from asyppo.rollout import Rollout
 from asyppo.run import RunDirectory
-from asyppo.sampler import Sampler
+from asyppo.sampler import DividedSampler, Sampler
 from asyppo.samples import sample_rows
 from asyppo.schedule import learning_rate_factor, set_learning_rate
 from asyppo.shaping import shape_rewards
+from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo_kernels import ensemble_gae
 
 __all__ = ["AsyPPOTrainer", "TrainResult", "TrainingError"]
@@ -58,7 +62,9 @@ class AsyPPOTrainer(TrainingLoop):
         config: AsyPPOConfig,
         sampler: Sampler | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        mesh: DeviceMesh | None = None,
     ):
+        """``mesh``: shard the models over it (``asyppo/distributed.py``)."""
         config.validate()
         policy = policy_of(policy, config)
         critics = critics_of(critics, config, policy)
@@ -77,10 +83,14 @@ class AsyPPOTrainer(TrainingLoop):
         self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
         self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
         self.callbacks = callbacks
+        self.reference = policy.reference() if config.beta > 0 else None
+        if mesh is None:
+            self.sampler = sampler or make_sampler(policy, tokenizer, config)
+        else:
+            self.sampler = self._shard(mesh, sampler)
         self.device = policy.device
         for func in self.reward_funcs:
             func.check_columns(self.train_dataset[0])
-        self.sampler = sampler or make_sampler(policy, tokenizer, config)
         self.rollout = Rollout(
             self.sampler, tokenizer, self.reward_funcs, self.train_dataset, config, device=self.device
         )
@@ -90,8 +100,23 @@ class AsyPPOTrainer(TrainingLoop):
             self.critic_optimizer = CriticOptimizer(
                 critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
             )
-        self.reference = policy.reference() if config.beta > 0 else None
         self.skipped_in_a_row = 0
+
+    def _shard(self, mesh: DeviceMesh, sampler: Sampler | None) -> Sampler:
+        """Shard the models over ``mesh``, and return a sampler of all ranks, whose model is whole while it samples."""
+        policy = self.policy
+        if sampler is None:
+            whole = WholeCopy(policy, policy.dtype, torch.device(mesh.device_type))
+            own = make_sampler(whole.module, self.tokenizer, self.config)
+            sampler = DividedSampler(own, partial(whole.of, policy))
+        else:
+            sampler = DividedSampler(sampler)
+        policy.shard(mesh)
+        if isinstance(self.reference, Policy):
+            self.reference.shard(mesh)
+        if self.critics is not None:
+            self.critics.shard(mesh)
+        return sampler
 
     def step(self, step: int, run: RunDirectory) -> dict[str, float]:
         """One step of the algorithm. Returns its metrics."""
@@ -240,7 +265,8 @@ class AsyPPOTrainer(TrainingLoop):
         if config.importance_sampling_clip_max is not None:
             rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.importance_sampling_clip_max)
         everything = torch.arange(len(batch), device=self.device)
-        for rows in minibatches(everything, config.num_iterations, config.num_mini_batches, generator):
+        parts = list(minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
+        for rows in parts:
             per_token: dict[str, Any] = {
                 "old_logprob": old_logprob,
                 "advantage": signal.advantage,
@@ -251,7 +277,10 @@ class AsyPPOTrainer(TrainingLoop):
                 "rollout_weight": rollout_weight,
             }
             loss = torch.zeros((), device=self.device)
-            for micro in self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps):
+            if log_ratio is not None:
+                log_ratio[rows] = 0.0  # another rank may have visited them before
+            micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
+            for micro in between_replicas_once(self.policy, micros):
                 arguments: dict[str, Any] = {n: x if x is None else x[micro.grid] for n, x in per_token.items()}
                 result = self.policy(
                     micro,
@@ -270,9 +299,15 @@ class AsyPPOTrainer(TrainingLoop):
                 if log_ratio is not None:
                     moved = result.logprob - old_logprob[micro.grid]
                     log_ratio[micro.grid] = torch.where(arguments["token_weight"] != 0, moved, 0.0)
+            loss = sum_over_ranks(loss)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
-        row = updates.row() | {"actor/lr": self.policy_optimizer.param_groups[0]["lr"]}
+        if log_ratio is not None:
+            log_ratio.copy_(sum_over_ranks(log_ratio))
+        row = updates.row() | {
+            "actor/lr": self.policy_optimizer.param_groups[0]["lr"],
+            "perf/token_imbalance": token_imbalance(batch, parts),
+        }
         if rollout_weight is not None:
             row |= metrics.of_importance_weights(rollout_weight, batch.mask)
         return row
@@ -326,9 +361,12 @@ def _clip_and_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor
 ) -> float | None:
     """Clip the gradient, step, and return its norm; where loss or norm is not finite, skip the step, return None."""
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    [total] = total_norms([gradients])
+    norm = float(total)
     finite = math.isfinite(norm) and math.isfinite(float(loss))
     if finite:
+        clip_gradients(gradients, max_grad_norm, total)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm if finite else None

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from asyppo.batch import Batch, MicroBatch
+from asyppo.distributed import sum_over_ranks
 
 Loss = Callable[[MicroBatch, Tensor], Tensor]
 """``loss(micro, value)`` of one critic: its values [N] at the response tokens of ``micro`` to a scalar, which adds up
@@ -33,6 +35,10 @@ class Critics(nn.Module, ABC):
 
     def __len__(self) -> int:
         return len(self.models)
+
+    @abstractmethod
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
 
     @abstractmethod
     def values(self, batch: Batch, max_tokens: int) -> Tensor:
@@ -80,4 +86,8 @@ class PaddingCount:
         """Return the share of padding and start anew."""
         real, computed = self.real, self.computed
         self.real, self.computed = [], 0
-        return 1 - float(torch.stack(real).sum()) / computed if computed else 0.0
+        if not computed:
+            return 0.0
+        total = torch.stack(real).sum()
+        total, computed = sum_over_ranks(torch.stack([total, total.new_tensor(computed)])).tolist()
+        return 1 - total / computed

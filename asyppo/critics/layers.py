@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
+from asyppo.sharding import member
 from asyppo_kernels.stacked_layers import stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
@@ -31,10 +33,10 @@ def stack_parameter(modules: Sequence[nn.Module], name: str) -> nn.Parameter:
     return stacked
 
 
-def tie(modules: Sequence[nn.Module], name: str, stacked: nn.Parameter) -> None:
-    """Make the parameter ``name`` of module m a view of ``stacked[m]``, a leaf of its own."""
+def tie(modules: Sequence[nn.Module], name: str, stacked: nn.Parameter, mesh: DeviceMesh | None = None) -> None:
+    """Make the parameter ``name`` of module m a view of ``stacked[m]``, a leaf of its own; ``mesh``: see ``member``."""
     for m, module in enumerate(modules):
-        setattr(module, name, nn.Parameter(stacked.detach()[m]))
+        setattr(module, name, nn.Parameter(member(stacked, m, mesh)))
 
 
 class _BatchedLinear(torch.autograd.Function):

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from asyppo.batch import Batch, MicroBatch, micro_batches
 from asyppo.critics.base import Critics, Loss
 from asyppo.critics.loading import check_head, load_value_models
+from asyppo.distributed import sum_over_ranks
+from asyppo.policy import use_liger_kernels
+from asyppo.sharding import between_replicas_once, decoder_layers, release, shard
 from asyppo_kernels import ensemble_value
 
 
@@ -73,6 +77,13 @@ class OneByOneCritics(Critics):
         weight, bias = model.score.weight.to(self.dtype), model.score.bias
         return ensemble_value(hidden[None], weight, None if bias is None else bias.to(self.dtype)).value[0]
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """See Critics."""
+        if mesh.device_type == "cuda" and next(self.parameters()).device.type == "cpu":
+            for model in self.models:
+                use_liger_kernels(model)
+        shard(self, decoder_layers(self), mesh, self.dtype)
+
     @torch.no_grad()
     def values(self, batch: Batch, max_tokens: int) -> Tensor:
         """See Critics."""
@@ -88,17 +99,18 @@ class OneByOneCritics(Critics):
         value = torch.zeros_like(batch.reward)
         for micro in micro_batches(batch, rows, max_tokens):
             value[micro.grid] = self(m, micro)
-        return value
+        release(self)
+        return sum_over_ranks(value)
 
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
         """See Critics."""
         total = torch.zeros(len(self), device=batch.tokens.device)
         for m, rows in enumerate(shares):
-            for micro in micro_batches(batch, rows, max_tokens):
+            for micro in between_replicas_once(self, micro_batches(batch, rows, max_tokens)):
                 part = loss(micro, self(m, micro))
                 part.backward()
                 total[m] += part.detach()
-        return total
+        return sum_over_ranks(total)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from asyppo.critics.base import Critics
+from asyppo.sharding import clip_gradients, total_norms
 
 
 class CriticOptimizer:
@@ -31,17 +32,18 @@ class CriticOptimizer:
         and its optimizer state, as does one that is not ``active``; the others step.
         """
         self.critics.collect_gradients()
-        norms = [nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]) for own in self.parameters]
+        gradients = [[p.grad for p in own if p.grad is not None] for own in self.parameters]
+        norms = total_norms(gradients)
         # The only time the host waits.
-        host = torch.stack([torch.stack(norms).to(losses.device), losses]).tolist()
+        host = torch.stack([norms.to(losses.device), losses]).tolist()
         found: list[float | None] = []
-        for own, norm, norm_on_host, loss, is_active in zip(self.parameters, norms, *host, active, strict=True):
+        for m, (norm_on_host, loss) in enumerate(zip(*host, strict=True)):
             finite = math.isfinite(norm_on_host) and math.isfinite(loss)
             found.append(norm_on_host if finite else None)
-            if finite and is_active:
-                nn.utils.clip_grads_with_norm_(own, max_grad_norm, norm)
+            if finite and active[m]:
+                clip_gradients(gradients[m], max_grad_norm, norms[m])
             else:
-                for parameter in own:
+                for parameter in self.parameters[m]:
                     parameter.grad = None
         self.adamw.step()
         self.critics.release_gradients()

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
@@ -21,6 +22,8 @@ from asyppo.critics.base import Critics, Loss
 from asyppo.critics.layers import MakeLinear, StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
 from asyppo.critics.layout import Layout, VarlenAttention
 from asyppo.critics.loading import load_value_models
+from asyppo.distributed import sum_over_ranks
+from asyppo.sharding import between_replicas_once, member, placement_of_stacked, release, shard, sum_whole_gradients
 from asyppo_kernels import ensemble_value
 
 
@@ -84,8 +87,12 @@ class Stacked(Critics):
         self.score = StackedLinear(heads)
         # The family's own, so that every kind of rotary embedding works.
         self.rotary_emb = bodies[0].rotary_emb
+        self.mesh: DeviceMesh | None = None
         self.varlen: VarlenAttention | None = None
-        if dtype in (torch.bfloat16, torch.float16) and self.score.weight.is_cuda:
+        self._choose_attention(self.score.weight.device.type)
+
+    def _choose_attention(self, device_type: str) -> None:
+        if self.dtype in (torch.bfloat16, torch.float16) and device_type == "cuda":
             from torch.nn.attention import varlen
 
             self.varlen = cast(VarlenAttention, varlen.varlen_attn)
@@ -108,7 +115,21 @@ class Stacked(Critics):
         """Make the weights of ``models`` views of the stack again, after its parameters have been replaced."""
         for name, parameter in self.trained_parameters():
             leaves = [self.leaf(m, name) for m in range(len(self))]
-            tie([module for module, _ in leaves], leaves[0][1], parameter)
+            tie([module for module, _ in leaves], leaves[0][1], parameter, self.mesh)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """See Critics: each rank has a piece of every critic, so that a critic's weights are still a view.
+
+        What no dimension but the first divides evenly into stays whole on every rank.
+        """
+        place = placement_of_stacked(mesh)
+        whole = {p for p in self.parameters() if place(p) is None}
+        for parameter in whole:  # fully_shard puts the others there
+            parameter.data = parameter.data.to(mesh.device_type)
+        self._choose_attention(mesh.device_type)
+        shard(self, self.layers, mesh, self.dtype, shard_placement_fn=place, ignored_params=whole)
+        self.mesh = mesh
+        self.tie_models()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
@@ -167,7 +188,8 @@ class Stacked(Critics):
         for micro in micro_batches(batch, everything, max(1, max_tokens // len(self))):
             row, position = micro.grid
             value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts)
-        return value
+        release(self)
+        return sum_over_ranks(value)
 
     @torch.no_grad()
     def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
@@ -176,16 +198,17 @@ class Stacked(Critics):
         for micros in share_micro_batches(batch, shares, max_tokens):
             for micro, own in zip(micros, self._on_shares(micros), strict=True):
                 value[micro.grid] = own
-        return value
+        release(self)
+        return sum_over_ranks(value)
 
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
         """See Critics."""
         total = torch.zeros(len(self), device=batch.tokens.device)
-        for micros in share_micro_batches(batch, shares, max_tokens):
+        for micros in between_replicas_once(self, share_micro_batches(batch, shares, max_tokens)):
             parts = torch.stack([loss(*pair) for pair in zip(micros, self._on_shares(micros), strict=True)])
             parts.sum().backward()
             total += parts.detach()
-        return total
+        return sum_over_ranks(total)
 
     def _on_shares(self, micros: Sequence[MicroBatch]) -> list[Tensor]:
         """Values [N_m] of critic m at the response tokens of its own micro-batch, for all m in one pass."""
@@ -199,12 +222,14 @@ class Stacked(Critics):
 
     def collect_gradients(self) -> None:
         """See Critics: the models' gradients are views of the stack's."""
+        if self.mesh is not None:
+            sum_whole_gradients(self.parameters())
         for name, parameter in self.trained_parameters():
             if parameter.grad is None:
                 continue
-            for m, gradient in enumerate(parameter.grad):
+            for m in range(len(self)):
                 module, leaf = self.leaf(m, name)
-                getattr(module, leaf).grad = gradient
+                getattr(module, leaf).grad = member(parameter.grad, m, self.mesh)
 
     def release_gradients(self) -> None:
         """See Critics."""

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Ge
 
 from asyppo.build import build_trainer
 from asyppo.cli import READY_CONFIGS, main, parse
-from asyppo.config import AsyPPOConfig, PolicyConfig
+from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
 from asyppo.plan import GIB, activations, describe, known_shape, make_plan
 from asyppo.policy import Policy
 
@@ -175,9 +175,23 @@ def test_adapters(tiny_lm: Callable[..., Any]) -> None:
 def test_sharding_divides_what_is_sharded(tiny_run: Callable[..., AsyPPOConfig]) -> None:
     config = tiny_run(prompts_per_step=8)
     one, four = make_plan(config).phases["policy update"], make_plan(config, gpus=4).phases["policy update"]
-    for name in ("policy weights", "policy optimizer", "critics weights", "critics optimizer", "gradients", "batch"):
+    config.distributed.replicate = 2
+    copies = make_plan(config, gpus=4).phases["policy update"]
+    for name in ("policy weights", "policy optimizer", "critics weights", "critics optimizer", "gradients"):
         assert four[name] == one[name] // 4, name
+        assert copies[name] == one[name] // 2, name
     assert four["activations"] == one["activations"]
+    assert four["batch"] == one["batch"]  # every rank holds all of it
+    with pytest.raises(ConfigError, match=r"distributed.replicate: got 2, needs a divisor of the number of GPUs, 3"):
+        make_plan(config, gpus=3)
+
+
+def test_shards_are_gathered_for_sampling_only() -> None:
+    config = AsyPPOConfig(algorithm="grpo")
+    config.policy.model_name_or_path = "Qwen/Qwen3-1.7B-Base"
+    for gpus, phases in ((1, {"generation", "log-probs", "policy update"}), (8, {"generation"})):
+        plan = make_plan(config, gpus=gpus)
+        assert {name for name, parts in plan.phases.items() if "policy copy to sample with" in parts} == phases
 
 
 def test_what_does_not_train_takes_no_memory(tiny_run: Callable[..., AsyPPOConfig]) -> None:

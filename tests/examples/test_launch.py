@@ -1,0 +1,88 @@
+"""The launch files: their linters have nothing to say, and what they start is a command that ``asyppo`` understands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from asyppo.cli import parse
+
+LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
+DEFAULT = Path(__file__).parents[2] / "asyppo" / "default.yaml"
+YAMLLINT = "{extends: default, rules: {line-length: {max: 120}}}"
+
+
+def lint(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a linter that is installed beside this Python."""
+    program = Path(sys.executable).with_name(command[0])
+    return subprocess.run([str(program), *command[1:]], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("shellcheck", "slurm.sh"),
+        ("yamllint", "--strict", "-d", YAMLLINT, "kubernetes.yaml"),
+        ("kubernetes-validate", "--strict", "kubernetes.yaml"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_linter_finds_nothing(command: tuple[str, ...]) -> None:
+    done = lint(*command[:-1], str(LAUNCH / command[-1]))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        (("shellcheck", "slurm.sh"), ('"$config"', "$config")),
+        (("yamllint", "--strict", "-d", YAMLLINT, "kubernetes.yaml"), ("parallelism:", "completions:")),
+        (("kubernetes-validate", "--strict", "kubernetes.yaml"), ("parallelism:", "paralelism:")),
+    ],
+    ids=lambda part: part[0],
+)
+def test_the_linter_finds_a_fault(command: tuple[str, ...], fault: tuple[str, str], tmp_path: Path) -> None:
+    text = (LAUNCH / command[-1]).read_text()
+    assert fault[0] in text
+    faulty = tmp_path / command[-1]
+    faulty.write_text(text.replace(*fault))
+    assert lint(*command[:-1], str(faulty)).returncode != 0
+
+
+def test_slurm_starts_the_run(tmp_path: Path) -> None:
+    for name, body in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", 'printf "node7\\nnode8\\n"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "31", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64"}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sh"), str(DEFAULT), "--seed", "5"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **job},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    arguments = done.stdout.splitlines()
+    assert arguments[arguments.index("--rdzv-endpoint") + 1] == "node7:29500"
+    config = parse(arguments[arguments.index("train") :])
+    assert (config.run_name, config.resume, config.distributed.replicate, config.seed) == ("job-31", True, 2, 5)
+
+
+def test_kubernetes_starts_the_run() -> None:
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    pods = job["spec"]["template"]["spec"]
+    [container] = pods["containers"]
+    command = container["command"]
+    nodes = job["spec"]["completions"]
+    assert job["spec"]["parallelism"] == nodes
+    assert f"--nnodes={nodes}" in command
+    # The address at which the pods meet is that of the first one.
+    assert pods["subdomain"] == service["metadata"]["name"]
+    assert f"--rdzv-endpoint={job['metadata']['name']}-0.{service['metadata']['name']}:29500" in command
+    arguments = [a.replace("/shared/CONFIG.yaml", str(DEFAULT)) for a in command[command.index("train") :]]
+    config = parse(arguments)
+    assert (config.run_name, config.resume, config.distributed.replicate) == ("RUN", True, nodes)

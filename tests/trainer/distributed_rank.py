@@ -1,0 +1,322 @@
+"""One rank of the multi-process tests: ``distributed_rank.py FOLDER``, alone or under torchrun.
+
+Trains tiny models on scripted responses and saves, on rank 0, what came of it: ``FOLDER/{case}.pt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
+
+import asyppo.trainer
+from asyppo.adapters import add_lora
+from asyppo.advantage import LearningSignal
+from asyppo.checkpoint import load_checkpoint
+from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
+from asyppo.critics import Critics, LoraCritics, make_critics
+from asyppo.distributed import make_mesh, processes, rank
+from asyppo.policy import Policy
+from asyppo.progress import Timer
+from asyppo.run import open_run
+from asyppo.sampler import Response
+from asyppo.trainer import AsyPPOTrainer
+
+CHARACTERS = "abcdefghijklmnop"
+PAD, EOS = 0, 1
+PROMPTS = [
+    "ab",
+    "cdefg",
+    "h",
+    "ijkl",
+    "mno",
+    "pab",
+    "acegik",
+    "bd",
+    "lk",
+    "fff",
+    "gop",
+    "dcba",
+    "ehk",
+    "npa",
+    "bbc",
+    "oj",
+]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def shape(**changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(CHARACTERS) + 3,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+    } | changes
+
+
+def policy(
+    dtype: torch.dtype = torch.float32, *, lora: bool = False, gradient_checkpointing: bool = False, **changes: Any
+) -> Policy:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**shape(**changes)))
+    if lora:
+        add_lora(model, r=2, alpha=4, target_modules=None)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # so that the adapters do something
+                torch.nn.init.normal_(parameter, std=0.1)
+    return Policy(model, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+
+
+def critic(seed: int) -> Qwen3ForTokenClassification:
+    torch.manual_seed(seed)
+    config = Qwen3Config(**shape(num_labels=1))
+    config.classifier_dropout = 0.0
+    return Qwen3ForTokenClassification(config)
+
+
+@dataclass
+class Scripted:
+    """A response that follows from the prompt and from which response to it it is, wherever it is sampled."""
+
+    longest: int
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        seen: dict[tuple, int] = {}
+        return [self._response(tuple(prompt.tolist()), seen) for prompt in prompts]
+
+    def _response(self, prompt: tuple[int, ...], seen: dict[tuple, int]) -> Response:
+        which = seen[prompt] = seen.get(prompt, -1) + 1
+        generator = torch.Generator().manual_seed(1000 * sum(prompt) + 10 * len(prompt) + which)
+        length = 1 + int(torch.randint(self.longest, (), generator=generator))
+        tokens = torch.randint(3, 3 + len(CHARACTERS), (length,), generator=generator)
+        if which % 4 < 3:
+            tokens[-1] = EOS
+        return Response(tokens, -torch.rand(length, generator=generator), truncated=int(tokens[-1]) != EOS)
+
+
+def likes_a(completions: list[str], **_: Any) -> list[float]:
+    return [c.count("a") + 0.1 * len(c) for c in completions]
+
+
+def make_config(**fields: Any) -> AsyPPOConfig:
+    critics = {"learning_rate": 1e-2, "num_mini_batches": 2} | fields.pop("critic", {})
+    defaults = {
+        "prompts_per_step": 5,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_tokens_per_micro_batch": 60,
+        "learning_rate": 1e-2,
+        "num_mini_batches": 3,
+        "entropy_coef": 0.01,
+        # With 0.2 two tokens of equal σ, up to rounding, would lie on either side of the threshold.
+        "advantage_mask_fraction": 0.15,
+        "entropy_filter_fraction": 0.15,
+    }
+    return AsyPPOConfig(**(defaults | fields), critic=CriticConfig(**critics))
+
+
+def make_critics_of(config: AsyPPOConfig, dtype: torch.dtype) -> Critics | None:
+    if not config.num_critics:
+        return None
+    models = [critic(10 + m) for m in range(config.num_critics)]
+    rank = config.critic.lora_rank
+    if not rank:
+        return make_critics(models, config.critic, dtype=dtype)
+    critics = LoraCritics(models[0], [model.score for model in models], rank=rank, alpha=4, dtype=dtype)
+    for name, parameter in critics.trained_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return critics
+
+
+def make_trainer(config: AsyPPOConfig, mesh: DeviceMesh | None, **kw: Any) -> AsyPPOTrainer:
+    config = replace(config, critic=replace(config.critic, stacked=kw.pop("stacked", True)))
+    dtype = kw.pop("dtype", torch.float32)
+    return AsyPPOTrainer(
+        policy=policy(dtype, **kw.pop("policy", {})),
+        critics=make_critics_of(config, dtype),
+        tokenizer=tokenizer(),
+        reward_funcs=[likes_a],
+        train_dataset=[{"prompt": text} for text in PROMPTS],
+        config=config,
+        mesh=mesh,
+        **kw,
+    )
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, gathered."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def weights(trainer: AsyPPOTrainer) -> dict[str, Tensor]:
+    found = whole(trainer.policy)
+    for m, model in enumerate(trainer.critics.models if trainer.critics is not None else ()):
+        found |= {f"critic_{m}.{name}": value for name, value in whole(model).items()}
+    return found
+
+
+class NoRun:
+    """Takes what a step logs."""
+
+    def log_samples(self, rows: list) -> None:
+        """Forget it."""
+
+
+def train(config: AsyPPOConfig, mesh: DeviceMesh | None, steps: int = 2, **kw: Any) -> dict[str, Any]:
+    """Metrics of ``steps`` steps, signals, and weights after them."""
+    trainer = make_trainer(config, mesh, sampler=Scripted(config.max_completion_length), **kw)
+    signals: list[LearningSignal] = []
+    update = trainer.update_policy
+
+    def spy(batch: Any, signal: LearningSignal, *rest: Any) -> dict[str, float]:
+        signals.append(signal)
+        return update(batch, signal, *rest)
+
+    trainer.update_policy = spy  # type: ignore[method-assign]
+    rows = [trainer.step(step, NoRun()) for step in range(1, steps + 1)]  # type: ignore[arg-type]
+    return {"rows": rows, "signals": [vars(s) for s in signals], "weights": weights(trainer)}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collective operations by name while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.__name__.split(".")[0].strip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(mesh: DeviceMesh | None) -> dict[str, Any]:
+    """How many collectives each phase of a step takes."""
+    trainer = make_trainer(make_config(beta=0.1, max_tokens_per_micro_batch=10_000), mesh)
+    trainer.step(1, NoRun())  # type: ignore[arg-type]
+    counts: dict[str, Counter[str]] = {}
+
+    class CountingTimer(Timer):
+        @contextmanager
+        def phase(self, name: str) -> Iterator[None]:
+            with Collectives() as mode:
+                yield
+            counts[name] = mode.counts
+
+    asyppo.trainer.Timer = CountingTimer  # type: ignore[misc]
+    with suppress(KeyError):  # it has counted no time
+        trainer.step(2, NoRun())  # type: ignore[arg-type]
+    asyppo.trainer.Timer = Timer  # type: ignore[misc]
+    return counts
+
+
+def generate(mesh: DeviceMesh | None) -> list[dict[str, float]]:
+    """Metrics of two steps on responses that the policy samples; every rank's are of lengths of their own."""
+    trainer = make_trainer(make_config(max_completion_length=20), mesh)
+    return [trainer.step(step, NoRun()) for step in (1, 2)]  # type: ignore[arg-type]
+
+
+def save(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
+    """Save a checkpoint after a step, and return what the next one comes to, with the weights that were saved."""
+    config = make_config(output_dir=str(folder), run_name="run", report_to=[])
+    trainer = make_trainer(config, mesh, sampler=Scripted(12), policy={"tie_word_embeddings": True})
+    with open_run(config) as run:
+        run.start(0)
+        trainer.step(1, run)
+        saved = weights(trainer)
+        trainer.save(run, 1)
+    row = trainer.step(2, NoRun())  # type: ignore[arg-type]
+    return {"rows": [row], "signals": [], "weights": weights(trainer), "saved": saved}
+
+
+def load(mesh: DeviceMesh | None, checkpoint: Path) -> dict[str, Any]:
+    """Go on from a checkpoint of ``save``."""
+    trainer = make_trainer(make_config(), mesh, sampler=Scripted(12), policy={"tie_word_embeddings": True})
+    assert load_checkpoint(checkpoint, trainer.trained())["step"] == 1
+    row = trainer.step(2, NoRun())  # type: ignore[arg-type]
+    return {"rows": [row], "signals": [], "weights": weights(trainer)}
+
+
+def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
+    """Runs whose results do not depend on the number of ranks, by name."""
+    lambda_below_1 = {"value_lambda": 0.9, "num_iterations": 2}
+    options = {
+        "use_kl_in_reward": True,
+        "beta": 0.05,
+        "delta": 2.0,
+        "importance_sampling_clip_max": 2.0,
+        "overlong_buffer_len": 4,
+        "mask_truncated_completions": True,
+        "dynamic_sampling": True,
+        "advantage_values": "cross_fit",
+    }
+    return {
+        "asyppo": lambda: train(make_config(), mesh),
+        "one_by_one": lambda: train(make_config(), mesh, stacked=False),
+        "ppo": lambda: train(make_config(algorithm="ppo", beta=0.1, critic=lambda_below_1), mesh),
+        "grpo": lambda: train(make_config(algorithm="grpo", loss_aggregation="token-mean", num_iterations=2), mesh),
+        "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
+        "options": lambda: train(make_config(**options, critic={"cliprange_value": 0.2}), mesh),
+        "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
+        "checkpointing": lambda: train(
+            make_config(critic={"gradient_checkpointing": True}), mesh, policy={"gradient_checkpointing": True}
+        ),
+        "adapters": lambda: train(make_config(beta=0.1, critic={"lora_rank": 2}), mesh, policy={"lora": True}),
+        # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
+        "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
+    }
+
+
+def main(folder: Path, chosen: Sequence[str]) -> None:
+    """Run the cases that are asked for, or all that do not depend on the number of ranks, and save what came of it."""
+    config = DistributedConfig(timeout_s=120, **json.loads(os.environ.get("ASYPPO_TEST_DISTRIBUTED", "{}")))
+    with processes(config):
+        mesh = make_mesh(config, torch.device("cpu"))
+        every = cases(mesh)
+        further = {
+            "bfloat16": lambda: train(make_config(), mesh, dtype=torch.bfloat16),
+            "collectives": lambda: collectives(mesh),
+            "generate": lambda: generate(mesh),
+            "save": lambda: save(mesh, folder),
+            "load": lambda: load(mesh, Path(os.environ["ASYPPO_TEST_CHECKPOINT"])),
+        }
+        for name in chosen or every:
+            result = (every | further)[name]()
+            if rank() == 0:
+                torch.save(result, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
