@@ -130,6 +130,7 @@ class WholeCopy:
             like.untyped_storage().resize_(0)
         self.module: Any = copy.deepcopy(module, empty).to(device)
 
+    @torch.no_grad()
     def fill(self, source: nn.Module) -> None:
         """Take the weights of ``source``, of which this is a copy: one all-gather a layer."""
         own = dict(self.module.named_parameters())

@@ -15,6 +15,7 @@ from asyppo.distributed import (
     agreed,
     divided,
     from_main,
+    leave,
     make_mesh,
     own_randomness,
     processes,
@@ -77,3 +78,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

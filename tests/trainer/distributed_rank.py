@@ -29,7 +29,7 @@ from asyppo.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
 from asyppo.critics import Critics, LoraCritics, make_critics
-from asyppo.distributed import make_mesh, processes, rank
+from asyppo.distributed import leave, make_mesh, processes, rank
 from asyppo.policy import Policy
 from asyppo.progress import Timer
 from asyppo.run import open_run
@@ -320,3 +320,4 @@ def main(folder: Path, chosen: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)
