@@ -13,6 +13,7 @@ from asyppo.batch import Batch, MicroBatch
 from asyppo.config import AsyPPOConfig
 from asyppo.policy import Policy
 from asyppo.reduce import masked_mean, masked_moments
+from asyppo.sharding import between_replicas_once, total_norms
 
 Row = dict[str, float]
 
@@ -66,7 +67,7 @@ def masked_gradient_shares(
 
     def norm(part: dict[str, Any], keep: Tensor) -> Tensor:
         policy.zero_grad(set_to_none=True)
-        for micro in micros:
+        for micro in between_replicas_once(policy, micros):
             policy(
                 micro,
                 loss={
@@ -78,8 +79,7 @@ def masked_gradient_shares(
                     "entropy_coef": part["entropy_coef"],
                 },
             ).loss.backward()
-        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-        result = torch.nn.utils.get_total_norm(gradients)
+        [result] = total_norms([[p.grad for p in policy.parameters() if p.grad is not None]])
         policy.zero_grad(set_to_none=True)
         return result
 
