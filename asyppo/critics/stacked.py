@@ -172,17 +172,19 @@ class Stacked(Critics):
     @torch.no_grad()
     def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
         """See Critics."""
-        value = torch.zeros_like(batch.reward)
+        value = batch.reward.new_zeros(len(self), *batch.reward.shape)
         for micros in share_micro_batches(batch, shares, max_tokens):
-            for micro, own in zip(micros, self._on_shares(micros), strict=True):
-                value[micro.grid] = own
+            for of_critic, micro, own in zip(value, micros, self._on_shares(micros), strict=True):
+                of_critic[micro.grid] = own
         return value
 
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
         """See Critics."""
         total = torch.zeros(len(self), device=batch.tokens.device)
         for micros in share_micro_batches(batch, shares, max_tokens):
-            parts = torch.stack([loss(*pair) for pair in zip(micros, self._on_shares(micros), strict=True)])
+            parts = torch.stack(
+                [loss(*of) for of in zip(range(len(self)), micros, self._on_shares(micros), strict=True)]
+            )
             parts.sum().backward()
             total += parts.detach()
         return total

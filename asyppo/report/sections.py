@@ -119,7 +119,9 @@ def critics(runs: Sequence[Run], names: Sequence[str]) -> Section:
     losses = {key: f"critic {m[1]}" for key in _metrics(kept) if (m := re.fullmatch(r"critic/(\d+)/vf_loss", key))}
     section.add(
         "No losses of critics were recorded.",
-        *charts_of("Loss of each critic", kept, names, losses, says="Squared error on its own share.", zero=True),
+        *charts_of(
+            "Loss of each critic", kept, names, losses, says="Squared error on the responses it learns from.", zero=True
+        ),
     )
     section.add(
         "No explained variance was recorded.",
@@ -319,7 +321,7 @@ def _column(name: str) -> Callable[[Sample], np.ndarray | None]:
 
 
 SEEN = {
-    "after": "Critics are fitted to a step's own responses before they score them, each to its share.",
+    "after": "Critics are fitted to a step's own responses before they score them, each to those it learns from.",
     "before": "Critics score a step's responses before they are fitted to them.",
     "cross_fit": "A response's V̄ leaves out the critic that was fitted to it.",
 }

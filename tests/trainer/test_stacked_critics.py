@@ -24,6 +24,8 @@ from transformers import (
     Qwen3ForTokenClassification,
 )
 
+import asyppo.trainer
+from asyppo.advantage import LearningSignal
 from asyppo.batch import Batch, share_micro_batches
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
@@ -448,17 +450,20 @@ def test_shares_side_by_side(ragged_batch: Callable[..., Batch]) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("budget", [20, 10_000])
-def test_shares(ragged_batch: Callable[..., Batch], packed: bool, budget: int) -> None:
-    """Values, losses and gradients on disjoint, unequal shares are those of critics run one after another."""
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_shares(ragged_batch: Callable[..., Batch], disjoint: bool, packed: bool, budget: int) -> None:
+    """Values, losses and gradients on unequal shares are those of critics run one after another."""
     models = make_models("qwen3", 3)
     one, critics = OneByOneCritics(copy.deepcopy(models)), StackedCritics(copy.deepcopy(models))
     critics.varlen = reference_varlen if packed else None
     batch = ragged_batch()
     shares = [torch.tensor([0, 3, 5, 7]), torch.tensor([11]), torch.tensor([2, 4, 6, 8, 10])]
-    target = torch.randn_like(batch.reward)
+    if not disjoint:
+        shares = [torch.arange(len(batch)), torch.tensor([3]), torch.arange(len(batch)).flip(0)]
+    target = torch.randn(3, *batch.reward.shape)
 
-    def loss(micro: Any, value: Tensor) -> Tensor:
-        return (value - target[micro.grid]).square().sum()
+    def loss(m: int, micro: Any, value: Tensor) -> Tensor:
+        return (value - target[m][micro.grid]).square().sum()
 
     torch.testing.assert_close(critics.values(batch, budget), one.values(batch, budget), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
@@ -500,7 +505,7 @@ def test_padding_is_measured(ragged_batch: Callable[..., Batch]) -> None:
         critics.values(batch, 1)  # each sequence alone
         assert critics.padding_frac() == 0
     packed = StackedCritics(make_models())
-    packed.backward(batch, [torch.tensor([0]), torch.tensor([1, 2])], lambda micro, value: value.sum(), 10_000)
+    packed.backward(batch, [torch.tensor([0]), torch.tensor([1, 2])], lambda m, micro, value: value.sum(), 10_000)
     first, second = int(batch.length[0]), int(batch.length[1:3].sum())
     assert packed.padding_frac() == pytest.approx(1 - (first + second) / (2 * max(first, second)))
 
@@ -519,7 +524,7 @@ def test_a_critic_that_is_not_finite_is_skipped(kind: Any, where: str, ragged_ba
                 critics.models[1].base_model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
         before = copy.deepcopy([list(model.parameters()) for model in critics.models])
 
-        def loss(micro: Any, value: Tensor, poisoned: bool = poisoned) -> Tensor:
+        def loss(m: int, micro: Any, value: Tensor, poisoned: bool = poisoned) -> Tensor:
             bad = poisoned and where == "loss" and int(micro.rows[0]) in (1, 4)
             return value.square().sum() * (torch.inf if bad else 1.0)
 
@@ -544,7 +549,7 @@ def test_an_idle_critic_does_not_drift(ragged_batch: Callable[..., Batch]) -> No
         optimizer = CriticOptimizer(critics, learning_rate=1e-2, weight_decay=0.1)
         for shares in ([torch.tensor([0]), torch.tensor([1])], [torch.tensor([2]), torch.tensor([2])[:0]]):
             before = copy.deepcopy([list(model.parameters()) for model in critics.models])
-            losses = critics.backward(batch, shares, lambda micro, value: value.square().sum(), 10_000)
+            losses = critics.backward(batch, shares, lambda m, micro, value: value.square().sum(), 10_000)
             optimizer.step(losses, 1.0, active=[len(rows) > 0 for rows in shares])
         same = [
             all(torch.equal(p, q) for p, q in zip(old, model.parameters(), strict=True))
@@ -556,27 +561,41 @@ def test_an_idle_critic_does_not_drift(ragged_batch: Callable[..., Batch]) -> No
 # --- the trainer ---
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_critics", [1, 2, 4])
 def test_both_kinds_give_the_same_metrics(
-    num_critics: int, packed: bool, tiny_config: Callable[..., AsyPPOConfig], tiny_trainer: Callable[..., AsyPPOTrainer]
+    num_critics: int,
+    packed: bool,
+    seed: int,
+    tiny_config: Callable[..., AsyPPOConfig],
+    tiny_trainer: Callable[..., AsyPPOTrainer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = []
+    """And drop the same tokens: all responses to a prompt begin in one state, and rounding must not choose among
+    equals."""
+    rows, kept, compute = [], [], asyppo.trainer.ensemble_signal
+
+    def remember(*arguments: Any, **options: Any) -> LearningSignal:
+        kept[-1].append(signal := compute(*arguments, **options))
+        return signal
+
+    monkeypatch.setattr(asyppo.trainer, "ensemble_signal", remember)
     for stack in (True, False):
         critic = {"num_critics": num_critics, "stacked": stack, "num_iterations": 2, "num_mini_batches": 2}
         config = tiny_config(
             run_name=f"run-{stack}",
+            seed=seed,
             critic=critic | {"max_grad_norm": 0.3},
             max_tokens_per_micro_batch=60,
             num_generations=5,
-            # All responses of a prompt begin in one state: at a threshold among equals rounding would choose.
-            advantage_mask_fraction=0.0,
-            entropy_filter_fraction=0.0,
+            entropy_coef=0.05,
         )
         trainer = tiny_trainer(config, lambda completions, **_: [float(c.count("a")) for c in completions])
         if stack and packed:
             trainer.critics.varlen = reference_varlen
         run = RunDirectory(config)
+        kept.append([])
         rows.append([trainer.step(step, run) for step in (1, 2, 3)])
     for one, other in zip(*rows, strict=True):
         assert one.keys() == other.keys()
@@ -585,6 +604,9 @@ def test_both_kinds_give_the_same_metrics(
                 assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5, nan_ok=True), key
         assert 0 < other["critic/padding_frac"] < 1
         assert one["critic/vf_loss"] > 0
+    for one, other in zip(*kept, strict=True):
+        for name in ("advantage_keep", "entropy_keep"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def test_a_checkpoint_of_either_kind_is_one_of_the_other(
