@@ -280,6 +280,22 @@ def test_wrong_shapes() -> None:
         critics(ids, mask[:, 1:])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_with_holes(packed: bool) -> None:
+    """Tokens in between that are left out: as transformers has it, or refused where a window would count them."""
+    ids, mask = inputs("right")
+    mask[0, 3:5] = mask[0, 6] = mask[2, 2] = 0
+    for family in ("qwen3", "mistral, window"):
+        models = make_models(family)
+        critics = StackedCritics(copy.deepcopy(models))
+        critics.varlen = reference_varlen if packed else None
+        if family == "qwen3":
+            assert_parity(models, critics, ids, mask)
+        else:
+            with pytest.raises(ValueError, match=r"attention_mask: got zeros between ones, .* a window, of 4 pos"):
+                critics(ids, mask)
+
+
 def test_gradient_checkpointing() -> None:
     """The same gradients, and one tensor kept for each layer."""
     models = make_models("qwen3", 2, num_hidden_layers=4)
