@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -229,33 +230,59 @@ def test_packed_sequences(family: str, padding: str) -> None:
     assert critics.padding_frac() == 0
 
 
+Errors = dict[str, float]
+
+
+def mean_errors(run: Callable[[Tensor, Tensor, Tensor], Any], family: str, seeds: int = 8) -> Errors:
+    """Of values, of all gradients together and of each tensor's: the distance to float64, on average over inputs."""
+    names = [f"{m}: {name}" for m, model in enumerate(make_models(family)) for name, _ in model.named_parameters()]
+    errors = dict.fromkeys(["value", "gradient", *names], 0.0)
+    for inputs_of_run, oracle in float64_results(family, seeds):
+        values, gradients = run(*inputs_of_run)
+        one, other = ([g.double().flatten() for of in x for g in of] for x in (gradients, oracle[1]))
+        pairs = [(values, oracle[0]), (torch.cat(one), torch.cat(other)), *zip(one, other, strict=True)]
+        for name, pair in zip(errors, pairs, strict=True):
+            errors[name] += distance(*pair) / seeds
+    return errors
+
+
+@cache
+def float64_results(family: str, seeds: int) -> list[Any]:
+    """Inputs of so many seeds, and what the models give for them in float64."""
+    results = []
+    for seed in range(seeds):
+        ids, mask = inputs("right", seed=seed)
+        given = ids, mask, torch.randn(2, *ids.shape, generator=torch.Generator().manual_seed(seed))
+        results.append((given, plainly(family, torch.float64)(*given)))
+    return results
+
+
+def plainly(family: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """The models of transformers in ``dtype``."""
+    models = [model.to(dtype) for model in make_models(family)]
+    return lambda ids, mask, upstream: one_by_one(models, ids.expand(2, -1, -1), mask.expand(2, -1, -1), upstream)
+
+
+@cache
+def errors_of_transformers(family: str) -> Errors:
+    """In bfloat16."""
+    return mean_errors(plainly(family, torch.bfloat16), family)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama, biases, llama3 rope", "mistral, window", "qwen3"])
 def test_bfloat16(family: str, packed: bool) -> None:
-    """As near to float64 as transformers in bfloat16, plus one rounding of the result: values, and the gradient as a
-    whole, on average over inputs; of single parameters, where chance matters more, within twice that."""
-    models = make_models(family)
-    critics = StackedCritics(copy.deepcopy(models), dtype=torch.bfloat16)
+    """As near to float64 as transformers in bfloat16, on average over inputs, plus a tolerance.
+
+    That is one rounding, 2^-8, of the values and of the gradient as a whole, and four of a single tensor's gradient,
+    in which chance has more to say: over 4, 8 and 12 inputs the largest excess of any was 0.017, 0.011 and 0.007.
+    """
+    critics = StackedCritics(make_models(family), dtype=torch.bfloat16)
     critics.varlen = reference_varlen if packed else None
-    names = [f"{m}: {name}" for m in range(2) for name, _ in models[m].named_parameters()]
-    ours: dict[str, list[float]] = {}
-    plain: dict[str, list[float]] = {}
-    for seed in range(4):
-        ids, mask = inputs("right", seed=seed)
-        upstream = torch.randn(2, *ids.shape)
-        each = ids.expand(2, -1, -1), mask.expand(2, -1, -1), upstream
-        oracle = one_by_one([copy.deepcopy(m).double() for m in models], *each)
-        for errors, got in (
-            (ours, stacked(critics, ids, mask, upstream)),
-            (plain, one_by_one([copy.deepcopy(m).bfloat16() for m in models], *each)),
-        ):
-            one, other = ([g.double().flatten() for of_critic in x[1] for g in of_critic] for x in (got, oracle))
-            pairs = [(got[0], oracle[0]), (torch.cat(one), torch.cat(other)), *zip(one, other, strict=True)]
-            for name, pair in zip(["value", "gradient", *names], pairs, strict=True):
-                errors.setdefault(name, []).append(distance(*pair))
-    for name in ours:
-        factor = 1 if name in ("value", "gradient") else 2
-        assert sum(ours[name]) / 4 <= factor * sum(plain[name]) / 4 + 2**-8, name
+    ours = mean_errors(partial(stacked, critics), family)
+    for name, plain in errors_of_transformers(family).items():
+        roundings = 1 if name in ("value", "gradient") else 4
+        assert ours[name] <= plain + roundings * 2**-8, name
 
 
 def test_positions() -> None:
