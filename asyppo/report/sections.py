@@ -69,7 +69,7 @@ def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
             runs,
             names,
             {"critic/score/mean": "reward", "eval/accuracy": "held-out accuracy"},
-            says="Mean over the sampled batch; prompts that are never trained on.",
+            says="Mean over the sampled batch; prompts that are never trained on, with the 95 % interval.",
             prefix="",
         ),
     )
@@ -293,7 +293,7 @@ def everything_of(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, 
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in _metrics(runs):
         if key != "step":
-            family = re.sub(r"/\d+/", "/{m}/", re.sub(r"(.)/(mean|min|max|low|high)$", r"\1", key))
+            family = re.sub(r"/\d+/", "/{m}/", re.sub(r"(.)/(mean|min|max|low|high|ci_low|ci_high)$", r"\1", key))
             groups[key.split("/")[0]][family].append(key)
     out = []
     for group, families in sorted(groups.items()):

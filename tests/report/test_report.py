@@ -305,6 +305,21 @@ def test_every_metric_has_a_curve(make_run: Make) -> None:
     assert [trace["name"] for chart in groups["critic"] for trace in chart.data if "{m}" in chart.title] == ["0", "1"]
 
 
+def test_held_out_accuracy_has_its_interval(make_run: Make) -> None:
+    run = make_run()
+    reward, accuracy = charts_of(run)["Reward and held-out accuracy"].data
+    assert "error_y" not in reward
+    assert accuracy["y"] == [0.35, 0.68]
+    bars = accuracy["error_y"]
+    assert bars["symmetric"] is False
+    assert bars["array"] == pytest.approx([0.03, 0.03])
+    assert bars["arrayminus"] == pytest.approx([0.02, 0.04])
+    # Of an older version, which logged no interval.
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(re.sub(r', "eval/accuracy/ci_\w+": [\d.]+', "", text))
+    assert "error_y" not in charts_of(run)["Reward and held-out accuracy"].data[1]
+
+
 def test_long_curves_are_means_over_stretches(make_run: Make) -> None:
     run = make_run(steps=1600, per_step=0)
     chart = charts_of(run)["Reward and held-out accuracy"]
