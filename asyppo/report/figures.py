@@ -108,7 +108,7 @@ def curves(
     layout = {
         "xaxis": {"title": {"text": "step"}},
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero" if zero else "normal"},
-        "showlegend": len(data) > 1,
+        "showlegend": max(len(data), len(runs)) > 1,
     }
     if thinned:
         says = f"{says} Means over stretches of steps, {MAX_POINTS} a curve.".strip()
@@ -293,7 +293,7 @@ def by_tenth(
     layout = {
         "xaxis": {"title": {"text": tenths.__doc__}, "ticksuffix": " %", "range": [0, 100], "dtick": 25},
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
-        "showlegend": len(data) > 1,
+        "showlegend": max(len(data), len(samples)) > 1,
     }
     return Chart(title, data, layout, says, Table(["", *(f"{m - 5}–{m + 5} %" for m in middles)], rows))
 

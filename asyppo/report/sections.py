@@ -69,7 +69,7 @@ def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
             runs,
             names,
             {"critic/score/mean": "reward", "eval/accuracy": "held-out accuracy"},
-            says="Mean over the sampled batch; prompts that are never trained on, with the 95 % interval.",
+            says="Reward: mean over the sampled batch. Accuracy: on prompts never trained on, with its 95 % interval.",
             prefix="",
         ),
     )
