@@ -61,6 +61,10 @@ class CriticConfig:
     heads). None takes the policy's, which is what ``algorithm: ppo`` always does."""
     num_critics: int = 2
     """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
+    share: Literal["disjoint", "all"] = "disjoint"
+    """Responses that a critic learns from. ``disjoint``: each prompt's are divided evenly, and none is learned by two
+    critics (the paper's). ``all``: every critic learns from all of them, in an order of its own, which takes M times
+    the work (the paper's ablation of two critics on the same data)."""
     learning_rate: float = 1e-5
     """AdamW's learning rate of every critic. Our choice."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -70,7 +74,7 @@ class CriticConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay. Our choice."""
     num_iterations: int = 1
-    """Passes over a critic's own share in one step. Our choice."""
+    """Passes over a critic's responses in one step. Our choice."""
     num_mini_batches: int = 1
     """Optimizer steps a pass. Our choice."""
     value_lambda: float = 1.0
@@ -506,6 +510,13 @@ class AsyPPOConfig:
             f"{'two critics' if self.advantage_values == 'cross_fit' else 'a critic'}, "
             f"algorithm {self.algorithm} has {self.num_critics} here",
         )
+        _need(
+            self.advantage_values != "cross_fit" or self.critic.share == "disjoint",
+            "advantage_values",
+            self.advantage_values,
+            f"critic.share 'disjoint', got {self.critic.share!r}: it leaves out the critic that learned from a "
+            "response, and here all did",
+        )
         _need(len(self.reward_funcs) > 0, "reward_funcs", self.reward_funcs, "at least one reward function")
         _need(
             self.reward_timeout is None or self.reward_timeout > 0,
@@ -515,7 +526,7 @@ class AsyPPOConfig:
         )
         self._validate_data()
         _need(
-            self.num_generations >= self.num_critics,
+            self.num_generations >= self.num_critics or self.critic.share == "all",
             "num_generations",
             self.num_generations,
             f"at least critic.num_critics = {self.num_critics}, so that every critic sees every prompt",

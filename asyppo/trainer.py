@@ -145,7 +145,9 @@ class AsyPPOTrainer(TrainingLoop):
 
             if self.critics is not None:
                 # Split: each prompt's responses among the critics, disjointly.
-                share = split_responses(batch.group, len(self.critics), generator).to(self.device)
+                share = None
+                if config.critic.share == "disjoint":
+                    share = split_responses(batch.group, len(self.critics), generator).to(self.device)
 
                 if config.advantage_values == "before":
                     with timer.phase("values"):
@@ -201,8 +203,9 @@ class AsyPPOTrainer(TrainingLoop):
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return row
 
-    def ensemble_signal(self, batch: Batch, value: Tensor, share: Tensor) -> LearningSignal:
-        """Advantages and masks of the critics' values [M, B, T]; ``share`` int64 [B] is who learned from a response."""
+    def ensemble_signal(self, batch: Batch, value: Tensor, share: Tensor | None) -> LearningSignal:
+        """Advantages and masks of the critics' values [M, B, T]; ``share`` int64 [B] is who learned from a response
+        (None: all)."""
         config = self.config
         lam: float | Tensor = config.lam
         if config.length_adaptive_alpha is not None:
@@ -223,22 +226,23 @@ class AsyPPOTrainer(TrainingLoop):
             quantile_scope=config.quantile_scope,
         )
 
-    def update_critics(self, batch: Batch, share: Tensor, generator: torch.Generator) -> dict[str, float]:
-        """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B])."""
+    def update_critics(self, batch: Batch, share: Tensor | None, generator: torch.Generator) -> dict[str, float]:
+        """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B]; None: on all)."""
         assert self.critics is not None
         assert self.critic_optimizer is not None
         config, max_tokens = self.config.critic, self.config.max_tokens_per_micro_batch
-        own = [(share == m).nonzero().squeeze(1) for m in range(len(self.critics))]
+        everything = torch.arange(len(batch), device=self.device)
+        own = [everything if share is None else everything[share == m] for m in range(len(self.critics))]
         returns, old_value = self._critic_targets(batch, own)
         # All chance before the first update, critic by critic.
         parts = [list(minibatches(rows, config.num_iterations, config.num_mini_batches, generator)) for rows in own]
         updates = metrics.CriticUpdates(len(own))
         # Where a critic has fewer rows than minibatches are asked for, it sits out the last.
         for rows_of in zip_longest(*parts, fillvalue=own[0][:0]):
-            weight = torch.stack([token_weights(batch.learned, rows, "token-mean") for rows in rows_of]).sum(0)
+            weight = [token_weights(batch.learned, rows, "token-mean") for rows in rows_of]
 
-            def loss(micro: MicroBatch, value: Tensor, weight: Tensor = weight) -> Tensor:
-                targets = old_value[micro.grid], returns[micro.grid], weight[micro.grid]
+            def loss(m: int, micro: MicroBatch, value: Tensor, weight: Sequence[Tensor] = weight) -> Tensor:
+                targets = old_value[m][micro.grid], returns[m][micro.grid], weight[m][micro.grid]
                 return value_loss(value, *targets, cliprange=config.cliprange_value)
 
             active = [len(rows) > 0 for rows in rows_of]
@@ -340,16 +344,18 @@ class AsyPPOTrainer(TrainingLoop):
             set_learning_rate(self.critic_optimizer.adamw, config.critic.learning_rate * factor)
 
     def _critic_targets(self, batch: Batch, own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """λ-returns [B, T] that each critic learns on its own rows, and its values [B, T] there before the update;
-        zeros where nothing needs them."""
+        """λ-returns [M, B, T] that each critic learns on its own rows, and its values [M, B, T] there before the
+        update; zeros where nothing needs them."""
         assert self.critics is not None
-        config, value = self.config.critic, torch.zeros_like(batch.reward)
+        config, value = self.config.critic, batch.reward.new_zeros(len(own), *batch.reward.shape)
         if config.value_lambda < 1 or config.cliprange_value is not None:
             value = self.critics.own_values(batch, own, self.config.max_tokens_per_micro_batch)
+        # All critics' rows in one launch, each bootstrapping on its own critic.
+        reward, mask = (x.repeat(len(own), 1) for x in (batch.reward, batch.mask))
         gae = ensemble_gae(
-            value[None], batch.reward, batch.mask, gamma=self.config.gamma, value_lam=config.value_lambda
+            value.flatten(0, 1)[None], reward, mask, gamma=self.config.gamma, value_lam=config.value_lambda
         )
-        return gae.returns, value
+        return gae.returns.view_as(value), value
 
 
 def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from asyppo.batch import Batch, MicroBatch
 from asyppo.distributed import sum_over_ranks
 
-Loss = Callable[[MicroBatch, Tensor], Tensor]
-"""``loss(micro, value)`` of one critic: its values [N] at the response tokens of ``micro`` to a scalar, which adds up
+Loss = Callable[[int, MicroBatch, Tensor], Tensor]
+"""``loss(m, micro, value)``: from values [N] of critic m at the response tokens of ``micro`` to a scalar, which adds up
 over micro-batches."""
 
 
@@ -47,7 +47,7 @@ class Critics(nn.Module, ABC):
 
     @abstractmethod
     def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
-        """Return float32 [B, T], where critic m values the rows ``shares[m]`` (int64 [b_m], disjoint); 0 elsewhere."""
+        """Return float32 [M, B, T], where critic m values the rows ``shares[m]`` (int64 [b_m]) only; 0 elsewhere."""
 
     @abstractmethod
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:

@@ -24,7 +24,8 @@ WORTH_PACKING = 1 / 16
 class Layout:
     """The tokens of one pass, from ``input_ids`` int64 [K, B, T], where K is M, or 1 if all critics read the same.
 
-    ``attention_mask``, bool [K, B, T], is False on padding, which is on the left, on the right or on both sides.
+    ``attention_mask``, bool [K, B, T], is False on what is left out: padding on the left, the right or both sides,
+    and tokens in between, unless a layer has a window, which would have to count them.
     """
 
     tokens: Tensor
@@ -34,8 +35,10 @@ class Layout:
         self.varlen, self.width = varlen, input_ids.shape[2]
         length = attention_mask.sum(2)  # [K, B]
         total = length.sum(1)  # [K]
+        runs = (attention_mask & ~F.pad(attention_mask, (1, 0))[..., :-1]).sum(2)  # of a row with a hole two or more
         # The only time the host waits.
-        self.longest, most, least = torch.stack([length.max(), total.max(), total.min()]).tolist()
+        extremes = torch.stack([length.max(), total.max(), total.min(), runs.max()])
+        self.longest, most, least, self.most_runs = extremes.tolist()
         self.sequences = num_critics * input_ids.shape[1]
         grid = input_ids.shape[1] * self.longest
         self.packed = varlen is not None or most < grid * (1 - WORTH_PACKING)
@@ -82,6 +85,11 @@ class Layout:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Causal attention of [M, N, heads, D], within the last ``window`` positions if not None. Returns
         [M, N, heads * D]."""
+        if window is not None and self.most_runs > 1:
+            raise ValueError(
+                "attention_mask: got zeros between ones, needs them at the ends of a row only: this layer's attention "
+                f"has a window, of {window} positions"
+            )
         if self.varlen is not None:
             out = self.varlen(
                 *(x.flatten(0, 1) for x in (q, k, v)),

@@ -93,7 +93,7 @@ class OneByOneCritics(Critics):
     @torch.no_grad()
     def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
         """See Critics."""
-        return torch.stack([self._values(m, batch, rows, max_tokens) for m, rows in enumerate(shares)]).sum(0)
+        return torch.stack([self._values(m, batch, rows, max_tokens) for m, rows in enumerate(shares)])
 
     def _values(self, m: int, batch: Batch, rows: Tensor, max_tokens: int) -> Tensor:
         value = torch.zeros_like(batch.reward)
@@ -107,7 +107,7 @@ class OneByOneCritics(Critics):
         total = torch.zeros(len(self), device=batch.tokens.device)
         for m, rows in enumerate(shares):
             for micro in between_replicas_once(self, micro_batches(batch, rows, max_tokens)):
-                part = loss(micro, self(m, micro))
+                part = loss(m, micro, self(m, micro))
                 part.backward()
                 total[m] += part.detach()
         return sum_over_ranks(total)

@@ -93,23 +93,22 @@ def curves(
             rows.append([label, *map(number, (values[0], values[-1], min(values), max(values)))])
             every = math.ceil(len(steps) / MAX_POINTS)
             thinned |= every > 1
-            data.append(
-                _line(
-                    label,
-                    _thin(steps, every),
-                    _thin(values, every),
-                    color=r if len(runs) > 1 else m,
-                    dash=m,
-                    symbol=r,
-                    markers=len(runs) > 1 or len(steps) <= 12,
-                )
+            line = _line(
+                label,
+                _thin(steps, every),
+                _thin(values, every),
+                color=r if len(runs) > 1 else m,
+                dash=m,
+                symbol=r,
+                markers=len(runs) > 1 or len(steps) <= 12,
             )
+            data.append(line if every > 1 else line | _interval(run, metric, steps, values))
     if not data:
         return None
     layout = {
         "xaxis": {"title": {"text": "step"}},
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero" if zero else "normal"},
-        "showlegend": len(data) > 1,
+        "showlegend": max(len(data), len(runs)) > 1,
     }
     if thinned:
         says = f"{says} Means over stretches of steps, {MAX_POINTS} a curve.".strip()
@@ -292,9 +291,9 @@ def by_tenth(
     if not data:
         return None
     layout = {
-        "xaxis": {"title": {"text": tenths.__doc__}, "ticksuffix": " %", "range": [0, 100]},
+        "xaxis": {"title": {"text": tenths.__doc__}, "ticksuffix": " %", "range": [0, 100], "dtick": 25},
         "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
-        "showlegend": len(data) > 1,
+        "showlegend": max(len(data), len(samples)) > 1,
     }
     return Chart(title, data, layout, says, Table(["", *(f"{m - 5}–{m + 5} %" for m in middles)], rows))
 
@@ -426,6 +425,16 @@ def _line(
         "line": {"color": _color(color), "dash": DASHES[dash % len(DASHES)], "width": width},
         "marker": {"symbol": SYMBOLS[symbol % len(SYMBOLS)], "size": 7, "maxdisplayed": 0 if few else 8},
     }
+
+
+def _interval(run: Run, metric: str, steps: list[int], values: list[float]) -> dict[str, Any]:
+    """Bars from ``metric/ci_low`` to ``metric/ci_high`` at each point, where the run has both at all of them."""
+    (at_low, low), (at_high, high) = (run.series(f"{metric}/ci_{end}") for end in ("low", "high"))
+    if not at_low == at_high == steps:
+        return {}
+    over, under = plain(np.subtract(high, values)), plain(np.subtract(values, low))
+    bars = {"type": "data", "symmetric": False, "array": over, "arrayminus": under, "thickness": 1.2, "width": 4}
+    return {"error_y": bars}
 
 
 def _pattern(i: int) -> dict[str, Any]:

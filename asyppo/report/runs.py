@@ -125,8 +125,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     names = [run.name for run in runs]
     names = [name if names.count(name) == 1 else str(run.path) for name, run in zip(names, runs, strict=True)]
     # A setting that one of them does not know tells versions apart, not runs.
-    telling = [values for values in differences(runs).values() if UNSET not in values][:2]
-    settings = [", ".join(values[i] for values in telling) for i in range(len(runs))]
+    telling = [(key, values) for key, values in differences(runs).items() if UNSET not in values][:2]
+    settings = [", ".join(f"{key.split('.')[-1]} {values[i]}" for key, values in telling) for i in range(len(runs))]
     return [f"{name} ({of_run})" if of_run else name for name, of_run in zip(names, settings, strict=True)]
 
 

@@ -69,7 +69,7 @@ def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
             runs,
             names,
             {"critic/score/mean": "reward", "eval/accuracy": "held-out accuracy"},
-            says="Mean over the sampled batch; prompts that are never trained on.",
+            says="Reward: mean over the sampled batch. Accuracy: on prompts never trained on, with its 95 % interval.",
             prefix="",
         ),
     )
@@ -119,7 +119,9 @@ def critics(runs: Sequence[Run], names: Sequence[str]) -> Section:
     losses = {key: f"critic {m[1]}" for key in _metrics(kept) if (m := re.fullmatch(r"critic/(\d+)/vf_loss", key))}
     section.add(
         "No losses of critics were recorded.",
-        *charts_of("Loss of each critic", kept, names, losses, says="Squared error on its own share.", zero=True),
+        *charts_of(
+            "Loss of each critic", kept, names, losses, says="Squared error on the responses it learns from.", zero=True
+        ),
     )
     section.add(
         "No explained variance was recorded.",
@@ -291,7 +293,7 @@ def everything_of(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, 
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in _metrics(runs):
         if key != "step":
-            family = re.sub(r"/\d+/", "/{m}/", re.sub(r"(.)/(mean|min|max|low|high)$", r"\1", key))
+            family = re.sub(r"/\d+/", "/{m}/", re.sub(r"(.)/(mean|min|max|low|high|ci_low|ci_high)$", r"\1", key))
             groups[key.split("/")[0]][family].append(key)
     out = []
     for group, families in sorted(groups.items()):
@@ -319,7 +321,7 @@ def _column(name: str) -> Callable[[Sample], np.ndarray | None]:
 
 
 SEEN = {
-    "after": "Critics are fitted to a step's own responses before they score them, each to its share.",
+    "after": "Critics are fitted to a step's own responses before they score them, each to those it learns from.",
     "before": "Critics score a step's responses before they are fitted to them.",
     "cross_fit": "A response's V̄ leaves out the critic that was fitted to it.",
 }

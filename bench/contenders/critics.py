@@ -20,7 +20,7 @@ def _run(case: Case, critics: Any) -> Run:
     shares = op.shares_of(case)
 
     def step(inputs: Inputs) -> Outputs:
-        def loss(micro: Any, value: torch.Tensor) -> torch.Tensor:
+        def loss(m: int, micro: Any, value: torch.Tensor) -> torch.Tensor:
             return op.squared_error(micro, value, inputs["target"])
 
         losses = critics.backward(op.batch_of(inputs), shares, loss, op.MAX_TOKENS)

@@ -75,7 +75,9 @@ def write_run(
     algorithm = {0: "grpo", 1: "ppo"}.get(critics, "asyppo")
     settings = {"algorithm": algorithm, "seed": seed, "max_steps": steps, "gamma": 1.0, **(config or {})}
     (path / "config.yaml").write_text(yaml.safe_dump(settings))
-    rows: list[dict[str, Any]] = [{"step": 0, "eval/accuracy": 0.35}]
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "eval/accuracy": 0.35, "eval/accuracy/ci_low": 0.33, "eval/accuracy/ci_high": 0.38}
+    ]
     for step in range(1, steps + 1):
         done = step / steps
         row = {"step": step, "critic/score/mean": 0.3 + 0.4 * done + 0.02 * generator.normal()}
@@ -90,7 +92,7 @@ def write_run(
             row |= {"critic/std/mean": 0.08, "critic/std/low": 0.03, "critic/std/high": 0.12}
             row |= {"actor/adv_mask_frac": 0.2, "actor/entropy_keep_frac": 0.8}
         if step == steps:
-            row["eval/accuracy"] = 0.68
+            row |= {"eval/accuracy": 0.68, "eval/accuracy/ci_low": 0.64, "eval/accuracy/ci_high": 0.71}
         rows.append(row)
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with open(path / "samples.jsonl", "w") as file:

@@ -136,6 +136,7 @@ def test_every_chart_is_drawn_in_both_themes(page: Page, make_run: Make) -> None
     before = page.js(fill)
     page.find("#theme").click()
     assert page.find("#theme").get_attribute("aria-pressed") == "true"
+    assert "✓" in page.js("return getComputedStyle(document.getElementById('theme'), '::before').content")
     assert page.js("return getComputedStyle(document.body).backgroundColor") != light
     assert page.js(fill) != before
     dark = page.open(report, dark=True).js("return getComputedStyle(document.body).backgroundColor")

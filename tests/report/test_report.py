@@ -208,7 +208,7 @@ def test_the_command(make_run: Make, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(one)]) == 0
     assert capsys.readouterr().out == f"report: {one / 'report.html'}\n"
     assert main(["report", str(one), str(two), "--out", str(tmp_path / "both.html")]) == 0
-    assert "one (0)" in (tmp_path / "both.html").read_text()
+    assert "one (seed 0)" in (tmp_path / "both.html").read_text()
     monkeypatch.chdir(tmp_path)
     assert main(["report", "one", "two"]) == 0
     assert (tmp_path / "report.html").exists()
@@ -228,7 +228,7 @@ def test_a_report_that_fails_does_not_take_the_run_along(
 def test_names_of_several_runs(make_run: Make) -> None:
     read = [read_run(make_run(name, **options)) for name, options in (("a", {}), ("b", {"critics": 0, "seed": 3}))]
     assert runs.differences(read) == {"algorithm": ["asyppo", "grpo"], "seed": ["0", "3"]}
-    assert runs.labels(read) == ["a (asyppo, 0)", "b (grpo, 3)"]
+    assert runs.labels(read) == ["a (algorithm asyppo, seed 0)", "b (algorithm grpo, seed 3)"]
     twins = [read_run(make_run("x/same")), read_run(make_run("y/same"))]
     assert runs.labels(twins) == [str(run.path) for run in twins]
     chart = figures.curves("t", read, ["a", "b"], {"critic/score/mean": "reward", "critic/score/min": "min"})
@@ -236,6 +236,14 @@ def test_names_of_several_runs(make_run: Make) -> None:
     assert [trace["name"] for trace in chart.data] == ["a", "b"], "of mean and min, several runs show the mean"
     assert len({trace["line"]["color"] for trace in chart.data}) == 2
     assert len({trace["marker"]["symbol"] for trace in chart.data}) == 2
+
+
+def test_a_curve_of_one_of_several_runs_says_whose_it_is(make_run: Make) -> None:
+    read = [read_run(make_run(name, **options)) for name, options in (("a", {}), ("b", {"critics": 0}))]
+    charts = {c.title: c for section in sections.sections_of(read, ["a", "b"]) for c in section.charts}
+    for title in ("Explained variance", "σ along the response"):
+        assert [trace["name"] for trace in charts[title].data] == ["a"]
+        assert charts[title].layout["showlegend"] is True
 
 
 def test_calibration_against_a_hand_made_case() -> None:
@@ -303,6 +311,21 @@ def test_every_metric_has_a_curve(make_run: Make) -> None:
     groups = dict(sections.everything_of(read, ["r"]))
     assert "critic/{m}/vf_loss" in [chart.title for chart in groups["critic"]]
     assert [trace["name"] for chart in groups["critic"] for trace in chart.data if "{m}" in chart.title] == ["0", "1"]
+
+
+def test_held_out_accuracy_has_its_interval(make_run: Make) -> None:
+    run = make_run()
+    reward, accuracy = charts_of(run)["Reward and held-out accuracy"].data
+    assert "error_y" not in reward
+    assert accuracy["y"] == [0.35, 0.68]
+    bars = accuracy["error_y"]
+    assert bars["symmetric"] is False
+    assert bars["array"] == pytest.approx([0.03, 0.03])
+    assert bars["arrayminus"] == pytest.approx([0.02, 0.04])
+    # Of an older version, which logged no interval.
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(re.sub(r', "eval/accuracy/ci_\w+": [\d.]+', "", text))
+    assert "error_y" not in charts_of(run)["Reward and held-out accuracy"].data[1]
 
 
 def test_long_curves_are_means_over_stretches(make_run: Make) -> None:

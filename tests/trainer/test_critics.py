@@ -56,10 +56,10 @@ def test_values(kind: Any, tiny_critic: TinyCritic, ragged_batch: Callable[..., 
     for max_tokens in (1, 30, 10_000):
         value = critics.values(batch, max_tokens)
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
-        shares = [torch.tensor([1, 4]), torch.tensor([0])[:0], torch.tensor([7])]
-        own = torch.zeros_like(batch.reward)
+        shares = [torch.tensor([1, 4]), torch.tensor([0])[:0], torch.tensor([7, 4])]
+        own = torch.zeros_like(expected)
         for m, rows in enumerate(shares):
-            own[rows] = expected[m, rows]
+            own[m, rows] = expected[m, rows]
         torch.testing.assert_close(critics.own_values(batch, shares, max_tokens), own, atol=1e-5, rtol=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_each_critic_gets_gradients_of_its_own_loss(
 ) -> None:
     critics, batch = kind([tiny_critic(seed=m) for m in range(2)]), ragged_batch()
     shares = [torch.arange(0), torch.arange(len(batch))]
-    losses = critics.backward(batch, shares, lambda micro, value: value.sum(), 1000)
+    losses = critics.backward(batch, shares, lambda m, micro, value: value.sum(), 1000)
     critics.collect_gradients()
     grads = [[0.0 if p.grad is None else float(p.grad.abs().sum()) for p in m.parameters()] for m in critics.models]
     assert max(grads[0]) == 0
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_one_by_one(tiny_critic: TinyCritic, ragged_batch
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             critics(0, next(iter(micro_batches(batch, torch.arange(len(batch)), 1000))))
         kept.append(sum(sizes))
-        critics.backward(batch, [torch.arange(len(batch))], lambda micro, value: value.square().sum(), 1000)
+        critics.backward(batch, [torch.arange(len(batch))], lambda m, micro, value: value.square().sum(), 1000)
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert kept[1] < kept[0] / 2

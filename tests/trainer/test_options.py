@@ -107,6 +107,52 @@ def test_value_clipping_is_against_the_values_before_the_update(
         assert row[f"critic/{m}/vf_loss"] == pytest.approx((first[f"critic/{m}/vf_loss"] + second) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_every_critic_learns_from_all_responses_by_hand(stacked: bool, tiny_config: Make, tiny_trainer: Make) -> None:
+    """One response of two tokens, rewarded by 1: each critic learns λ-returns that bootstrap on its own values."""
+    config = tiny_config(critic={"share": "all", "num_critics": 3, "value_lambda": 0.5, "stacked": stacked}, gamma=0.8)
+    trainer = tiny_trainer(config, likes_a)
+    batch = make_batch(
+        [torch.tensor([3, 4])],
+        [torch.tensor([5, 1])],
+        [torch.zeros(2)],
+        [1.0],
+        [False],
+        [0],
+        pad_token_id=0,
+        device=torch.device("cpu"),
+    )
+    before = trainer.critics.values(batch, 1_000)[:, 0].tolist()
+    assert len({round(first, 3) for first, _ in before}) == 3
+    row = trainer.update_critics(batch, None, generator())
+    for m, (first, second) in enumerate(before):
+        # δ_1 = r - V(s_1), and A_0 = δ_0 + γ λ δ_1 with δ_0 = γ V(s_1) - V(s_0).
+        returns = [0.8 * second + 0.8 * 0.5 * (1 - second), 1.0]
+        assert row[f"critic/{m}/vf_loss"] == pytest.approx(
+            ((first - returns[0]) ** 2 + (second - returns[1]) ** 2) / 2, rel=1e-4
+        )
+    after = trainer.critics.values(batch, 1_000)[:, 0]
+    assert bool(((after - torch.tensor(before)).abs() > 1e-4).all())
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_critics_that_start_alike_stay_alike_on_all_responses(
+    stacked: bool, tiny_config: Make, tiny_trainer: Make, signals: list
+) -> None:
+    """Only what they learn from tells such critics apart: on shares they come to differ, on all responses not."""
+    spread = {}
+    for share in ("disjoint", "all"):
+        config = tiny_config(run_name=share, critic={"share": share, "stacked": stacked})
+        trainer = tiny_trainer(config, likes_a)
+        with torch.no_grad():
+            for p, q in zip(*(model.parameters() for model in trainer.critics.models), strict=True):
+                q.copy_(p)
+        row = trainer.step(1, RunDirectory(config))
+        assert (row["critic/0/vf_loss"] == pytest.approx(row["critic/1/vf_loss"])) == (share == "all")
+        spread[share] = float(signals[-1]["result"].std.max())
+    assert spread["all"] < 1e-5 < 1e-3 < spread["disjoint"]
+
+
 def test_advantages_from_values_before_the_update(tiny_config: Make, tiny_trainer: Make, signals: list) -> None:
     seen = {}
     for choice in ("after", "before"):
@@ -437,6 +483,14 @@ def test_masks_do_not_depend_on_micro_batches(tiny_critic: Make, seed: int) -> N
         ({"scale_rewards": "none"}, "scale_rewards: got 'none', needs algorithm grpo; asyppo has whiten"),
         ({"algorithm": "grpo", "advantage_values": "before"}, "advantage_values: got 'before', needs a critic"),
         ({"algorithm": "ppo", "advantage_values": "cross_fit"}, "advantage_values: got 'cross_fit', needs two critics"),
+        (
+            {"critic": CriticConfig(share="all"), "advantage_values": "cross_fit"},
+            r"advantage_values: got 'cross_fit', needs critic\.share 'disjoint', got 'all'",
+        ),
+        (
+            {"critic": CriticConfig(num_critics=9)},
+            r"num_generations: got 8, needs at least critic\.num_critics = 9, so that every critic sees",
+        ),
         ({"length_adaptive_alpha": 0.0}, r"length_adaptive_alpha: got 0\.0, needs a positive number"),
         ({"length_adaptive_alpha": 0.05, "algorithm": "grpo"}, r"length_adaptive_alpha: got 0\.05, needs a critic"),
         ({"critic": CriticConfig(cliprange_value=0.0)}, r"critic\.cliprange_value: got 0\.0, needs a positive number"),
@@ -445,3 +499,7 @@ def test_masks_do_not_depend_on_micro_batches(tiny_critic: Make, seed: int) -> N
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AsyPPOConfig(**settings).validate()
+
+
+def test_more_critics_than_responses_where_all_learn_from_all() -> None:
+    AsyPPOConfig(critic=CriticConfig(num_critics=9, share="all")).validate()
