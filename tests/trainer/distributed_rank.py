@@ -288,6 +288,7 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "ppo": lambda: train(make_config(algorithm="ppo", beta=0.1, critic=lambda_below_1), mesh),
         "grpo": lambda: train(make_config(algorithm="grpo", loss_aggregation="token-mean", num_iterations=2), mesh),
         "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
+        "share_all": lambda: train(make_config(critic=lambda_below_1 | {"share": "all"}, diagnostics_steps=1), mesh),
         "options": lambda: train(make_config(**options, critic={"cliprange_value": 0.2}), mesh),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
         "checkpointing": lambda: train(
