@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -26,6 +26,7 @@ from asyppo.checkpoint import (
     last_valid_checkpoint,
     load_checkpoint,
     publish_checkpoint,
+    trainer_state,
     write_checkpoint,
 )
 from asyppo.config import AsyPPOConfig, ConfigError
@@ -196,6 +197,7 @@ class AsyPPOTrainer:
         checkpoint = last_valid_checkpoint(run.path)
         seed_everything(self.config.seed * 1_000_003)
         if checkpoint is not None:
+            self._check_data(trainer_state(checkpoint)["data"])
             state = load_checkpoint(checkpoint, self.trained())
         self.skipped_in_a_row = state["skipped_in_a_row"]
         run.start(state["step"])
@@ -459,6 +461,7 @@ class AsyPPOTrainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "accuracy": (row or {}).get("eval/accuracy"),
             "callbacks": {} if hooks is None else hooks.state_dict(),
+            "data": {"train_dataset": self.train_dataset.digest, "eval_dataset": self.eval_dataset.digest},
         }
         partial = write_checkpoint(
             run.path, step, self.policy, self.critics, self.tokenizer, self.trained(), remembered
@@ -478,6 +481,14 @@ class AsyPPOTrainer:
         if self.critics is not None and self.critic_optimizer is not None:
             trained["critics"] = (nn.ModuleList(self.critics.models), self.critic_optimizer.adamw)
         return trained
+
+    def _check_data(self, digests: Mapping[str, str]) -> None:
+        for field, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            if rows.digest != digests[field]:
+                raise ConfigError(
+                    f"resume: {field}: the rows of {rows.name} are not those that the run began with, needs the same; "
+                    "other rows need a new run"
+                )
 
     def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""

@@ -349,6 +349,15 @@ def test_a_setting_newer_than_the_run_had_its_default(resumed: Make, tiny_config
         resumed(beta=0.5)
 
 
+def test_other_rows_are_not_gone_on_with(run: Make, prompts: list[dict[str, Any]]) -> None:
+    rows = [row | {"answer": str(i), "of": {("a", "tuple"): object()}} for i, row in enumerate(prompts)]
+    run("run", max_steps=2, trainer={"train_dataset": rows})
+    run("run", max_steps=3, resume=True, trainer={"train_dataset": [dict(row) for row in rows]})
+    for others in (rows[::-1], rows[1:], [*rows[:-1], rows[-1] | {"answer": "8"}]):
+        with pytest.raises(ConfigError, match=r"^resume: train_dataset: the rows of train_dataset are not those"):
+            run("run", max_steps=4, resume=True, trainer={"train_dataset": others})
+
+
 def test_names_of_runs(tiny_config: Make, tmp_path: Path) -> None:
     def error(**fields: Any) -> str:
         with pytest.raises(ConfigError) as raised:
