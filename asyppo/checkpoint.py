@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +40,9 @@ from asyppo.sharding import whole_on_main
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer] | Stateful]
 """What is trained, by name (``policy``, and ``critics`` together): a model and its optimizer, or anything with
 ``state_dict`` and ``load_state_dict``."""
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""What lies under adapters is where they say it is, and was loaded from there."""
 
 
 class CheckpointError(RuntimeError):
@@ -56,7 +59,7 @@ def _state(trained: Trained) -> dict[str, Any]:
             continue
         model, optimizer = entry
         fresh = not optimizer.state
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
         if fresh:  # get_state_dict has filled it by a step at rate 0, which is not to count
             for of_parameter in optimizer.state.values():
                 of_parameter["step"].zero_()
@@ -143,9 +146,8 @@ def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
     for name, entry in trained.items():
         if isinstance(entry, tuple):
             model, optimizer = entry
-            set_state_dict(
-                model, optimizer, model_state_dict=state[name]["model"], optim_state_dict=state[name]["optimizer"]
-            )
+            weights, moments = state[name]["model"], state[name]["optimizer"]
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=TRAINED_ONLY)
         else:
             entry.load_state_dict(state[name])
     rng.set_generator_states(json.loads((checkpoint / "rng.json").read_text()))

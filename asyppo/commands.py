@@ -104,6 +104,8 @@ def find_model(name: str) -> tuple[str, Path | None]:
     """
     path = Path(name).expanduser()
     if not path.is_dir():
+        if name.startswith((".", "/", "~")):  # no name on the hub
+            raise ConfigError(f"--model: got {name!r}, but there is no such directory")
         return name, None
     if (path / "config.yaml").is_file() and not (path / "policy").is_dir():
         checkpoints = [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]

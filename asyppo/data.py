@@ -6,6 +6,7 @@ and are read one at a time: ``Rows`` only remembers which of them are meant.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from array import array
@@ -47,6 +48,8 @@ class Rows(Sequence[Row]):
     """Put behind a text prompt."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """New names of columns."""
+    digest: str = ""
+    """Of the rows' contents, once ``fitting`` has read them: a run that is resumed has to find the same."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -251,7 +254,8 @@ def with_prompt(rows: Rows, config: DataConfig, exclude: Set[str] = frozenset(),
 
 
 def fitting(rows: Sequence[Row], name: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, limit: int) -> Rows:
-    """Return the rows whose prompt has at least one token and at most ``limit``, or ``config.max_prompt_length``.
+    """Return the rows whose prompt has at least one token and at most ``limit``, or ``config.max_prompt_length``; with
+    their ``digest``.
 
     ``name`` is what messages call ``rows`` where they do not know it. Raises ConfigError as ``config.bad_rows`` and
     ``config.long_prompts`` say, and where no row is left of some.
@@ -261,7 +265,7 @@ def fitting(rows: Sequence[Row], name: str, tokenizer: PreTrainedTokenizerBase, 
     long = _Faults(rows.name, _LONG, "long_prompts", config)
     longest = limit if config.max_prompt_length is None else min(limit, config.max_prompt_length)
     why = "the models' positions less max_completion_length" if longest == limit else "data.max_prompt_length"
-    good = array("q")
+    good, digest = array("q"), hashlib.blake2b(digest_size=16)
     for read in _read(rows, bad):
         for (i, row), tokens in zip(read, _try_tokens(read, tokenizer, config), strict=True):
             if isinstance(tokens, str):
@@ -272,11 +276,13 @@ def fitting(rows: Sequence[Row], name: str, tokenizer: PreTrainedTokenizerBase, 
                 long.add(rows.places[i] + 1, f"{len(tokens)} tokens, needs at most {longest}, {why}")
             else:
                 good.append(i)
+                # Of a column that JSON does not know, an image for example, the type alone counts.
+                digest.update(json.dumps(row, default=lambda value: type(value).__name__, skipkeys=True).encode())
     bad.report()
     long.report()
     if len(rows) and not good:
         raise ConfigError(f"data: {rows.name} has no prompt that can be used, needs at least one")
-    return rows.take(good)
+    return replace(rows.take(good), digest=digest.hexdigest())
 
 
 def _try_tokens(

@@ -174,10 +174,6 @@ def evaluate(
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
     ids = [response.tokens.tolist() for response in responses]
     rewards = compute_rewards(reward_funcs, repeated, completions, ids, weights=config.reward_weights)
-    by_function = [
-        dict(zip(rewards.by_function, of_sample, strict=True))
-        for of_sample in zip(*rewards.by_function.values(), strict=True)
-    ]
     samples = [
         {
             "prompt": prompt_text(row["prompt"]),
@@ -189,9 +185,9 @@ def evaluate(
             "task": row.get("task", ""),
         }
         for row, completion, score, of_sample, response in zip(
-            repeated, completions, rewards.scores, by_function, responses, strict=True
+            repeated, completions, rewards.scores, rewards.by_sample, responses, strict=True
         )
     ]
-    right = [next((r for r in of_sample.values() if r is not None), 0.0) >= 1 for of_sample in by_function]
+    right = [next((r for r in of_sample.values() if r is not None), 0.0) >= 1 for of_sample in rewards.by_sample]
     starts = range(0, len(right), num_generations)
     return Evaluation([row.get("task", "") for row in rows], [right[s : s + num_generations] for s in starts], samples)

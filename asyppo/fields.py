@@ -1,6 +1,6 @@
 """What the fields of the configuration are: their paths, types, defaults and docstrings, read from the dataclasses.
 
-``asyppo train --help``, the table in ``docs/configuration.md`` and the hint at a mistyped name are made of this.
+``asyppo train --help``, the README's table and the hint at a mistyped name are made of this.
 """
 
 from __future__ import annotations
@@ -160,11 +160,13 @@ ELSEWHERE = {
 def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str | None:
     """Return the known path that ``name`` was likely meant to be; None if no path is near.
 
-    A name that is right but for where it stands (``num_critics``) comes first, then what other trainers call a field,
-    then the most alike in letters.
+    A name that is right, or nearly, but for where it stands (``num_critics``) comes first, then what other trainers
+    call a field, then the most alike in letters.
     """
     last = name.rsplit(".", 1)[-1]
-    moved = [path for path in known if path.rsplit(".", 1)[-1] == last]
+    ends = {path: path.rsplit(".", 1)[-1] for path in known}
+    end = difflib.get_close_matches(last, set(ends.values()), n=1, cutoff=0.85)  # a letter may be wrong
+    moved = [path for path in known if ends[path] in end]
     alike = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     # A name can stand in several branches; the nearest of them is the most alike as a whole.
     moved = difflib.get_close_matches(name, moved, n=1, cutoff=0.0)

@@ -64,9 +64,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model_name_or_path: {path!r} has no tokenizer: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"policy.model_name_or_path: {path!r} has no tokenizer: {' '.join(str(error).split())}"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one up
-        raise ConfigError(f"model_name_or_path: {path!r} has no tokenizer, needs one beside the model")
+        raise ConfigError(f"policy.model_name_or_path: {path!r} has no tokenizer, needs one beside the model")
     return tokenizer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from asyppo.checkpoint import (
     last_valid_checkpoint,
     load_checkpoint,
     publish_checkpoint,
+    trainer_state,
     write_checkpoint,
 )
-from asyppo.config import AsyPPOConfig
+from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.critics import Critics
-from asyppo.data import Row
+from asyppo.data import Rows
 from asyppo.distributed import first_of_ranks, from_main, rank
 from asyppo.durable import WriteError
 from asyppo.evaluate import Evaluation, evaluate
@@ -64,7 +65,8 @@ class TrainingLoop(ABC):
     policy: Policy
     critics: Critics | None
     tokenizer: PreTrainedTokenizerBase
-    eval_dataset: Sequence[Row]
+    train_dataset: Rows
+    eval_dataset: Rows
     reward_funcs: Sequence[RewardFunction]
     sampler: Sampler
     rollout: Rollout
@@ -154,6 +156,7 @@ class TrainingLoop(ABC):
         checkpoint = from_main(lambda: last_valid_checkpoint(run.path))
         seed_everything(self.config.seed * 1_000_003)
         if checkpoint is not None:
+            self._check_data(trainer_state(checkpoint)["data"])
             state = load_checkpoint(checkpoint, self.trained())
         self.skipped_in_a_row = state["skipped_in_a_row"]
         run.start(state["step"])
@@ -181,6 +184,7 @@ class TrainingLoop(ABC):
             "skipped_in_a_row": self.skipped_in_a_row,
             "accuracy": (row or {}).get("eval/accuracy"),
             "callbacks": {} if hooks is None else hooks.state_dict(),
+            "data": {"train_dataset": self.train_dataset.digest, "eval_dataset": self.eval_dataset.digest},
         }
         partial = write_checkpoint(
             run.path, step, self.policy, self.critics, self.tokenizer, self.trained(), remembered
@@ -193,3 +197,11 @@ class TrainingLoop(ABC):
         if hooks is not None:
             hooks.saved(checkpoint)
         return checkpoint
+
+    def _check_data(self, digests: Mapping[str, str]) -> None:
+        for field, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            if rows.digest != digests[field]:
+                raise ConfigError(
+                    f"resume: {field}: the rows of {rows.name} are not those that the run began with, needs the same; "
+                    "other rows need a new run"
+                )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -40,15 +41,18 @@ def load_pretrained(
     """``from_pretrained`` in float32 (masters of whatever is computed in), from safetensors, with Liger's kernels
     where the model is on a GPU and Liger knows it; and its report of missing weights. ``config_attributes`` are set on
     the model's config, ``kwargs`` go to its ``from_pretrained``. Raises ConfigError with the path."""
+    field = f"{'policy' if auto_class is AutoModelForCausalLM else 'critic'}.model_name_or_path"
+    if path.startswith((".", "/", "~")) and not Path(path).exists():  # no name on the hub
+        raise ConfigError(f"{field}: cannot load {path!r}: there is no such directory")
     if list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
         raise ConfigError(
-            f"model_name_or_path: {path!r} has its weights as pickle files, which can run code when they are loaded; "
+            f"{field}: {path!r} has its weights as pickle files, which can run code when they are loaded; "
             "needs safetensors, as save_pretrained writes them"
         )
     try:
         base = base_of_adapter(path)
         if base is not None and auto_class is not AutoModelForCausalLM:
-            raise ConfigError(f"model_name_or_path: {path!r} holds an adapter, a critic needs a model")
+            raise ConfigError(f"{field}: {path!r} holds an adapter, a critic needs a model")
         config = AutoConfig.from_pretrained(base or path, trust_remote_code=trust_remote_code, **kwargs)
         for name, value in (config_attributes or {}).items():
             setattr(config, name, value)
@@ -62,8 +66,8 @@ def load_pretrained(
         )
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"model_name_or_path: cannot load {path!r}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{field}: cannot load {path!r}: {' '.join(str(error).split())}") from error
     model = model.to(device)
     if device.type == "cuda":
         use_liger_kernels(model)

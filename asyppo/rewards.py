@@ -189,6 +189,14 @@ class Rewards:
     """At how many samples each function was cut off; empty without a time limit."""
 
     @property
+    def by_sample(self) -> list[dict[str, float | None]]:
+        """Return ``by_function`` the other way round: each sample's rewards by function."""
+        return [
+            dict(zip(self.by_function, of_sample, strict=True))
+            for of_sample in zip(*self.by_function.values(), strict=True)
+        ]
+
+    @property
     def scores(self) -> list[float]:
         """Return the weighted sum over functions and tokens of each sample."""
         return [float(t.sum()) if isinstance(t, Tensor) else t for t in self.total]

@@ -137,13 +137,9 @@ class Rollout:
             )
         for name, count in rewards.timeouts.items():
             timeouts[name] = timeouts.get(name, 0) + count
-        by_function = [
-            dict(zip(rewards.by_function, of_sample, strict=True))
-            for of_sample in zip(*rewards.by_function.values(), strict=True)
-        ]
         samples = [
             Sample(*of_sample)
-            for of_sample in zip(rows, prompts, responses, completions, by_function, rewards.total, strict=True)
+            for of_sample in zip(rows, prompts, responses, completions, rewards.by_sample, rewards.total, strict=True)
         ]
         return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
 

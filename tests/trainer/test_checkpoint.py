@@ -64,7 +64,8 @@ def test_what_a_checkpoint_holds(tiny_config: Make, tiny_trainer: Make) -> None:
     }
     assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == [".lock"]
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    assert state == {"step": 1, "skipped_in_a_row": 0, "accuracy": None, "callbacks": {}}
+    data = {"train_dataset": trainer.train_dataset.digest, "eval_dataset": trainer.eval_dataset.digest}
+    assert state == {"step": 1, "skipped_in_a_row": 0, "accuracy": None, "callbacks": {}, "data": data}
     assert (checkpoint / "config.yaml").read_bytes() == (run.path / "config.yaml").read_bytes()
     policy = AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
     assert_same(policy.state_dict(), trainer.policy.model.state_dict())

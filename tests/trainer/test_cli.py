@@ -156,7 +156,7 @@ def test_eval_of_a_run_and_of_its_model(tiny: list[str], tmp_path: Path, capsys:
         ([], "--model: .*/model is of no run, so what to evaluate it on is not known; needs --config"),
         ([*tiny[1:], "--out", str(tmp_path / "last")], "--out: .* exists"),
         ([*tiny[1:], "--data.eval_size", "0"], "data.eval_size: got 0"),
-        ([*tiny[1:], "--model", "/no/such"], "model_name_or_path: cannot load '/no/such'"),
+        ([*tiny[1:], "--model", "/no/such"], "--model: got '/no/such', but there is no such directory"),
         ([*tiny[1:], "--modle", "x"], "--modle: unknown option; did you mean --model"),
     ):
         assert main(["eval", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "new"), *arguments]) == 2
@@ -190,6 +190,9 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--nope", "1"], "--nope: unknown option; see --help"),
         (["--critic.num_critic", "1"], "--critic.num_critic: unknown option; did you mean --critic.num_critics?"),
         (["--num_critics=1"], "--num_critics: unknown option; did you mean --critic.num_critics?"),
+        (["--num_critic=1"], "--num_critic: unknown option; did you mean --critic.num_critics?"),
+        (["--critic.lora_alpa=1"], "--critic.lora_alpa: unknown option; did you mean --critic.lora_alpha?"),
+        (["--policy.lora_alpa=1"], "--policy.lora_alpa: unknown option; did you mean --policy.lora_alpha?"),
         (["--lerning_rate", "1"], "--lerning_rate: unknown option; did you mean --learning_rate?"),
         (["--kl_coef=1"], "--kl_coef: unknown option; did you mean --beta?"),
         (["--warm_start.stesp", "1"], "--warm_start.stesp: unknown option; did you mean --warm_start.steps?"),

@@ -118,6 +118,10 @@ def pickle_weights(project: Path) -> None:
     weights.unlink()
 
 
+def half_a_file(project: Path) -> None:
+    os.truncate(project / "policy" / "model.safetensors", 100)
+
+
 def a_run_of_that_name(project: Path) -> None:
     (project / "runs" / "mine").mkdir(parents=True)
     (project / "runs" / "mine" / "config.yaml").write_text(CONFIG)
@@ -139,7 +143,7 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
         [],
         ["critic.model_name_or_path: 'critic' has a vocabulary of 99 tokens, needs the policy's 19"],
     ),
-    (pickle_weights, [], ["model_name_or_path: 'policy'", "pickle", "needs safetensors"]),
+    (pickle_weights, [], ["policy.model_name_or_path: 'policy'", "pickle", "needs safetensors"]),
     (a_run_of_that_name, ["--run_name", "mine"], ["run_name: ", "runs/mine exists", "--resume"]),
     (nothing, ["--output_dir", "rewards.py"], ["output_dir: cannot make rewards.py/", "rewards.py is no directory"]),
     (nothing, ["--config", "yours.yaml"], ["--config: cannot read 'yours.yaml'", "needs a YAML file"]),
@@ -153,7 +157,17 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
     (nothing, ["--reward_funcs", "[rewards.py:not_finite]"], ["reward", "not_finite", "nan", "needs a finite number"]),
     (nothing, ["--reward_funcs", "[rewards.py:raises]"], ["reward", "raises", "ZeroDivisionError"]),
     (nothing, ["--reward_funcs", "[rewards.py:needs_a_column]"], ["reward_funcs: ", "needs_a_column", "'solution'"]),
-    (nothing, ["--policy.model_name_or_path", "./polcy"], ["model_name_or_path: cannot load './polcy'"]),
+    (
+        nothing,
+        ["--policy.model_name_or_path", "./polcy"],
+        ["policy.model_name_or_path: cannot load './polcy': there"],
+    ),
+    (
+        nothing,
+        ["--critic.model_name_or_path", "./critc"],
+        ["critic.model_name_or_path: cannot load './critc': there"],
+    ),
+    (half_a_file, [], ["policy.model_name_or_path: cannot load 'policy': ", "header"]),
 ]
 
 

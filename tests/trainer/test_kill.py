@@ -209,6 +209,7 @@ def test_one_signal(place: Path) -> None:
     assert written(run) == written(place / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_two_signals(place: Path) -> None:
     process = command(place, "twice")
     lines_until(process, r"^step 3/")

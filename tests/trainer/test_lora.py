@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from asyppo.adapters import add_lora, has_adapters
@@ -138,6 +139,9 @@ def test_checkpoints_hold_the_adapters(
         write_checkpoint(tmp_path, 2, trainer.policy, trainer.critics, tokenizer, state, {}), None
     )
     assert {file.name for file in (path / "policy").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    saved = FileSystemReader(path / "state").read_metadata().state_dict_metadata
+    of_policy = {name.removeprefix("policy.model.") for name in saved if name.startswith("policy.model.")}
+    assert of_policy == {name for name, p in trainer.policy.model.named_parameters() if p.requires_grad}
     for auto_class in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         loaded = auto_class.from_pretrained(path / "policy").eval()
         with torch.no_grad():
