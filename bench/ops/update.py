@@ -54,7 +54,7 @@ SMALLER: tuple[Shape, Shape, int] = (
 )
 GENERATIONS = 4  # responses a prompt
 # Responses B, tokens T of a sequence, those of its prompt among them.
-BATCH: dict[Scale, tuple[int, int, int]] = {"gpu": (8, 2048, 256), "cpu": (8, 256, 32), "quick": (8, 24, 4)}
+BATCH: dict[Scale, tuple[int, int, int]] = {"gpu": (8, 2048, 256), "cpu": (8, 128, 32), "quick": (8, 24, 4)}
 MAX_TOKENS = {"gpu": 8192, "cpu": 16_384, "quick": 64}  # of a micro-batch: whole logits of 8192 tokens are 4.6 GiB
 DTYPE: dict[Scale, torch.dtype] = {"gpu": torch.bfloat16, "cpu": torch.float32, "quick": torch.float32}
 HEAD_ROWS = 64  # of the gradient of the policy's head
@@ -195,7 +195,7 @@ def _model(case: Case, of: str, kind: Any, *, seed: int, classifier_dropout: flo
     }
     sizes = {name: case.sizes[f"{of} {short}"] for short, name in names.items()}
     config = Qwen3Config(
-        vocab_size=case.sizes["V"], max_position_embeddings=case.sizes["T"] + 1, eos_token_id=None, **sizes, **more
+        vocab_size=case.sizes["V"], max_position_embeddings=2 * case.sizes["T"], eos_token_id=None, **sizes, **more
     )
     if classifier_dropout is not None:
         config.classifier_dropout = classifier_dropout
