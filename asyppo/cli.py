@@ -162,7 +162,7 @@ def _with_config_files(arguments: Sequence[str]) -> list[str]:
 def _with_flags(arguments: Sequence[str]) -> list[str]:
     """``--policy.use_peft`` alone is ``--policy.use_peft=true``."""
     flags = {f"--{path}" for path, field in by_path(AsyPPOConfig).items() if field.annotation is bool}
-    followers = [*arguments[1:], "--"]
+    followers = [*arguments, "--"][1:]
     return [
         f"{argument}=true" if argument in flags and follower.startswith("--") else argument
         for argument, follower in zip(arguments, followers, strict=True)

@@ -358,6 +358,7 @@ def test_true_goes_without_saying() -> None:
 
 
 def test_without_a_file_the_embedded_default_runs() -> None:
+    assert parse(["train"]) == parse(["train", "--config", "default"])
     config = parse(["train", "--seed", "7"])
     assert config.seed == 7
     assert config.algorithm == "asyppo"

@@ -71,9 +71,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize(
-    "family", [family if family == "qwen3" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_from_a_config_to_plain_transformers(
     tmp_path: Path, family: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
