@@ -36,7 +36,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": os.environ.get("BENCH_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "bench", "kernels")),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "bench", "kernels", "asyppo")),
         "device": _device(device),
         "versions": {"python": platform.python_version(), **_versions()},
     }

@@ -29,8 +29,8 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return distance / scale if scale > 0 else distance
 
 
-def limits(baseline: Outputs, oracle: Outputs, dtype: torch.dtype) -> dict[str, float]:
-    """Return the largest error allowed for each output: the baseline's plus the tolerance.
+def limits(baseline: Outputs, oracle: Outputs, dtype: torch.dtype, slack: float = 1.0) -> dict[str, float]:
+    """Return the largest error allowed for each output: ``slack`` times the baseline's, plus the tolerance.
 
     Of a mask one element may differ: a threshold interpolated between two neighbours can put one on the other side.
     """
@@ -38,7 +38,7 @@ def limits(baseline: Outputs, oracle: Outputs, dtype: torch.dtype) -> dict[str, 
     def tolerance(want: torch.Tensor) -> float:
         return 1 / max(1, want.numel()) if want.dtype == torch.bool else TOLERANCE[dtype]
 
-    return {name: error(baseline[name], want) + tolerance(want) for name, want in oracle.items()}
+    return {name: slack * error(baseline[name], want) + tolerance(want) for name, want in oracle.items()}
 
 
 def verdict(got: Outputs, oracle: Outputs, limit: dict[str, float], required: set[str]) -> tuple[dict[str, float], str]:

@@ -7,7 +7,7 @@ one that fails stops no other, and the exit status is 1 if any did.
     capture    the ensemble ops, the stacked layers, and the loss without compaction, replayed from a CUDA graph
     large      rows beyond logit number 2^31, in one chunk
     tests      tests/ops with the Triton forms on the device
-    bench      python -m bench.run, for what is left of the time
+    bench      python -m bench.run, the trainer's update first, for what is left of the time
     small      every kernel on small shapes, compiled here so that the next two only run them
     memcheck   the same under compute-sanitizer, if there is one
     racecheck  the same for shared memory

@@ -35,6 +35,9 @@ def draw(result: Result, folder: Path, stem: str) -> list[Path]:
         path = folder / f"{stem}-{name}.png"
         if _bars(result["cases"], f"{label}: {title}", figure, path, mark=name != "memory"):
             drawn.append(path)
+    path = folder / f"{stem}-phases.png"
+    if _phases(result["cases"], f"milliseconds by phase: {title}", path):
+        drawn.append(path)
     path = folder / f"{stem}-scaling.png"
     if _curves(result["sweeps"], f"time against size, beside the floor (dashed): {title}", path):
         drawn.append(path)
@@ -72,6 +75,29 @@ def _bars(
             axis.axvline(1.0, color=LIMIT, linewidth=1, linestyle="--")
         axis.set_title(f"{case['op']}: {case['name']}", fontsize=9)
         axis.tick_params(labelsize=7)
+    return _save(path)
+
+
+def _phases(cases: list[dict[str, Any]], title: str, path: Path) -> bool:
+    """One panel a case, one bar a contender, its phases one behind the other; fastest on top."""
+    shown = [(case, [r for r in case["rows"] if r["status"] == "ok" and "phases" in r]) for case in cases]
+    shown = [(case, rows) for case, rows in shown if rows]
+    if not shown:
+        return False
+    axes = _grid(len(shown), title, height=1.2 + 0.3 * max(len(rows) for _, rows in shown))
+    names = list(dict.fromkeys(name for _, rows in shown for row in rows for name in row["phases"]))
+    colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    for axis, (case, rows) in zip(axes, shown, strict=True):
+        rows = sorted(rows, key=lambda row: row["seconds"]["median"])
+        left = [0.0] * len(rows)
+        for name in dict.fromkeys(name for row in rows for name in row["phases"]):
+            widths = [1e3 * row["phases"].get(name, 0.0) for row in rows]
+            axis.barh([row["contender"] for row in rows], widths, left=left, label=name, color=colours[name])
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        axis.invert_yaxis()
+        axis.set_title(f"{case['op']}: {case['name']}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=6, ncols=2)
     return _save(path)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +28,18 @@ class Absent(Exception):
     """The contender cannot take part here; the message says why."""
 
 
+@runtime_checkable
+class Phased(Protocol):
+    """A function that is measured, and knows what its time is made of."""
+
+    phases: list[dict[str, float]]
+    """Seconds of each phase, of each call so far."""
+
+    def resident_bytes(self) -> int:
+        """Bytes it holds between calls, beside the inputs."""
+        ...
+
+
 @dataclass(frozen=True)
 class Contender:
     """``build`` makes the function that is measured, or raises Absent."""
@@ -35,6 +48,7 @@ class Contender:
     build: Callable[[Case], Run]
     less: str = ""  # what it leaves out of the work the others do
     accumulates: tuple[str, ...] = ()  # outputs it accumulates in float32 beside the output itself
+    required: frozenset[str] | None = None  # outputs it has to return; None: those the op asks of all
 
     @property
     def ours(self) -> bool:

@@ -66,6 +66,68 @@ def case_table(case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def phase_tables(case: dict[str, Any]) -> str:
+    """Return, of a case whose contenders have phases, time by phase with the memory, the ratios that are aimed at, and
+    where our time goes; empty for other cases."""
+    rows = [row for row in case["rows"] if row["status"] == "ok" and "phases" in row]
+    if not rows or "phase_floors" not in case:
+        return ""
+    floors = case["phase_floors"]
+    names = list(dict.fromkeys([*floors, *(name for row in rows for name in row["phases"])]))
+    lines = ["| contender | " + " | ".join(names) + " | weights and optimizers | with the call's peak |"]
+    lines += ["|---|" + "--:|" * (len(names) + 2)]
+    lines += ["| floor of AsyPPO's | " + " | ".join(_time(floors[n]) if n in floors else "" for n in names) + " | | |"]
+    for row in sorted(rows, key=lambda row: row["seconds"]["median"]):
+        cells = [_time(row["phases"][name]) if name in row["phases"] else "" for name in names]
+        memory = [_bytes(row["resident_bytes"]), _bytes(_memory(row))]
+        lines.append(f"| {_name(row)} | " + " | ".join([*cells, *memory]) + " |")
+    lines += ["", *_target_lines(case, rows), "", *_where_the_time_goes(case, rows)]
+    return "\n".join(lines)
+
+
+def _memory(row: Row) -> int:
+    return row["resident_bytes"] + row["peak_bytes"]
+
+
+def target_ratio(target: dict[str, Any], rows: list[Row]) -> tuple[str, float] | None:
+    """Name the first of the target's contenders that ran, and its ratio over the other; None if either did not."""
+    by_name = {row["contender"]: row for row in rows if row["status"] == "ok"}
+    ours = next((name for name in target["of"] if name in by_name), None)
+    if ours is None or target["over"] not in by_name:
+        return None
+    figure = _memory if target["figure"] == "memory" else lambda row: row["seconds"]["median"]
+    return ours, figure(by_name[ours]) / figure(by_name[target["over"]])
+
+
+def _target_lines(case: dict[str, Any], rows: list[Row]) -> list[str]:
+    lines = ["| ratio | measured | target |", "|---|--:|--:|"]
+    for target in case["targets"]:
+        found = target_ratio(target, rows)
+        if found is not None:
+            aim = "" if target["most"] is None else f"at most {target['most']}"
+            lines.append(f"| {target['figure']} of {found[0]} over {target['over']} | {found[1]:.2f} | {aim} |")
+    return [*lines, "", f"{case['target_note']}."]
+
+
+def _where_the_time_goes(case: dict[str, Any], rows: list[Row]) -> list[str]:
+    """Shares of our time, and the phase that is farthest above its floor."""
+    ours = next((row for row in rows if row["ours"]), None)
+    if ours is None:
+        return []
+    phases, floors = ours["phases"], case["phase_floors"]
+    whole = sum(phases.values())
+    shares = sorted(phases.items(), key=lambda item: -item[1])
+    text = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in shares if seconds > 0.005 * whole)
+    above = {name: seconds - floors.get(name, 0.0) for name, seconds in phases.items()}
+    worst = max(above, key=lambda name: above[name])
+    at_floor = f"at its floor of {_time(floors[worst])}" if worst in floors else "without it"
+    return [
+        f"Where the time of {ours['contender']} goes: {text}.",
+        f"What would come next: {worst}, the phase with the most time above its floor; {at_floor} the whole "
+        f"would take {_time(whole - above[worst])} in place of {_time(whole)}.",
+    ]
+
+
 def _right_row(row: Row) -> str:
     seconds = row["seconds"]
     launches = "" if row.get("launches") is None else f"{row['launches']:,}"
@@ -181,6 +243,7 @@ def page(shown: list[Result], plots: list[list[str]]) -> str:
         "measured in the same run. Peak is memory beyond the inputs; outputs are what the call returns,",
         "accumulators the float32 sums a contender states it keeps for them; both are in the peak only while they",
         "live. Launches are a GPU's kernels, copies and fills, or a CPU's aten operators. Ours are in bold.",
+        "An update and a training step have time by phase, and their peak stands on weights and optimizer states.",
     ]
     for result, drawn in zip(shown, plots, strict=True):
         lines += ["", f"## {title(result)}", ""]
@@ -191,6 +254,8 @@ def page(shown: list[Result], plots: list[list[str]]) -> str:
         lines += [f"![{Path(plot).stem}]({plot})" for plot in drawn]
         for case in result["cases"]:
             lines += ["", case_table(case)]
+            if by_phase := phase_tables(case):
+                lines += ["", by_phase]
         for sweep in result["sweeps"]:
             lines += ["", f"### {sweep['op']} against {sweep['axis']}", "", sweep_table(sweep)]
     if len(shown) > 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench import results
 from bench.ops import OPS
-from bench.report import case_table, floors_line
+from bench.report import case_table, floors_line, phase_tables
 from bench.suite import Session, pick_device
 
 
@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     _ = session.floors
     print(floors_line(session.result), flush=True)
     for case in session.cases(chosen.op):
-        print("\n" + case_table(session.run_case(case)), flush=True)
+        measured = session.run_case(case)
+        print("\n" + case_table(measured) + "\n\n" + phase_tables(measured), flush=True)
         results.save(session.result, path)
     for sweep in [] if chosen.no_sweeps else session.sweeps(chosen.op):
         session.run_sweep(sweep)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from bench.environment import environment
 from bench.floors import Floors, measure_floors
 from bench.ops import OPS
 from bench.oracle import baseline, oracle
-from bench.registry import Absent, Contender, Run, contenders
+from bench.registry import Absent, Contender, Phased, Run, contenders
 
 # Seconds of timing a case and a point of a sweep get, beside compilation, errors and memory.
 CASE_BUDGET: dict[Scale, float] = {"gpu": 6.0, "cpu": 8.0, "quick": 0.1}
@@ -110,6 +112,17 @@ class Session:
             "floor_seconds": floor,
             "floor_bound": floors.bound(work, case.dtype),
             "rows": rows,
+        } | self._training(case)
+
+    def _training(self, case: Case) -> dict[str, Any]:
+        """Of an op that has phases: the floor of each, and the ratios that are aimed at."""
+        module = OPS[case.op]
+        if not hasattr(module, "phases"):
+            return {}
+        return {
+            "phase_floors": {name: self.floors.seconds(w, case.dtype) for name, w in module.phases(case).items()},
+            "targets": [{**asdict(t), "of": list(t.of)} for t in module.TARGETS],
+            "target_note": module.TARGET_NOTE,
         }
 
 
@@ -145,6 +158,8 @@ def measure(
             row |= {"status": "failing", "reason": _message(error)}
             continue
         row |= {"peak_bytes": found.peak, "outputs_bytes": found.outputs, "launches": found.launches if count else None}
+        if isinstance(run, Phased):
+            row["resident_bytes"] = run.resident_bytes()
 
     copies = timing.sets_past_cache(memory.storage_bytes(inputs), case.device)
     sets = [inputs, *(make(number) for number in range(1, copies))]
@@ -163,7 +178,7 @@ def measure(
         except Exception as error:
             row |= {"status": "failing", "reason": _message(error)}
     samples, failed = timing.interleave(samplers, budget, min_rounds=min_rounds)
-    for entry, (row, _, _) in running.items():
+    for entry, (row, run, _) in running.items():
         if entry.name in failed:
             row |= {"status": "failing", "reason": _message(failed[entry.name])}
         elif entry.name in samples:
@@ -177,6 +192,9 @@ def measure(
                 "method": taken.method,
                 "samples": list(taken.samples),
             }
+            if isinstance(run, Phased):
+                last = run.phases[-len(taken.samples) :]
+                row["phases"] = {name: median(seconds[name] for seconds in last) for name in last[0]}
     if case.device.type == "cuda":
         torch.cuda.empty_cache()
     return rows
@@ -187,8 +205,8 @@ def _check(
 ) -> tuple[list[results.Row], dict[Contender, tuple[results.Row, Run, float]]]:
     """Error first. Return all rows, and of those that are right what is needed to time them."""
     want = oracle(case, inputs)
-    limit = errors.limits(baseline(case, inputs), want, case.dtype)
-    required = OPS[case.op].required(case)
+    module = OPS[case.op]
+    limit = errors.limits(baseline(case, inputs), want, case.dtype, getattr(module, "SLACK", 1.0))
     rows = [_row(entry, "ok") for entry in entries]
     built, running = {}, {}
     for entry, row in zip(entries, rows, strict=True):
@@ -210,6 +228,7 @@ def _check(
             got = run(inputs)
             _synchronise(case)
             seconds = time.perf_counter() - begin
+            required = module.required(case) if entry.required is None else set(entry.required)
             row["errors"], complaint = errors.verdict(got, want, limit, required)
             row["limits"] = {name: limit[name] for name in row["errors"]}
         except Exception as error:

@@ -8,6 +8,7 @@ from bench.contenders import (  # noqa: F401  (importing registers)
     plain,
     quack,
     torchrl,
+    training,
     trl,
     verl,
 )

@@ -59,7 +59,7 @@ def compiled_value(case: Case) -> Run:
     return lambda inputs: ensemble_value.outputs_of(case, inputs, *compiled(inputs))
 
 
-def _gae_loop(inputs: Inputs, gamma: float, lam: float, value_lam: float) -> Outputs:
+def gae_by_loop(inputs: Inputs, gamma: float, lam: float, value_lam: float) -> Outputs:
     """One step after the other, both lambdas in one loop."""
     value, reward, mask = inputs["value"], inputs["reward"], inputs["mask"]
     mean, std = value.mean(0), value.std(0, correction=0)
@@ -87,15 +87,15 @@ def _lambdas(case: Case) -> dict[str, float]:
 @contender("ensemble_gae", "plain torch loop")
 def gae_loop(case: Case) -> Run:
     """A Python loop over time, as trainers have it."""
-    return lambda inputs: _gae_loop(inputs, **_lambdas(case))
+    return lambda inputs: gae_by_loop(inputs, **_lambdas(case))
 
 
 @contender("ensemble_gae", "torch.compile of the loop")
-def compiled_gae_loop(case: Case) -> Run:
+def compiledgae_by_loop(case: Case) -> Run:
     """The same, unrolled by the compiler."""
     if case.sizes["T"] > UNROLLED_STEPS:
         raise Absent(f"unrolls all {case.sizes['T']} steps, and would compile for minutes")
-    compiled = compiler(case)(_gae_loop)
+    compiled = compiler(case)(gae_by_loop)
     return lambda inputs: compiled(inputs, **_lambdas(case))
 
 
@@ -137,17 +137,20 @@ def _thresholds_to_masks(inputs: Inputs, low: Tensor, high: Tensor) -> Outputs:
     return {"advantage_keep": mask & (std >= low), "entropy_keep": mask & (std <= high)}
 
 
+def ranks_by_sort(std: Tensor, mask: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """The order statistics that leave a share ``low`` of the tokens that count below, and ``high`` above."""
+    ordered = std[mask].sort().values
+    n = len(ordered)
+    below, above = (round(fraction * 1e6) * n // 10**6 for fraction in (low, high))
+    return ordered[below], ordered[n - 1 - above]
+
+
 @contender("agreement_masks", "sort")
 def masks_by_sort(case: Case) -> Run:
     """Sort the tokens that count: a host synchronisation, to know how many."""
-
-    def run(inputs: Inputs) -> Outputs:
-        ordered = inputs["std"][inputs["mask"]].sort().values
-        n = len(ordered)
-        rank = round(FRACTION * 1e6) * n // 10**6
-        return _thresholds_to_masks(inputs, ordered[rank], ordered[n - 1 - rank])
-
-    return run
+    return lambda inputs: _thresholds_to_masks(
+        inputs, *ranks_by_sort(inputs["std"], inputs["mask"], FRACTION, FRACTION)
+    )
 
 
 def _masks_by_padded_sort(inputs: Inputs) -> Outputs:
