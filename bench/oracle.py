@@ -140,7 +140,7 @@ def _sampled(case: Case, inputs: Inputs) -> Any:
     trainer = training.trainer_of(case, "grpo", shared)
     training.feed(trainer, case, inputs)
     seed_everything(trainer.config.seed * 1_000_003 + 1)
-    return trainer.sample(1, Timer(case.device))[0]
+    return trainer.rollout(1, Timer(case.device))[0]
 
 
 def _predicted(batch: Any, row: int) -> tuple[torch.Tensor, slice]:

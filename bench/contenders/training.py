@@ -72,7 +72,8 @@ class NoRun:
 
 def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: bool = True) -> Any:
     """The trainer; models, optimizers and sampler are ``shared``'s."""
-    from asyppo.trainer import AsyPPOTrainer, make_sampler
+    from asyppo.loading import make_sampler
+    from asyppo.trainer import AsyPPOTrainer
 
     critics, critic_optimizer = shared.critics.get((algorithm, stacked), (None, None))
     if critics is None and update.CRITICS[algorithm]:
@@ -104,13 +105,14 @@ def feed(trainer: Any, case: Case, inputs: Inputs) -> None:
     if case.op == train_step.OP:
         from asyppo.data import PromptSchedule
 
-        trainer.train_dataset = train_step.rows_of(inputs)
-        trainer.schedule = PromptSchedule(len(trainer.train_dataset), trainer.config.prompts_per_step, seed=0)
+        rollout = trainer.rollout
+        rollout.dataset = train_step.rows_of(inputs)
+        rollout.schedule = PromptSchedule(len(rollout.dataset), trainer.config.prompts_per_step, seed=0)
         return
     from asyppo.rewards import Rewards
 
     sampled = update.batch_of(case, inputs), Rewards({}, inputs["score"].tolist(), {}), {}
-    trainer.sample = lambda step, timer: sampled
+    trainer.rollout = lambda step, timer: sampled
 
 
 class Step:
