@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -58,7 +57,7 @@ def run_grid(
         if stopped() and not told:
             told = True
             for process in running.values():
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # not SIGINT, which a process started in the background is made to ignore
         for run, process in list(running.items()):
             if process.poll() is not None:
                 del running[run]

@@ -21,7 +21,7 @@ DIAGNOSTICS = {
     "σ": r"critic/std/mean",
     "σ, lowest fifth below": r"critic/std/low",
     "σ, highest fifth above": r"critic/std/high",
-    "corr(σ, |V̄ − R|)": r"critic/std/corr_abs_error",
+    "corr(σ, error of V̄)": r"critic/std/corr_abs_error",
     "corr(σ, entropy)": r"critic/std/corr_entropy",
     "gradient masked (advantage)": r"actor/adv_mask_grad_share",
     "gradient filtered (entropy)": r"actor/entropy_filter_grad_share",

@@ -136,6 +136,8 @@ def test_the_summary_is_that_of_finished_runs(tmp_path: Path) -> None:
     assert ours.diagnostics["of each critic"] == pytest.approx(0.4)
     assert ours.diagnostics["σ"] is None
     table = markdown([grpo, ours], "grpo")
+    for part in table.split("\n\n"):
+        assert len({line.count("|") for line in part.strip().splitlines()}) == 1
     assert "| ours | 2 | 0.550 ± " in table
     assert "+0.100" in table
     draw([grpo, ours], tmp_path / "figure.png")
