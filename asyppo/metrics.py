@@ -12,6 +12,7 @@ from torch import Tensor
 from asyppo.advantage import LearningSignal
 from asyppo.batch import Batch
 from asyppo.config import AsyPPOConfig
+from asyppo.diagnostics import explained_variance
 from asyppo.distributed import sum_over_ranks, world_size
 from asyppo.reduce import masked_extremes, masked_mean, masked_moments
 from asyppo.rewards import Rewards
@@ -25,16 +26,13 @@ def of_batch(batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy:
     mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
     length = batch.response_length.float()
     gap = (old_logprob - batch.sampler_logprob).abs()
-    _, error_variance = masked_moments(signal.returns - signal.value, mask)
-    _, return_variance = masked_moments(signal.returns, mask)
     row: dict[str, Any] = {
         "response_length/clip_ratio": masked_mean(batch.truncated, everyone),
         "prompt_length/mean": masked_mean(batch.prompt_length, everyone),
         "actor/entropy": masked_mean(entropy, mask),
         "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, batch.learned),
         "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, batch.learned),
-        # Not defined where returns do not vary.
-        "critic/vf_explained_var": 1 - error_variance / torch.where(return_variance > 1e-8, return_variance, math.nan),
+        "critic/vf_explained_var": explained_variance(signal.value, signal.returns, mask),
         "critic/std/mean": masked_mean(signal.std, mask),
         "critic/std/low": signal.low,
         "critic/std/high": signal.high,

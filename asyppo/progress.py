@@ -76,7 +76,8 @@ class ProgressDisplay:
             self.done // self.every > (self.done - count) // self.every or (count and self.done == self.total)
         ):
             elapsed = time.perf_counter() - self.start
-            left = elapsed / (self.done - self.done_before) * (self.total - self.done)
+            # A run that goes on can take steps back that had been counted.
+            left = elapsed / max(self.done - self.done_before, 1) * (self.total - self.done)
             print(
                 f"{self.title} {self.done}/{self.total}  {_clock(elapsed)} elapsed, {_clock(left)} left  {note}",
                 file=self.stream,

@@ -49,6 +49,7 @@ def run_grid(
     running: dict[Run, subprocess.Popen] = {}
     failed: dict[Run, str] = {}
     told = False
+    steps = {run: last_step(out, run) for run in grid.runs}
     while running or (waiting and not stopped()):
         while waiting and len(running) < jobs and not stopped():
             run = waiting.pop(0)
@@ -59,11 +60,13 @@ def run_grid(
             for process in running.values():
                 process.terminate()  # not SIGINT, which a process started in the background is made to ignore
         for run, process in list(running.items()):
-            if process.poll() is not None:
+            ended = process.poll() is not None
+            steps[run] = last_step(out, run)
+            if ended:
                 del running[run]
                 if process.returncode and not told:
                     failed[run] = _last_line(log_path(out, run)) or f"exit status {process.returncode}"
-        progress(sum(last_step(out, run) for run in grid.runs), ", ".join(run.name for run in running))
+        progress(sum(steps.values()), ", ".join(run.name for run in running))
     return failed
 
 

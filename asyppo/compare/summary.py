@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,8 +141,6 @@ def _summarize_arm(
 
 def _mean_of(pattern: str, runs: list[list[dict[str, Any]]]) -> float | None:
     """Mean of the metrics of that name over the last half of each run's steps, over runs; None if there is none."""
-    import re
-
     of_runs = []
     for rows in runs:
         late = [row for row in rows if row["step"] > rows[-1]["step"] / 2]

@@ -195,3 +195,11 @@ def test_progress_on_a_terminal() -> None:
             progress.advance(f"note {i}")
     assert "3/3" in stream.getvalue()
     assert "note 2" in stream.getvalue()
+
+
+def test_progress_that_was_taken_back() -> None:
+    stream = io.StringIO()
+    with ProgressDisplay("step", 10, done=4, every=2, stream=stream) as progress:
+        for count in (-3, 2, 1, 2):  # 1, 3, 4, 6
+            progress.advance(count=count)
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()] == ["step 3/10", "step 4/10", "step 6/10"]
