@@ -189,7 +189,7 @@ class RewardProcess:
         return value
 
     def _start(self) -> Connection:
-        self.connection, theirs = Pipe()
+        connection, theirs = Pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "asyppo.reward_worker", str(theirs.fileno()), self.reference],
             pass_fds=[theirs.fileno()],
@@ -198,13 +198,14 @@ class RewardProcess:
             start_new_session=True,  # Ctrl-C is for the trainer, which finishes its step
         )
         theirs.close()
-        self._end = weakref.finalize(self, _end, self.process, self.connection)
+        self._end = weakref.finalize(self, _end, self.process, connection)
+        self.connection = connection  # from here on there is something to stop
         try:
-            self.connection.recv()  # it has imported the function: the limit is for calls alone
+            connection.recv()  # it has imported the function: the limit is for calls alone
         except EOFError as error:
             status = self._exit_status()
             raise Failure(f"could not be loaded in a process of its own (exit status {status})") from error
-        return self.connection
+        return connection
 
     def _exit_status(self) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -454,25 +455,38 @@ def test_built_in_functions_under_a_time_limit() -> None:
     assert rewards.timeouts == {"exact_match": 0, "math_verify": 0}
 
 
+STUCK = """
+import os
+import signal
+
+def reward(started, **_):
+    with open(started[0], "w") as file:
+        file.write(f"{os.getpid()}\\n")
+    while True:
+        pass
+"""
+
 ABANDONS = """
 import os, signal, sys, threading, time
 from asyppo.rewards import resolve_reward_funcs
 
-[func] = resolve_reward_funcs([sys.argv[1]], 1000)
-threading.Thread(target=func, args=({"completions": ["loop"], "answer": [0]},), daemon=True).start()
-while func.process.connection is None:
+reference, started = sys.argv[1:]
+[func] = resolve_reward_funcs([reference], 1000)
+threading.Thread(target=func, args=({"completions": ["a"], "started": [started]},), daemon=True).start()
+while not os.path.exists(started) or not open(started).read().endswith("\\n"):
     time.sleep(0.1)
-print(func.process.process.pid, flush=True)
-time.sleep(1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.slow
 def test_a_stuck_process_does_not_outlive_a_killed_trainer(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW)
-    command = [sys.executable, "-c", ABANDONS, f"{tmp_path}/slow.py:reward"]
-    pid = int(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout)
+    (tmp_path / "stuck.py").write_text(STUCK)
+    started = tmp_path / "started"
+    command = [sys.executable, "-c", ABANDONS, f"{tmp_path}/stuck.py:reward", str(started)]
+    trainer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert trainer.returncode == -signal.SIGKILL, trainer.stderr
+    pid = int(started.read_text())
     deadline = time.monotonic() + 60
     while (Path("/proc") / str(pid)).exists():
         assert time.monotonic() < deadline
