@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "save_steps",
     "save_total_limit",
     "logging_samples",
+    "diagnostics_steps",
     "report_to",
     "max_skipped_steps",
     "eval",

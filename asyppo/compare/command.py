@@ -9,7 +9,7 @@ from pathlib import Path
 
 from asyppo.compare import figure
 from asyppo.compare.grid import Grid, load_grid
-from asyppo.compare.runner import finished, last_step, log_path, run_grid
+from asyppo.compare.runner import check_runs, finished, last_step, log_path, run_grid
 from asyppo.compare.summary import as_json, markdown, summarize
 from asyppo.progress import ProgressDisplay
 from asyppo.signals import StopSignals
@@ -18,11 +18,14 @@ from asyppo.signals import StopSignals
 def compare(path: Path, out: Path, jobs: int | None = None) -> int:
     """Run the grid in ``path``, with everything it writes in ``out``, and return the exit status.
 
-    Calling it again goes on where it stopped: finished runs are kept, others resume from their last checkpoint.
-    ``jobs``: runs at a time; None takes one a core. Writes ``compare.md``, ``compare.json`` and ``compare.png``, also
-    of a grid that is not finished. Raises ConfigError for a grid that cannot be read.
+    Calling it again goes on where it stopped: finished runs are kept, others resume from their last checkpoint. Grids
+    with the same ``out`` share the runs of arms and seeds that both have. ``jobs``: runs at a time; None takes one a
+    core. Writes a table, its data and a figure, ``out/NAME.md``, ``.json`` and ``.png`` for a grid in ``NAME.yaml``,
+    also of a grid that is not finished. Raises ConfigError for a grid that cannot be read, and for a run in ``out``
+    that was made with other settings.
     """
     grid = load_grid(path)
+    check_runs(grid, out)
     jobs = jobs or os.cpu_count() or 1
     total, done = sum(grid.arms[run.arm]["max_steps"] for run in grid.runs), sum(last_step(out, r) for r in grid.runs)
     with (
@@ -36,7 +39,7 @@ def compare(path: Path, out: Path, jobs: int | None = None) -> int:
             stopped=lambda: signals.received is not None,
             progress=lambda steps, note: progress.advance(note, count=steps - progress.done),
         )
-    write(grid, out)
+    write(grid, out, path.stem)
     for run, reason in failed.items():
         print(f"asyppo: error: run {run.name} failed: {reason}; see {log_path(out, run)}", file=sys.stderr)
     left = sum(not finished(out, run, grid) for run in grid.runs)
@@ -45,14 +48,13 @@ def compare(path: Path, out: Path, jobs: int | None = None) -> int:
     return int(bool(failed)) if signals.received is None else 128 + signals.received
 
 
-def write(grid: Grid, out: Path) -> None:
+def write(grid: Grid, out: Path, name: str) -> None:
     """Write the table, the data and the figure of the finished runs, and print the table."""
     summaries = summarize(grid, out)
     table = markdown(summaries, grid.reference)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.md").write_text(table)
-    (out / "compare.json").write_text(json.dumps(as_json(summaries), indent=1, ensure_ascii=False) + "\n")
-    figure.draw(summaries, out / "compare.png")
-    print(table, end="")
-    for name in ("compare.md", "compare.json", "compare.png"):
-        print(out / name)
+    text, data, image = (out / f"{name}.{suffix}" for suffix in ("md", "json", "png"))
+    text.write_text(table)
+    data.write_text(json.dumps(as_json(summaries), indent=1, ensure_ascii=False) + "\n")
+    figure.draw(summaries, image)
+    print(table, text, data, image, sep="\n")

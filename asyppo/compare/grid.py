@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from asyppo.config import ConfigError
+from asyppo.config import AsyPPOConfig, ConfigError
 
 Settings = dict[str, Any]
 """A configuration as a YAML file holds it: nested dictionaries."""
@@ -90,15 +90,23 @@ def _config_path(name: str, beside: Path) -> Path:
 
 def _check(arm: str, settings: Settings) -> None:
     """Raise ConfigError if ``asyppo train`` would refuse the settings, before hours have gone into other arms."""
+    try:
+        parsed(settings)
+    except ConfigError as error:
+        raise ConfigError(f"arms: {arm}: {error}") from error
+
+
+def parsed(settings: Settings) -> AsyPPOConfig:
+    """Return the configuration that ``asyppo train`` makes of a file with ``settings``. Raises ConfigError."""
     from asyppo.cli import parse
 
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "arm.yaml"
         file.write_text(yaml.safe_dump(settings))
         try:
-            parse(["train", "--config", str(file)])
+            return parse(["train", "--config", str(file)])
         except ConfigError as error:
-            raise ConfigError(f"arms: {arm}: {str(error).replace(f' in {file}', '')}") from error
+            raise ConfigError(str(error).replace(f" in {file}", "")) from error
 
 
 def read_settings(path: Path) -> Settings:

@@ -56,7 +56,7 @@ class Curve:
     seed: int
     steps: list[int]
     seconds: list[float]
-    """Time in training steps up to each evaluation; evaluations and checkpoints are not in it."""
+    """Time in training steps up to each evaluation; evaluations, checkpoints and diagnostics are not in it."""
     accuracy: list[float]
 
 
@@ -95,17 +95,22 @@ def paired_difference(arm: dict[int, float], reference: dict[int, float]) -> Dif
     return Difference(estimate(differences), detectable, len(seeds))
 
 
-def read_curve(directory: Path, seed: int) -> tuple[Curve, list[dict[str, Any]]]:
-    """Return a run's accuracy over steps and time, and its rows of metrics."""
-    rows = read_jsonl(directory / "metrics.jsonl")
+def read_curve(directory: Path, seed: int, last: int) -> tuple[Curve, list[dict[str, Any]]]:
+    """Return a run's accuracy over steps and time, and its rows of metrics, up to step ``last``."""
+    rows = [row for row in read_jsonl(directory / "metrics.jsonl") if row["step"] <= last]
     steps, seconds, accuracy, passed = [], [], [], 0.0
     for row in rows:
-        passed += row.get("timing_s/step") or 0.0
+        passed += _seconds(row)
         if row.get("eval/accuracy") is not None:
             steps.append(row["step"])
             seconds.append(passed)
             accuracy.append(row["eval/accuracy"])
     return Curve(seed, steps, seconds, accuracy), rows
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    """Time of a step without what only watches it."""
+    return (row.get("timing_s/step") or 0.0) - (row.get("timing_s/diagnostics") or 0.0)
 
 
 def summarize(grid: Grid, out: Path) -> list[ArmSummary]:
@@ -114,7 +119,8 @@ def summarize(grid: Grid, out: Path) -> list[ArmSummary]:
     read: dict[str, list[tuple[Curve, list[dict[str, Any]]]]] = {}
     for arm in grid.arms:
         done = [seed for seed in grid.seeds if finished(out, Run(arm, seed), grid)]
-        read[arm] = [read_curve(run_path(out, Run(arm, seed)), seed) for seed in done]
+        last = grid.arms[arm]["max_steps"]
+        read[arm] = [read_curve(run_path(out, Run(arm, seed)), seed, last) for seed in done]
         read[arm] = [(curve, rows) for curve, rows in read[arm] if curve.accuracy]
         finals[arm] = {curve.seed: curve.accuracy[-1] for curve, _ in read[arm]}
     return [_summarize_arm(arm, read[arm], finals, grid.reference) for arm in grid.arms]
@@ -127,7 +133,7 @@ def _summarize_arm(
     reference: str,
 ) -> ArmSummary:
     curves = [curve for curve, _ in read]
-    durations = [row["timing_s/step"] for _, rows in read for row in rows if "timing_s/step" in row]
+    durations = [_seconds(row) for _, rows in read for row in rows if "timing_s/step" in row]
     return ArmSummary(
         name=arm,
         curves=curves,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import yaml
 
 from asyppo.compare.command import write
 from asyppo.compare.figure import draw
-from asyppo.compare.grid import Grid, Run, load_grid, merged
-from asyppo.compare.runner import finished, last_step
+from asyppo.compare.grid import Grid, Run, load_grid, merged, parsed
+from asyppo.compare.runner import check_runs, finished, last_step
 from asyppo.compare.summary import estimate, markdown, paired_difference, summarize
 from asyppo.config import ConfigError
+from asyppo.run import RunDirectory
 
 TINY = {
     "max_steps": 2,
@@ -107,7 +109,13 @@ def fake_run(out: Path, run: Run, accuracy: list[float], steps: int = 2) -> None
     (directory / f"checkpoint-{steps}").mkdir(parents=True)
     rows = [{"step": 0, "eval/accuracy": accuracy[0]}]
     rows += [
-        {"step": s, "timing_s/step": 2.0, "critic/vf_explained_var": 0.1 * s, "critic/0/vf_explained_var": 0.4}
+        {
+            "step": s,
+            "timing_s/step": 2.5,
+            "timing_s/diagnostics": 0.5,
+            "critic/vf_explained_var": 0.1 * s,
+            "critic/0/vf_explained_var": 0.4,
+        }
         for s in range(1, steps + 1)
     ]
     rows[-1]["eval/accuracy"] = accuracy[1]
@@ -149,7 +157,7 @@ def test_an_unfinished_run_is_not_in_the_summary(tmp_path: Path, capsys: pytest.
     fake_run(tmp_path, Run("grpo", 0), [0.3, 0.4], steps=2)
     assert last_step(tmp_path, Run("grpo", 0)) == 2
     assert not finished(tmp_path, Run("grpo", 0), grid)
-    write(grid, tmp_path)
+    write(grid, tmp_path, "grid")
     assert "| grpo | 0 | – |" in capsys.readouterr().out
 
 
@@ -174,6 +182,28 @@ def compare(tmp_path: Path, *arguments: str, **options: Any) -> subprocess.Popen
     )
 
 
+def test_a_run_of_more_steps_counts_up_to_the_grids_last(tmp_path: Path) -> None:
+    fake_run(tmp_path, Run("grpo", 0), [0.3, 0.4], steps=2)
+    fake_run(tmp_path, Run("grpo", 1), [0.3, 0.5], steps=4)
+    (tmp_path / "runs" / "grpo-1" / "checkpoint-2").mkdir()
+    [arm] = summarize(Grid({"grpo": {"max_steps": 2}}, [0, 1], "grpo"), tmp_path)
+    assert [curve.steps for curve in arm.curves] == [[0, 2], [0]]  # the other evaluation was after step 4
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    path = grid_file(tmp_path)
+    grid = load_grid(path)
+    check_runs(grid, tmp_path / "out")
+    config = replace(parsed(grid.arms["grpo"]), seed=1, run_name="grpo-1", output_dir=str(tmp_path / "out" / "runs"))
+    with RunDirectory(config):
+        pass
+    check_runs(grid, tmp_path / "out")
+    check_runs(load_grid(grid_file(tmp_path, set={"max_steps": 9})), tmp_path / "out")
+    changed = load_grid(grid_file(tmp_path, set={"learning_rate": 0.5}))
+    with pytest.raises(ConfigError, match=r"arms: grpo: resume: other settings .*learning_rate is .* there, got 0.5"):
+        check_runs(changed, tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_grid_is_stopped_and_gone_on_with(tmp_path: Path) -> None:
     grid_file(tmp_path, set={"max_steps": 3, "save_steps": 1})
@@ -193,7 +223,7 @@ def test_a_grid_is_stopped_and_gone_on_with(tmp_path: Path) -> None:
     assert second.returncode == 0, errors
     assert "| grpo | 2 |" in output
     assert "| mini critics | 2 |" in output
-    assert (tmp_path / "out" / "compare.png").exists()
+    assert (tmp_path / "out" / "grid.png").exists()
     for run in load_grid(tmp_path / "grid.yaml").runs:
         rows = (tmp_path / "out" / "runs" / run.name / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [0, 1, 2, 3]
