@@ -20,9 +20,9 @@ def compare(path: Path, out: Path, jobs: int | None = None) -> int:
 
     Calling it again goes on where it stopped: finished runs are kept, others resume from their last checkpoint. Grids
     with the same ``out`` share the runs of arms and seeds that both have. ``jobs``: runs at a time; None takes one a
-    core. Writes a table, its data and a figure, ``out/NAME.md``, ``.json`` and ``.png`` for a grid in ``NAME.yaml``,
-    also of a grid that is not finished. Raises ConfigError for a grid that cannot be read, and for a run in ``out``
-    that was made with other settings.
+    core. For a grid in ``NAME.yaml``, finished or not, ``out`` gets ``NAME.md`` (tables), ``NAME.json`` (their data),
+    ``NAME.png`` (accuracy) and ``NAME-diagnostics.png`` (critics over training). Raises ConfigError for a grid that
+    cannot be read, and for a run in ``out`` that was made with other settings.
     """
     grid = load_grid(path)
     check_runs(grid, out)
@@ -49,12 +49,13 @@ def compare(path: Path, out: Path, jobs: int | None = None) -> int:
 
 
 def write(grid: Grid, out: Path, name: str) -> None:
-    """Write the table, the data and the figure of the finished runs, and print the table."""
+    """Write the table, the data and the figures of the finished runs, and print the table."""
     summaries = summarize(grid, out)
     table = markdown(summaries, grid.reference)
     out.mkdir(parents=True, exist_ok=True)
-    text, data, image = (out / f"{name}.{suffix}" for suffix in ("md", "json", "png"))
+    text, data, image, of_critics = (out / f"{name}{end}" for end in (".md", ".json", ".png", "-diagnostics.png"))
     text.write_text(table)
     data.write_text(json.dumps(as_json(summaries), indent=1, ensure_ascii=False) + "\n")
     figure.draw(summaries, image)
-    print(table, text, data, image, sep="\n")
+    figure.draw_diagnostics(summaries, of_critics)
+    print(table, text, data, image, of_critics, sep="\n")

@@ -1,13 +1,20 @@
-"""Draws held-out accuracy of every arm, against steps and against time."""
+"""Draws held-out accuracy of every arm, against steps and against time, and what its critics did on the way."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
+from typing import Any
 
-from asyppo.compare.summary import ArmSummary, estimate
+from asyppo.compare.summary import DIAGNOSTICS, ArmSummary, estimate
 
 DASHES = ("-", "--", "-.", ":")
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Different dashes, too, so that colour is not needed to tell arms apart."""
+    return {"color": f"C{number % 10}", "linestyle": DASHES[(number // 10 + number) % len(DASHES)]}
 
 
 def draw(summaries: list[ArmSummary], image: Path) -> None:
@@ -19,8 +26,7 @@ def draw(summaries: list[ArmSummary], image: Path) -> None:
 
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     for number, arm in enumerate(arm for arm in summaries if arm.curves):
-        # Different dashes, too, so that colour is not needed to tell arms apart.
-        style = {"color": f"C{number % 10}", "linestyle": DASHES[number // 10 + number % len(DASHES)]}
+        style = _style(number)
         steps = sorted(set.intersection(*(set(curve.steps) for curve in arm.curves)))
         accuracy = [[dict(zip(c.steps, c.accuracy, strict=True))[step] for c in arm.curves] for step in steps]
         seconds = [
@@ -45,4 +51,32 @@ def draw(summaries: list[ArmSummary], image: Path) -> None:
     if by_step.lines:
         by_step.legend(fontsize=8, title="arm (seeds)")
     figure.savefig(image, dpi=120)
+    plt.close(figure)
+
+
+def draw_diagnostics(summaries: list[ArmSummary], image: Path) -> None:
+    """Write a PNG: each diagnostic over training, a panel each, a line for every arm that has it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = [arm for arm in summaries if arm.curves]
+    names = [name for name in DIAGNOSTICS if any(arm.over_training[name] for arm in arms)]
+    columns = 4
+    rows = max(1, math.ceil(len(names) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), layout="constrained", squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for number, arm in enumerate(arms):
+            if series := arm.over_training[name]:
+                axis.plot(*zip(*series, strict=True), label=arm.name, linewidth=1.5, **_style(number))
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("training step")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    lines = {label: line for a in axes.flat for line, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(image, dpi=100)
     plt.close(figure)

@@ -16,6 +16,7 @@ from asyppo.compare.runner import finished, run_path
 from asyppo.run import read_jsonl
 
 CONFIDENCE, POWER = 0.95, 0.8
+PARTS = 10  # of training, over each of which a diagnostic is averaged
 DIAGNOSTICS = {
     "explained variance of V̄": r"critic/vf_explained_var",
     "of each critic": r"critic/\d+/vf_explained_var",
@@ -29,6 +30,9 @@ DIAGNOSTICS = {
     "entropy": r"actor/entropy",
 }
 """Column of the diagnostics table, and a pattern of the metrics averaged in it."""
+
+Series = list[tuple[float, float]]
+"""Step, and mean over runs and the steps around it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class ArmSummary:
     difference: Difference | None
     seconds_per_step: float | None
     diagnostics: dict[str, float | None]
+    """Mean over the last half of the steps; None where the arm has no such metric."""
+    over_training: dict[str, Series]
 
 
 def estimate(values: list[float]) -> Estimate:
@@ -142,6 +148,7 @@ def _summarize_arm(
         difference=None if arm == reference else paired_difference(finals[arm], finals[reference]),
         seconds_per_step=statistics.median(durations) if durations else None,
         diagnostics={name: _mean_of(pattern, [rows for _, rows in read]) for name, pattern in DIAGNOSTICS.items()},
+        over_training={name: _series(pattern, [rows for _, rows in read]) for name, pattern in DIAGNOSTICS.items()},
     )
 
 
@@ -149,11 +156,27 @@ def _mean_of(pattern: str, runs: list[list[dict[str, Any]]]) -> float | None:
     """Mean of the metrics of that name over the last half of each run's steps, over runs; None if there is none."""
     of_runs = []
     for rows in runs:
-        late = [row for row in rows if row["step"] > rows[-1]["step"] / 2]
-        values = [v for row in late for k, v in row.items() if re.fullmatch(pattern, k) and v is not None]
-        if values:
-            of_runs.append(statistics.fmean(values))
+        late = [value for step, value in _logged(pattern, rows) if step > rows[-1]["step"] / 2]
+        if late:
+            of_runs.append(statistics.fmean(late))
     return statistics.fmean(of_runs) if of_runs else None
+
+
+def _series(pattern: str, runs: list[list[dict[str, Any]]]) -> Series:
+    """The metrics of that name over training: the mean step and the mean value of each part of it that has any."""
+    last = max((rows[-1]["step"] for rows in runs), default=0)
+    parts: list[list[tuple[int, float]]] = [[] for _ in range(PARTS)]
+    for rows in runs:
+        for step, value in _logged(pattern, rows):
+            parts[(step - 1) * PARTS // last].append((step, value))
+    return [(statistics.fmean(s for s, _ in part), statistics.fmean(v for _, v in part)) for part in parts if part]
+
+
+def _logged(pattern: str, rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Every value of the metrics of that name, with its step."""
+    return [
+        (r["step"], v) for r in rows if r["step"] for k, v in r.items() if v is not None and re.fullmatch(pattern, k)
+    ]
 
 
 def as_json(summaries: list[ArmSummary]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from asyppo.compare.command import write
-from asyppo.compare.figure import draw
+from asyppo.compare.figure import draw, draw_diagnostics
 from asyppo.compare.grid import Grid, Run, load_grid, merged, parsed
 from asyppo.compare.runner import check_runs, finished, last_step
 from asyppo.compare.summary import estimate, markdown, paired_difference, summarize
@@ -143,6 +143,8 @@ def test_the_summary_is_that_of_finished_runs(tmp_path: Path) -> None:
     assert ours.diagnostics["explained variance of V̄"] == pytest.approx(0.2)
     assert ours.diagnostics["of each critic"] == pytest.approx(0.4)
     assert ours.diagnostics["σ"] is None
+    assert ours.over_training["explained variance of V̄"] == [(1, pytest.approx(0.1)), (2, pytest.approx(0.2))]
+    assert ours.over_training["σ"] == []
     table = markdown([grpo, ours], "grpo")
     for part in table.split("\n\n"):
         assert len({line.count("|") for line in part.strip().splitlines()}) == 1
@@ -150,6 +152,8 @@ def test_the_summary_is_that_of_finished_runs(tmp_path: Path) -> None:
     assert "+0.100" in table
     draw([grpo, ours], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5_000
+    draw_diagnostics([grpo, ours], tmp_path / "diagnostics.png")
+    assert (tmp_path / "diagnostics.png").stat().st_size > 5_000
 
 
 def test_an_unfinished_run_is_not_in_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
