@@ -219,7 +219,7 @@ def test_two_signals(place: Path) -> None:
     begin = time.monotonic()
     out, err = process.communicate()
     assert process.returncode == 130
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     assert (out, err.splitlines()[-1]) == ("", "asyppo: SIGINT: stopped at once")
     assert not (place / "runs" / "twice" / "report.html").exists()
 
