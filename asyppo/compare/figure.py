@@ -18,13 +18,14 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def draw(summaries: list[ArmSummary], image: Path) -> None:
-    """Write a PNG: mean over seeds with its 95 % interval, each seed as a thin line."""
+    """Write a PNG: accuracy's mean over seeds with its 95 % interval, and every arm's difference to the reference."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
+    figure, (by_step, by_time, differences) = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    by_time.sharey(by_step)
     for number, arm in enumerate(arm for arm in summaries if arm.curves):
         style = _style(number)
         steps = sorted(set.intersection(*(set(curve.steps) for curve in arm.curves)))
@@ -50,8 +51,28 @@ def draw(summaries: list[ArmSummary], image: Path) -> None:
         axis.grid(alpha=0.3)
     if by_step.lines:
         by_step.legend(fontsize=8, title="arm (seeds)")
-    figure.savefig(image, dpi=120)
+    _draw_differences([arm for arm in summaries if arm.curves], differences)
+    figure.savefig(image, dpi=100)
     plt.close(figure)
+
+
+def _draw_differences(arms: list[ArmSummary], axis: Any) -> None:
+    """Each arm's final accuracy minus the reference's, with its interval and, grey, what the seeds could have found."""
+    for number, arm in enumerate(arms):
+        if arm.difference is None:
+            continue
+        mean, half_width = arm.difference.estimate.mean, arm.difference.estimate.half_width
+        if math.isfinite(half_width):
+            axis.barh(number, 2 * arm.difference.detectable, left=-arm.difference.detectable, color="0.9", height=0.8)
+            axis.errorbar(mean, number, xerr=half_width, color=_style(number)["color"], capsize=3)
+        axis.plot(mean, number, "o", color=_style(number)["color"])
+    axis.axvline(0, color="0.4", linewidth=1)
+    axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.use_sticky_edges = False
+    axis.autoscale(axis="x")
+    reference = next((arm.name for arm in arms if arm.difference is None), "the reference")
+    axis.set(title="difference at the end, paired by seed", xlabel=f"accuracy minus {reference}; grey: not detectable")
 
 
 def draw_diagnostics(summaries: list[ArmSummary], image: Path) -> None:
