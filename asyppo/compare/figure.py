@@ -68,7 +68,7 @@ def _draw_differences(arms: list[ArmSummary], axis: Any) -> None:
         axis.plot(mean, number, "o", color=_style(number)["color"])
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.set_ylim(max(1, len(arms)) - 0.5, -0.5)
     axis.use_sticky_edges = False
     axis.autoscale(axis="x")
     reference = next((arm.name for arm in arms if arm.difference is None), "the reference")
