@@ -27,6 +27,7 @@ Settings = dict[str, Any]
 """A configuration as a YAML file holds it: nested dictionaries."""
 
 KEYS = {"config", "seeds", "reference", "set", "arms"}
+WHOLE = {"params", "columns", "chat_template_kwargs"}  # settings that are a mapping: replaced, as by a second --config
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def read_settings(path: Path) -> Settings:
 
 
 def merged(base: Settings, change: Settings) -> Settings:
-    """Return ``base`` with the entries of ``change``, dictionaries within it likewise; neither is altered."""
+    """Return ``base`` with the entries of ``change``, groups of settings within it likewise; neither is altered."""
     result = dict(base)
     for key, value in change.items():
         inner = result.get(key)
-        result[key] = merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+        is_group = isinstance(value, dict) and isinstance(inner, dict) and key not in WHOLE
+        result[key] = merged(inner, value) if is_group else value
     return result

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import yaml
 
 from asyppo.compare.command import write
 from asyppo.compare.figure import draw, draw_diagnostics
-from asyppo.compare.grid import Grid, Run, load_grid, merged, parsed
+from asyppo.compare.grid import WHOLE, Grid, Run, load_grid, merged, parsed
 from asyppo.compare.runner import check_runs, finished, last_step
 from asyppo.compare.summary import estimate, markdown, paired_difference, summarize
-from asyppo.config import ConfigError
+from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.run import RunDirectory
 
 TINY = {
@@ -52,6 +52,21 @@ def test_settings_merge_branch_by_branch() -> None:
     base = {"a": 1, "b": {"c": 2, "d": 3}}
     assert merged(base, {"b": {"c": 9}, "e": 4}) == {"a": 1, "b": {"c": 9, "d": 3}, "e": 4}
     assert base == {"a": 1, "b": {"c": 2, "d": 3}}
+
+
+def test_a_setting_that_is_a_mapping_is_replaced() -> None:
+    base = {"data": {"task": {"name": "chain_sum", "params": {"min_terms": 3}}, "train_size": 9}}
+    assert merged(base, {"data": {"task": {"name": "gcd", "params": {"max_value": 99}}}}) == {
+        "data": {"task": {"name": "gcd", "params": {"max_value": 99}}, "train_size": 9}
+    }
+
+    def mappings(group: Any) -> set[str]:
+        """Names of the settings that are a mapping, not a group of settings."""
+        values = {f.name: getattr(group, f.name) for f in fields(group)}
+        inner = [mappings(value) for value in values.values() if is_dataclass(value)]
+        return set().union({name for name, value in values.items() if isinstance(value, dict)}, *inner)
+
+    assert mappings(AsyPPOConfig()) == WHOLE
 
 
 def test_a_grid_is_every_arm_with_every_seed(tmp_path: Path) -> None:
