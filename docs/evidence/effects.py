@@ -1,0 +1,54 @@
+"""What each part of the algorithm does to the final accuracy, as pairs of arms of stage1.yaml or gcd.yaml.
+
+``python docs/evidence/effects.py docs/evidence/stage1.json`` reads what ``asyppo compare`` wrote and prints a table.
+Differences are paired by seed. A mask's is the mean over the other mask being off and on, which is twice as many runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from asyppo.compare.summary import paired_difference
+
+PPO, ONE, SAME = "ppo, policy-sized critic", "ppo, one mini-critic", "two critics, same data"
+NONE, ADVANTAGE, ENTROPY, BOTH = (
+    "two critics, disjoint",
+    "disjoint + advantage mask",
+    "disjoint + entropy filter",
+    "asyppo",
+)
+EFFECTS = {
+    "asyppo minus grpo": ([BOTH], ["grpo"]),
+    "asyppo minus ppo with a policy-sized critic": ([BOTH], [PPO]),
+    "one mini-critic minus a policy-sized one": ([ONE], [PPO]),
+    "two critics on the same data minus one": ([SAME], [ONE]),
+    "two critics on disjoint shares minus on the same data": ([NONE], [SAME]),
+    "the advantage mask": ([ADVANTAGE, BOTH], [NONE, ENTROPY]),
+    "the entropy filter": ([ENTROPY, BOTH], [NONE, ADVANTAGE]),
+}
+"""Arms with something, and arms without it; of several, the mean by seed."""
+
+
+def table(file: Path) -> str:
+    """Return the effects in what ``asyppo compare`` wrote, in Markdown."""
+    arms = {arm["name"]: {c["seed"]: c["accuracy"][-1] for c in arm["curves"]} for arm in json.loads(file.read_text())}
+
+    def mean(names: list[str]) -> dict[int, float]:
+        seeds = set.intersection(*(set(arms[name]) for name in names))
+        return {seed: sum(arms[name][seed] for name in names) / len(names) for seed in seeds}
+
+    lines = ["| effect on the final accuracy | difference | detectable |", "|---|---|---|"]
+    for name, (there, absent) in EFFECTS.items():
+        effect = paired_difference(mean(there), mean(absent))
+        if effect is None:
+            raise SystemExit(f"{file}: got no seed that all of {', '.join(there + absent)} have finished, needs one")
+        lines.append(
+            f"| {name} | {effect.estimate.mean:+.3f} ± {effect.estimate.half_width:.3f} | {effect.detectable:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])), end="")
