@@ -126,6 +126,8 @@ def merged(base: Settings, change: Settings) -> Settings:
     result = dict(base)
     for key, value in change.items():
         inner = result.get(key)
-        is_group = isinstance(value, dict) and isinstance(inner, dict) and key not in WHOLE
-        result[key] = merged(inner, value) if is_group else value
+        if isinstance(value, dict) and isinstance(inner, dict) and key not in WHOLE:
+            result[key] = merged(inner, value)
+        else:
+            result[key] = value
     return result
