@@ -9,7 +9,7 @@ from asyppo.cli import main
 if "TORCHELASTIC_RUN_ID" not in os.environ:
     sys.exit(main())
 
-from asyppo.distributed import leave
+from asyppo.distributed.processes import leave
 
 try:
     status = main()

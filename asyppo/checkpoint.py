@@ -31,11 +31,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedTokenizerBase
 
-from asyppo import durable, rng
-from asyppo.critics import Critics
-from asyppo.distributed import from_main, world_size
-from asyppo.policy import Policy
-from asyppo.sharding import whole_on_main
+from asyppo.distributed.processes import from_main, world_size
+from asyppo.distributed.sharding import whole_on_main
+from asyppo.models.critics import Critics
+from asyppo.models.policy import Policy
+from asyppo.run import durable, rng
 
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer] | Stateful]
 """What is trained, by name (``policy``, and ``critics`` together): a model and its optimizer, or anything with

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig
-from asyppo.data import Row, prompt_text
-from asyppo.rewards import RewardFunc, RewardFunction, compute_rewards
-from asyppo.sampler import Sampler
+from asyppo.data.prompts import Row, prompt_text
+from asyppo.rewards.computing import RewardFunc, RewardFunction, compute_rewards
+from asyppo.rollout.samplers import Sampler
 
 
 @dataclass(frozen=True)

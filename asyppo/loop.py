@@ -12,8 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from asyppo import metrics
-from asyppo.callbacks import Callbacks
 from asyppo.checkpoint import (
     Trained,
     checkpoints,
@@ -24,20 +22,22 @@ from asyppo.checkpoint import (
     write_checkpoint,
 )
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import Critics
-from asyppo.data import Rows
-from asyppo.distributed import first_of_ranks, from_main, rank
-from asyppo.durable import WriteError
+from asyppo.data.prompts import Rows
+from asyppo.distributed.processes import first_of_ranks, from_main, rank
 from asyppo.evaluate import Evaluation, evaluate
-from asyppo.policy import Policy
-from asyppo.progress import ProgressDisplay
+from asyppo.metrics import step as metrics
+from asyppo.models.critics import Critics
+from asyppo.models.policy import Policy
 from asyppo.report import report_at_the_end
-from asyppo.rewards import RewardFunction
-from asyppo.rng import seed_everything
-from asyppo.rollout import Rollout
-from asyppo.run import RunDirectory, open_run
-from asyppo.sampler import Sampler
-from asyppo.signals import StopSignals
+from asyppo.rewards.computing import RewardFunction
+from asyppo.rollout.collecting import Rollout
+from asyppo.rollout.samplers import Sampler
+from asyppo.run.callbacks import Callbacks
+from asyppo.run.directory import RunDirectory, open_run
+from asyppo.run.durable import WriteError
+from asyppo.run.progress import ProgressDisplay
+from asyppo.run.rng import seed_everything
+from asyppo.run.signals import StopSignals
 
 
 class TrainingError(RuntimeError):

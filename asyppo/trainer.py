@@ -13,28 +13,35 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from asyppo import diagnostics, metrics
-from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, length_adaptive_lambda, token_weights
-from asyppo.batch import Batch, MicroBatch, micro_batches, minibatches, split_responses, token_imbalance
+from asyppo.algorithm.advantage import (
+    LearningSignal,
+    ensemble_signal,
+    group_signal,
+    length_adaptive_lambda,
+    token_weights,
+)
+from asyppo.algorithm.schedules import learning_rate_factor, set_learning_rate
+from asyppo.algorithm.shaping import shape_rewards
+from asyppo.algorithm.value_losses import importance_weights, value_loss
 from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import CriticOptimizer, Critics
-from asyppo.data import Row, fitting
-from asyppo.distributed import sum_over_ranks
-from asyppo.loading import critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
+from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, split_responses, token_imbalance
+from asyppo.data.prompts import Row, fitting
+from asyppo.distributed.processes import sum_over_ranks
+from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.loop import TrainingError, TrainingLoop, TrainResult
-from asyppo.losses import importance_weights, value_loss
-from asyppo.policy import Policy
-from asyppo.progress import Timer
-from asyppo.rewards import RewardFunc, resolve_reward_funcs
-from asyppo.rng import seed_everything
-from asyppo.rollout import Rollout
-from asyppo.run import RunDirectory
-from asyppo.sampler import DividedSampler, Sampler
-from asyppo.samples import sample_rows
-from asyppo.schedule import learning_rate_factor, set_learning_rate
-from asyppo.shaping import shape_rewards
-from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
+from asyppo.metrics import diagnostics
+from asyppo.metrics import step as metrics
+from asyppo.metrics.samples import sample_rows
+from asyppo.models.critics import CriticOptimizer, Critics
+from asyppo.models.loading import critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
+from asyppo.models.policy import Policy
+from asyppo.rewards.computing import RewardFunc, resolve_reward_funcs
+from asyppo.rollout.collecting import Rollout
+from asyppo.rollout.samplers import DividedSampler, Sampler
+from asyppo.run.directory import RunDirectory
+from asyppo.run.progress import Timer
+from asyppo.run.rng import seed_everything
 from asyppo_kernels import ensemble_gae
 
 __all__ = ["AsyPPOTrainer", "TrainResult", "TrainingError"]
@@ -64,7 +71,7 @@ class AsyPPOTrainer(TrainingLoop):
         callbacks: Sequence[TrainerCallback] = (),
         mesh: DeviceMesh | None = None,
     ):
-        """``mesh``: shard the models over it (``asyppo/distributed.py``)."""
+        """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
         policy = policy_of(policy, config)
         critics = critics_of(critics, config, policy)

@@ -93,7 +93,7 @@ def _masks(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> 
 
 def _critics(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) -> Outputs:
     """Each model by itself, through its own forward."""
-    from asyppo.batch import micro_batches
+    from asyppo.data.batch import micro_batches
 
     batch, shares = critics.batch_of(inputs), critics.shares_of(case)
     value = torch.zeros(len(shares), *batch.reward.shape, dtype=dtype, device=case.device)
@@ -132,8 +132,8 @@ def _update(case: Case, inputs: Inputs, dtype: torch.dtype, rows: int | None) ->
 
 def _sampled(case: Case, inputs: Inputs) -> Any:
     """The batch the contenders' step samples: same policy, same sampler, same seed."""
-    from asyppo.progress import Timer
-    from asyppo.rng import seed_everything
+    from asyppo.run.progress import Timer
+    from asyppo.run.rng import seed_everything
     from bench.contenders import training
 
     shared = training.shared_by(case)
@@ -151,7 +151,7 @@ def _predicted(batch: Any, row: int) -> tuple[torch.Tensor, slice]:
 
 def _value_losses(batch: Any, models: list[Any], config: Any) -> Outputs:
     """Mean squared error of critic m on its own responses; the gradients are left in the models."""
-    from asyppo.batch import split_responses
+    from asyppo.data.batch import split_responses
 
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 1)
     share = split_responses(batch.group, len(models), generator)
@@ -175,7 +175,7 @@ def _signal(
     batch: Any, models: list[Any], config: Any, dtype: torch.dtype
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Advantages [B, T], and which count for the surrogate and the entropy."""
-    from asyppo.advantage import coarse
+    from asyppo.algorithm.advantage import coarse
 
     score, everything = batch.reward.sum(1).to(torch.float64), torch.ones_like(batch.mask)
     if not models:

@@ -93,13 +93,13 @@ def unfused() -> Iterator[None]:
     """Inside, the trainer forms whole logits, loops over time, sorts, and has a head a critic."""
     with ExitStack() as stack:
         for name, replacement in {
-            "asyppo.policy.linear_logprob": logprobs,
-            "asyppo.policy.linear_ppo_loss": policy_loss,
+            "asyppo.models.policy.linear_logprob": logprobs,
+            "asyppo.models.policy.linear_ppo_loss": policy_loss,
             "asyppo.trainer.ensemble_gae": gae,
-            "asyppo.advantage.ensemble_gae": gae,
-            "asyppo.advantage.agreement_masks": masks,
-            "asyppo.critics.stacked.ensemble_value": values,
-            "asyppo.critics.one_by_one.ensemble_value": values,
+            "asyppo.algorithm.advantage.ensemble_gae": gae,
+            "asyppo.algorithm.advantage.agreement_masks": masks,
+            "asyppo.models.critics.stacked.ensemble_value": values,
+            "asyppo.models.critics.one_by_one.ensemble_value": values,
         }.items():
             stack.enter_context(mock.patch(name, replacement))
         yield

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from asyppo.cli import show
+from asyppo.cli.main import show
 from asyppo.config import AsyPPOConfig
-from asyppo.fields import Field, by_path, groups
+from asyppo.config.fields import Field, by_path, groups
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- settings: begin, written by docs/configuration_table.py -->\n", "<!-- settings: end -->\n"

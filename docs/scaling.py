@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asyppo.cli import parse
+from asyppo.cli.main import parse
+from asyppo.cli.plan import GIB, make_plan
 from asyppo.config import AsyPPOConfig
-from asyppo.plan import GIB, make_plan
 
 PAGE = Path(__file__).with_name("scaling.md")
 BEGIN, END = "<!-- tables: begin, written by docs/scaling.py -->\n", "<!-- tables: end -->\n"

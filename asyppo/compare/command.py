@@ -11,8 +11,8 @@ from asyppo.compare import figure
 from asyppo.compare.grid import Grid, load_grid
 from asyppo.compare.runner import check_runs, finished, last_step, log_path, run_grid
 from asyppo.compare.summary import as_json, markdown, summarize
-from asyppo.progress import ProgressDisplay
-from asyppo.signals import StopSignals
+from asyppo.run.progress import ProgressDisplay
+from asyppo.run.signals import StopSignals
 
 
 def compare(path: Path, out: Path, jobs: int | None = None) -> int:

@@ -84,7 +84,7 @@ def load_grid(path: Path) -> Grid:
 
 
 def _config_path(name: str, beside: Path) -> Path:
-    from asyppo.cli import READY_CONFIGS
+    from asyppo.cli.main import READY_CONFIGS
 
     return READY_CONFIGS[name] if name in READY_CONFIGS else beside / name
 
@@ -99,7 +99,7 @@ def _check(arm: str, settings: Settings) -> None:
 
 def parsed(settings: Settings) -> AsyPPOConfig:
     """Return the configuration that ``asyppo train`` makes of a file with ``settings``. Raises ConfigError."""
-    from asyppo.cli import parse
+    from asyppo.cli.main import parse
 
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "arm.yaml"

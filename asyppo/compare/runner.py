@@ -15,7 +15,7 @@ import yaml
 
 from asyppo.compare.grid import Grid, Run, parsed
 from asyppo.config import ConfigError
-from asyppo.run import run_path as resumable
+from asyppo.run.directory import run_path as resumable
 
 POLL_SECONDS = 0.5
 

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from asyppo.compare.grid import Grid, Run
 from asyppo.compare.runner import finished, run_path
-from asyppo.run import read_jsonl
+from asyppo.run.directory import read_jsonl
 
 CONFIDENCE, POWER = 0.95, 0.8
 PARTS = 10  # of training, over each of which a diagnostic is averaged

@@ -16,11 +16,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from asyppo.config import ConfigError
-from asyppo.durable import write_text
 from asyppo.report import tokens
 from asyppo.report.figures import number
 from asyppo.report.runs import Run, differences, labels, read_run
 from asyppo.report.sections import everything_of, sections_of
+from asyppo.run.durable import write_text
 
 
 def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:

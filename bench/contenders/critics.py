@@ -12,7 +12,7 @@ from bench.registry import Absent, Run, contender, need, need_gpu
 
 
 def _run(case: Case, critics: Any) -> Run:
-    from asyppo.critics import CriticOptimizer
+    from asyppo.models.critics import CriticOptimizer
 
     if not case.backward:
         return lambda inputs: {"value": critics.values(op.batch_of(inputs), op.MAX_TOKENS)}
@@ -33,7 +33,7 @@ def _run(case: Case, critics: Any) -> Run:
 
 
 def _stacked(case: Case) -> Run:
-    from asyppo.critics import StackedCritics
+    from asyppo.models.critics import StackedCritics
 
     return _run(case, StackedCritics(op.models_of(case), dtype=case.dtype))
 
@@ -56,7 +56,7 @@ def stacked_torch(case: Case) -> Run:
 @contender(op.OP, "one by one")
 def one_by_one(case: Case) -> Run:
     """M models of transformers, on a GPU with Liger's kernels."""
-    from asyppo.critics import OneByOneCritics
+    from asyppo.models.critics import OneByOneCritics
 
     models = op.models_of(case)
     if case.device.type == "cuda":

@@ -24,7 +24,7 @@ class Shared:
     """
 
     def __init__(self, case: Case) -> None:
-        from asyppo.policy import Policy
+        from asyppo.models.policy import Policy
 
         model = on_device(case, update.policy_model_of(case))
         self.policy = Policy(model, dtype=case.dtype)
@@ -72,7 +72,7 @@ class NoRun:
 
 def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: bool = True) -> Any:
     """The trainer; models, optimizers and sampler are ``shared``'s."""
-    from asyppo.loading import make_sampler
+    from asyppo.models.loading import make_sampler
     from asyppo.trainer import AsyPPOTrainer
 
     critics, critic_optimizer = shared.critics.get((algorithm, stacked), (None, None))
@@ -103,13 +103,13 @@ def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: boo
 def feed(trainer: Any, case: Case, inputs: Inputs) -> None:
     """Make these inputs what the trainer's next step is on."""
     if case.op == train_step.OP:
-        from asyppo.data import PromptSchedule
+        from asyppo.data.prompts import PromptSchedule
 
         rollout = trainer.rollout
         rollout.dataset = train_step.rows_of(inputs)
         rollout.schedule = PromptSchedule(len(rollout.dataset), trainer.config.prompts_per_step, seed=0)
         return
-    from asyppo.rewards import Rewards
+    from asyppo.rewards.computing import Rewards
 
     sampled = update.batch_of(case, inputs), Rewards({}, inputs["score"].tolist(), {}), {}
     trainer.rollout = lambda step, timer: sampled
@@ -177,7 +177,7 @@ class Step:
 
 
 def _critics(case: Case, algorithm: Algorithm, stacked: bool) -> Any:
-    from asyppo.critics import OneByOneCritics, StackedCritics
+    from asyppo.models.critics import OneByOneCritics, StackedCritics
 
     models = update.value_models_of(case, algorithm)
     if stacked:

@@ -86,7 +86,7 @@ def inputs(case: Case, generator: torch.Generator) -> Inputs:
 
 def batch_of(given: Inputs) -> Any:
     """The trainer's batch of these inputs."""
-    from asyppo.batch import Batch
+    from asyppo.data.batch import Batch
 
     rows = len(given["tokens"])
     nothing = torch.zeros(rows, dtype=torch.int64, device=given["tokens"].device)

@@ -125,7 +125,7 @@ def inputs(case: Case, generator: torch.Generator) -> Inputs:
 
 def batch_of(case: Case, given: Inputs) -> Any:
     """The trainer's batch of these inputs."""
-    from asyppo.batch import Batch
+    from asyppo.data.batch import Batch
 
     rows, width, prompt = (case.sizes[name] for name in ("B", "T", "prompt"))
     response = width - prompt

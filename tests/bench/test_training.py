@@ -74,8 +74,8 @@ def scaled(value, reward, mask, **options):
 @pytest.mark.parametrize(
     ("place", "wrong", "output"),
     [
-        ("asyppo.policy.linear_ppo_loss", without_mask, "asyppo d_policy"),
-        ("asyppo.advantage.ensemble_gae", scaled, "asyppo d_policy"),
+        ("asyppo.models.policy.linear_ppo_loss", without_mask, "asyppo d_policy"),
+        ("asyppo.algorithm.advantage.ensemble_gae", scaled, "asyppo d_policy"),
         ("asyppo.trainer.ensemble_gae", scaled, "asyppo vf_loss"),
     ],
 )
@@ -125,7 +125,7 @@ def test_weights_after_the_update_are_equal(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_unfused_leaves_the_trainer_as_it_was() -> None:
     """Also after an error."""
-    from asyppo import policy
+    from asyppo.models import policy
 
     before = policy.linear_ppo_loss
 

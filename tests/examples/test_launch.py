@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from asyppo.cli import parse
+from asyppo.cli.main import parse
 
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
-DEFAULT = Path(__file__).parents[2] / "asyppo" / "default.yaml"
+DEFAULT = Path(__file__).parents[2] / "asyppo" / "config" / "ready" / "default.yaml"
 YAMLLINT = "{extends: default, rules: {line-length: {max: 120}}}"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from asyppo.cli import main
-from asyppo.run import read_jsonl
+from asyppo.cli.main import main
+from asyppo.run.directory import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyppo.cli import main
+from asyppo.cli.main import main
 from asyppo.config import ConfigError
 from asyppo.report import build, figures, report_at_the_end, runs, sections, tokens, write_report
 from asyppo.report.runs import Sample, read_run

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from asyppo.config import ConfigError, DistributedConfig
-from asyppo.distributed import (
+from asyppo.distributed.processes import (
     agreed,
     divided,
     from_main,

@@ -17,13 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
 
-from asyppo.batch import Batch, make_batch
 from asyppo.config import AsyPPOConfig, CriticConfig, EvalConfig
-from asyppo.critics import make_critics
-from asyppo.data import Row
+from asyppo.data.batch import Batch, make_batch
+from asyppo.data.prompts import Row
 from asyppo.evaluate import Evaluation
-from asyppo.policy import Policy
-from asyppo.sampler import Response
+from asyppo.models.critics import make_critics
+from asyppo.models.policy import Policy
+from asyppo.rollout.samplers import Response
 from asyppo.trainer import AsyPPOTrainer
 
 PAD, EOS = 0, 1

@@ -24,16 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
 
 import asyppo.trainer
-from asyppo.adapters import add_lora
-from asyppo.advantage import LearningSignal
+from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
-from asyppo.critics import Critics, LoraCritics, make_critics
-from asyppo.distributed import leave, make_mesh, processes, rank
-from asyppo.policy import Policy
-from asyppo.progress import Timer
-from asyppo.run import open_run
-from asyppo.sampler import Response
+from asyppo.distributed.processes import leave, make_mesh, processes, rank
+from asyppo.models.adapters import add_lora
+from asyppo.models.critics import Critics, LoraCritics, make_critics
+from asyppo.models.policy import Policy
+from asyppo.rollout.samplers import Response
+from asyppo.run.directory import open_run
+from asyppo.run.progress import Timer
 from asyppo.trainer import AsyPPOTrainer
 
 CHARACTERS = "abcdefghijklmnop"

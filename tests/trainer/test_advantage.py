@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from asyppo.advantage import LearningSignal, ensemble_signal, group_signal, token_weights, whiten
-from asyppo.batch import Batch
+from asyppo.algorithm.advantage import LearningSignal, ensemble_signal, group_signal, token_weights, whiten
+from asyppo.data.batch import Batch
 
 SETTINGS: dict[str, Any] = {
     "gamma": 1.0,

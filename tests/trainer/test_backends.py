@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import asyppo.policy
-from asyppo.run import RunDirectory
+import asyppo.models.policy
+from asyppo.run.directory import RunDirectory
 from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels._args import INTERPRETED
 
@@ -38,8 +38,8 @@ def test_a_step_is_the_same_with_either_backend(
         def logprob(*args: Any, **kwargs: Any) -> Any:
             return linear_logprob(*args, **kwargs, backend=backend)
 
-        monkeypatch.setattr(asyppo.policy, "linear_ppo_loss", loss)
-        monkeypatch.setattr(asyppo.policy, "linear_logprob", logprob)
+        monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", loss)
+        monkeypatch.setattr(asyppo.models.policy, "linear_logprob", logprob)
         torch.manual_seed(0)
         config = tiny_config(num_mini_batches=2, entropy_coef=0.01, run_name=name)
         trainer = tiny_trainer(config, varied)

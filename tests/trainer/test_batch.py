@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyppo.batch import Batch, make_batch, micro_batch, micro_batches, minibatches, split_responses
+from asyppo.data.batch import Batch, make_batch, micro_batch, micro_batches, minibatches, split_responses
 
 PAD, EOS = 0, 1
 

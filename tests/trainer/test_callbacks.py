@@ -10,7 +10,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from asyppo.checkpoint import checkpoints
-from asyppo.run import read_jsonl
+from asyppo.run.directory import read_jsonl
 
 Make = Callable[..., Any]
 EVENTS = ("train_begin", "step_begin", "step_end", "evaluate", "log", "save", "train_end")

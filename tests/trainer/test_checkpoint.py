@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from asyppo.checkpoint import load_checkpoint
-from asyppo.policy import Policy
-from asyppo.run import RunDirectory
+from asyppo.models.policy import Policy
+from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
 
 Make = Callable[..., Any]

@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyppo import config as config_module
-from asyppo.cli import main, parse
+from asyppo.cli.main import main, parse
 from asyppo.config import AsyPPOConfig
-from asyppo.fields import ELSEWHERE, by_path, nearest
-from asyppo.run import read_jsonl
+from asyppo.config import schema as config_module
+from asyppo.config.fields import ELSEWHERE, by_path, nearest
+from asyppo.run.directory import read_jsonl
 
 TINY = """
 algorithm: asyppo
@@ -285,7 +285,7 @@ def test_a_traceback_only_where_it_is_asked_for(
     assert main(wrong) == 2
     assert "Traceback" in capsys.readouterr().err
     # What nobody foresaw is never hidden.
-    monkeypatch.setattr("asyppo.build.load_eval_rows", lambda config: 1 / 0)
+    monkeypatch.setattr("asyppo.cli.build.load_eval_rows", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(tiny)
 
@@ -307,7 +307,7 @@ def test_a_model_without_a_tokenizer(
 
 @pytest.mark.parametrize("command", [[], ["--help"], ["--version"], ["train", "--help"], ["eval", "--help"]])
 def test_help_needs_no_torch(command: list[str]) -> None:
-    program = "import sys; from asyppo.cli import main\n"
+    program = "import sys; from asyppo.cli.main import main\n"
     program += f"try: main({command})\nexcept SystemExit as stop: assert stop.code == 0\n"
     program += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -369,4 +369,5 @@ def test_without_a_file_the_embedded_default_runs() -> None:
     assert config.eval.min_gain is not None
     assert config.eval.min_gain >= 0.2
     assert (config.data.eval_size, config.eval.num_generations, config.eval.temperature) == (512, 4, 1.0)
-    assert parse(["train", "--config", str(Path(__file__).parents[2] / "asyppo" / "default.yaml")]).seed == 0
+    default = Path(__file__).parents[2] / "asyppo" / "config" / "ready" / "default.yaml"
+    assert parse(["train", "--config", str(default)]).seed == 0

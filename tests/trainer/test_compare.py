@@ -22,7 +22,7 @@ from asyppo.compare.grid import WHOLE, Grid, Run, load_grid, merged, parsed
 from asyppo.compare.runner import check_runs, finished, last_step
 from asyppo.compare.summary import estimate, markdown, paired_difference, summarize
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.run import RunDirectory
+from asyppo.run.directory import RunDirectory
 
 TINY = {
     "max_steps": 2,

@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForTokenClassification,
 )
 
-from asyppo.batch import Batch, micro_batches
 from asyppo.config import ConfigError, CriticConfig
-from asyppo.critics import Critics, OneByOneCritics, StackedCritics, load_critics
+from asyppo.data.batch import Batch, micro_batches
+from asyppo.models.critics import Critics, OneByOneCritics, StackedCritics, load_critics
 
 CPU = torch.device("cpu")
 VOCAB = 19

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from asyppo.config import ConfigError, DataConfig, TaskConfig
-from asyppo.data import (
+from asyppo.data.prompts import (
     JsonLines,
     PromptSchedule,
     Rows,
@@ -411,7 +411,7 @@ def test_a_row_that_the_template_refuses(chat_tokenizer: PreTrainedTokenizerFast
 
 
 def test_a_prompt_without_tokens(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyppo.data.prompt_tokens", lambda prompts, *_: [[] for _ in prompts])
+    monkeypatch.setattr("asyppo.data.prompts.prompt_tokens", lambda prompts, *_: [[] for _ in prompts])
     with pytest.raises(ConfigError, match=r"row 1: prompt: got 'a', which has no tokens"):
         fitting([{"prompt": "a"}], "train_dataset", tokenizer, DataConfig(), 10)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from asyppo.build import build_trainer
-from asyppo.cli import parse
+from asyppo.cli.build import build_trainer
+from asyppo.cli.main import parse
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from asyppo.advantage import LearningSignal
-from asyppo.diagnostics import correlation, explained_variance, masked_gradient_shares, of_critics
-from asyppo.run import RunDirectory
+from asyppo.algorithm.advantage import LearningSignal
+from asyppo.metrics.diagnostics import correlation, explained_variance, masked_gradient_shares, of_critics
+from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 

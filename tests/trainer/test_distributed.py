@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import asyppo.batch
-import asyppo.distributed
-from asyppo.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
+import asyppo.data.batch
+import asyppo.distributed.processes
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
-from asyppo.critics import OneByOneCritics, StackedCritics
-from asyppo.distributed import divided, make_mesh, own_part, processes, share
-from asyppo.policy import Policy
-from asyppo.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
+from asyppo.data.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
+from asyppo.distributed.processes import divided, make_mesh, own_part, processes, share
+from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
+from asyppo.models.critics import OneByOneCritics, StackedCritics
+from asyppo.models.policy import Policy
 
 Make = Callable[..., Any]
 
@@ -32,9 +32,9 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Make this process rank r of n, as far as nothing communicates."""
 
     def become(rank: int, size: int) -> None:
-        for module in (asyppo.distributed, asyppo.batch):
+        for module in (asyppo.distributed.processes, asyppo.data.batch):
             monkeypatch.setattr(module, "rank", lambda: rank)
-        monkeypatch.setattr(asyppo.distributed, "world_size", lambda: size)
+        monkeypatch.setattr(asyppo.distributed.processes, "world_size", lambda: size)
 
     return become
 
@@ -44,7 +44,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 def test_rows_are_shared_evenly(tokens: list[int], size: int) -> None:
     rows = torch.arange(1, len(tokens) + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asyppo.distributed, "world_size", lambda: size)
+        patch.setattr(asyppo.distributed.processes, "world_size", lambda: size)
         parts = share(rows, torch.tensor([0, *tokens]))
     assert len(parts) == size
     assert torch.equal(torch.cat(parts).sort().values, rows)

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from asyppo import durable
 from asyppo.checkpoint import CheckpointError, checkpoints, last_valid_checkpoint
 from asyppo.config import ConfigError
-from asyppo.run import RunDirectory, read_jsonl
+from asyppo.run.directory import RunDirectory, durable, read_jsonl
 from asyppo.trainer import TrainingError
 
 Make = Callable[..., Any]

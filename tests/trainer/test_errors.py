@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from asyppo.cli import main
+from asyppo.cli.main import main
 
 CONFIG = """
 max_steps: 1

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from asyppo.data import Row
+from asyppo.data.prompts import Row
 from asyppo.evaluate import Evaluation, clustered_estimate, evaluate, pass_at_k
-from asyppo.sampler import GenerateSampler
+from asyppo.rollout.samplers import GenerateSampler
 
 ROWS: list[Row] = [{"prompt": "a", "answer": "b"}, {"prompt": "cd", "answer": "e"}]
 PROMPTS = [torch.tensor([3]), torch.tensor([5, 6])]

@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from asyppo.cli import main
-from asyppo.run import read_jsonl
+from asyppo.cli.main import main
+from asyppo.run.directory import read_jsonl
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"

@@ -18,9 +18,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from asyppo.checkpoint import checkpoints
-from asyppo.cli import main
-from asyppo.durable import damage
-from asyppo.run import read_jsonl
+from asyppo.cli.main import main
+from asyppo.run.directory import read_jsonl
+from asyppo.run.durable import damage
 
 STEPS = 12
 CONFIG = """
@@ -68,7 +68,7 @@ def arguments(place: Path, name: str) -> list[str]:
 def start(place: Path, name: str) -> Any:
     """Train in a process of its own, a fork of one that has imported everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["asyppo.cli", "asyppo.build", "asyppo.report", "reasoning_gym"])
+    context.set_forkserver_preload(["asyppo.cli.main", "asyppo.cli.build", "asyppo.report", "reasoning_gym"])
     process = context.Process(target=main, args=(arguments(place, name),))
     process.start()
     return process

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyppo.run import RunDirectory
+from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 

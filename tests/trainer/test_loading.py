@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from asyppo.config import ConfigError
-from asyppo.run import read_jsonl
+from asyppo.run.directory import read_jsonl
 from asyppo.trainer import AsyPPOTrainer
 
 Make = Callable[..., Any]

@@ -13,14 +13,14 @@ from peft import AutoPeftModelForCausalLM
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from asyppo.adapters import add_lora, has_adapters
-from asyppo.batch import Batch, micro_batches
 from asyppo.checkpoint import load_checkpoint, publish_checkpoint, write_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
-from asyppo.critics import StackedCritics
-from asyppo.policy import Policy, WithoutAdapters
-from asyppo.run import RunDirectory
-from asyppo.sampler import GenerateSampler
+from asyppo.data.batch import Batch, micro_batches
+from asyppo.models.adapters import add_lora, has_adapters
+from asyppo.models.critics import StackedCritics
+from asyppo.models.policy import Policy, WithoutAdapters
+from asyppo.rollout.samplers import GenerateSampler
+from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")

@@ -21,12 +21,12 @@ from transformers import (
     Qwen3ForTokenClassification,
 )
 
-from asyppo.batch import Batch
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
-from asyppo.critics import CriticOptimizer, LoraCritics, StackedCritics, load_critics
-from asyppo.policy import Policy
-from asyppo.run import RunDirectory
+from asyppo.data.batch import Batch
+from asyppo.models.critics import CriticOptimizer, LoraCritics, StackedCritics, load_critics
+from asyppo.models.policy import Policy
+from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
 
 VOCAB, RANK, ALPHA = 19, 3, 5.0

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from asyppo.losses import importance_weights, value_loss
+from asyppo.algorithm.value_losses import importance_weights, value_loss
 
 
 def test_value_loss_without_clipping() -> None:

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from asyppo import metrics
-from asyppo.advantage import LearningSignal
-from asyppo.batch import Batch, make_batch
+from asyppo.algorithm.advantage import LearningSignal
+from asyppo.algorithm.masked import masked_extremes, masked_mean, masked_moments, masked_sum
 from asyppo.config import AsyPPOConfig
-from asyppo.reduce import masked_extremes, masked_mean, masked_moments, masked_sum
-from asyppo.rewards import Rewards
+from asyppo.data.batch import Batch, make_batch
+from asyppo.metrics import step as metrics
+from asyppo.rewards.computing import Rewards
 from asyppo_kernels import LinearPPOLoss
 
 MASK = torch.tensor([[True, True], [True, False]])

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import asyppo.policy
+import asyppo.models.policy
 import asyppo.trainer
-from asyppo.advantage import (
+from asyppo.algorithm.advantage import (
     LearningSignal,
     coarse,
     ensemble_signal,
@@ -23,11 +23,11 @@ from asyppo.advantage import (
     token_weights,
     without_own_critic,
 )
-from asyppo.batch import Batch, make_batch, micro_batches
+from asyppo.algorithm.shaping import shape_rewards
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
-from asyppo.critics import StackedCritics
-from asyppo.run import RunDirectory
-from asyppo.shaping import shape_rewards
+from asyppo.data.batch import Batch, make_batch, micro_batches
+from asyppo.models.critics import StackedCritics
+from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 
@@ -71,14 +71,14 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Options and result of every call of the policy's loss."""
     seen: list[dict[str, Any]] = []
-    op = asyppo.policy.linear_ppo_loss
+    op = asyppo.models.policy.linear_ppo_loss
 
     def spy(*arguments: Any, **options: Any) -> Any:
         result = op(*arguments, **options)
         seen.append({**options, "result": result})
         return result
 
-    monkeypatch.setattr(asyppo.policy, "linear_ppo_loss", spy)
+    monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
     return seen
 
 

@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from asyppo.build import build_trainer
-from asyppo.cli import READY_CONFIGS, main, parse
+from asyppo.cli.build import build_trainer
+from asyppo.cli.main import READY_CONFIGS, main, parse
+from asyppo.cli.plan import GIB, activations, describe, known_shape, make_plan
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
-from asyppo.plan import GIB, activations, describe, known_shape, make_plan
-from asyppo.policy import Policy
+from asyppo.models.policy import Policy
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from asyppo.adapters import add_lora
-from asyppo.batch import Batch, micro_batches
 from asyppo.config import ConfigError
-from asyppo.policy import Policy, compute_dtype
+from asyppo.data.batch import Batch, micro_batches
+from asyppo.models.adapters import add_lora
+from asyppo.models.policy import Policy, compute_dtype
 
 CPU = torch.device("cpu")
 TinyLM = Callable[..., Qwen3ForCausalLM]

@@ -21,9 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from asyppo.config import DistributedConfig
-from asyppo.distributed import make_mesh, processes
-from asyppo.durable import damage
-from asyppo.run import read_jsonl
+from asyppo.distributed.processes import make_mesh, processes
+from asyppo.run.directory import read_jsonl
+from asyppo.run.durable import damage
 
 SCRIPT = Path(__file__).with_name("distributed_rank.py")
 # What depends on how rows are cut into micro-batches, and on the clock.

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from asyppo.config import AsyPPOConfig, ConfigError, WarmStartConfig
-from asyppo.run import RunDirectory, read_jsonl
+from asyppo.run.directory import RunDirectory, read_jsonl
 from asyppo.trainer import TrainingError
 
 Make = Callable[..., Any]
@@ -397,10 +397,10 @@ def test_one_process_at_a_time(tiny_config: Make, tmp_path: Path) -> None:
 
 def test_the_logs_hold_what_the_checkpoint_has_been_through(run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies while a checkpoint gets its name loses the step, and not the row alone."""
-    import asyppo.durable
+    import asyppo.run.durable
 
     expected, seen = written(run("whole").run.path), []
-    publish = asyppo.durable.publish
+    publish = asyppo.run.durable.publish
 
     def look(partial: Path, final: Path) -> None:
         rows = (final.parent / "metrics.jsonl").read_text().splitlines()
@@ -409,7 +409,7 @@ def test_the_logs_hold_what_the_checkpoint_has_been_through(run: Make, monkeypat
             raise Stop
         publish(partial, final)
 
-    monkeypatch.setattr(asyppo.durable, "publish", look)
+    monkeypatch.setattr(asyppo.run.durable, "publish", look)
     with pytest.raises(Stop):
         run("stopped")
     assert seen == [("checkpoint-2", 2), ("checkpoint-4", 4)]

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from asyppo.built_in_rewards import exact_match, extract_answer, math_verify, reasoning_gym
 from asyppo.config import ConfigError, DataConfig, TaskConfig
-from asyppo.data import load_eval_rows
-from asyppo.rewards import (
+from asyppo.data.prompts import load_eval_rows
+from asyppo.rewards.built_in import exact_match, extract_answer, math_verify, reasoning_gym
+from asyppo.rewards.computing import (
     RewardError,
     Rewards,
     compute_rewards,
@@ -468,7 +468,7 @@ def reward(started, **_):
 
 ABANDONS = """
 import os, signal, sys, threading, time
-from asyppo.rewards import resolve_reward_funcs
+from asyppo.rewards.computing import resolve_reward_funcs
 
 reference, started = sys.argv[1:]
 [func] = resolve_reward_funcs([reference], 1000)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.data import Row
-from asyppo.rollout import Group, Sample, keep_unequal
-from asyppo.run import RunDirectory
-from asyppo.sampler import Response
+from asyppo.data.prompts import Row
+from asyppo.rollout.collecting import Group, Sample, keep_unequal
+from asyppo.rollout.samplers import Response
+from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 

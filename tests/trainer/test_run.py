@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from asyppo.cli import parse
+from asyppo.cli.main import parse
 from asyppo.config import ConfigError
-from asyppo.progress import ProgressDisplay, Timer
-from asyppo.run import RunDirectory, read_jsonl
+from asyppo.run.directory import RunDirectory, read_jsonl
+from asyppo.run.progress import ProgressDisplay, Timer
 
 Make = Callable[..., Any]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from asyppo.batch import make_batch, micro_batches
-from asyppo.policy import Policy
-from asyppo.sampler import GenerateSampler, Response
+from asyppo.data.batch import make_batch, micro_batches
+from asyppo.models.policy import Policy
+from asyppo.rollout.samplers import GenerateSampler, Response
 
 PAD, EOS, OTHER_EOS = 0, 1, 5
 PROMPTS = [torch.tensor(p) for p in ([3, 4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])] * 3

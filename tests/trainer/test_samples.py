@@ -12,10 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import asyppo.policy
-from asyppo.advantage import group_signal
-from asyppo.run import RunDirectory, read_jsonl
-from asyppo.samples import pieces, rounded, sample_rows
+import asyppo.models.policy
+from asyppo.algorithm.advantage import group_signal
+from asyppo.metrics.samples import pieces, rounded, sample_rows
+from asyppo.run.directory import RunDirectory, read_jsonl
 
 Make = Callable[..., Any]
 COLUMNS = (
@@ -82,14 +82,14 @@ def test_the_log_ratio_is_that_of_the_last_visit(
     tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visits: list[list[float]] = []
-    op = asyppo.policy.linear_ppo_loss
+    op = asyppo.models.policy.linear_ppo_loss
 
     def spy(*arguments: Any, old_logprob: torch.Tensor, **options: Any) -> Any:
         result = op(*arguments, old_logprob=old_logprob, **options)
         visits.append([rounded(x) for x in (result.logprob - old_logprob).tolist()])
         return result
 
-    monkeypatch.setattr(asyppo.policy, "linear_ppo_loss", spy)
+    monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
     config = tiny_config(num_iterations=3, logging_samples=12)
     run = RunDirectory(config)
     tiny_trainer(config, score).step(1, run)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from asyppo.schedule import learning_rate_factor
+from asyppo.algorithm.schedules import learning_rate_factor
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])

@@ -26,12 +26,12 @@ from transformers import (
 )
 
 import asyppo.trainer
-from asyppo.advantage import LearningSignal
-from asyppo.batch import Batch, share_micro_batches
+from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.critics import CriticOptimizer, OneByOneCritics, StackedCritics, make_critics
-from asyppo.run import RunDirectory
+from asyppo.data.batch import Batch, share_micro_batches
+from asyppo.models.critics import CriticOptimizer, OneByOneCritics, StackedCritics, make_critics
+from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
 
 VOCAB, PAD = 19, 0

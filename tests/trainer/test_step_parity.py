@@ -19,7 +19,7 @@ from torch import Tensor
 
 import asyppo.trainer
 from asyppo.config import AsyPPOConfig
-from asyppo.run import RunDirectory
+from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-import asyppo.policy
+import asyppo.models.policy
 import asyppo.trainer
-from asyppo.advantage import group_signal
-from asyppo.batch import Batch
+from asyppo.algorithm.advantage import group_signal
 from asyppo.config import AsyPPOConfig, ConfigError, DataConfig
-from asyppo.critics import CriticOptimizer, Critics, StackedCritics
-from asyppo.policy import Policy
-from asyppo.run import RunDirectory, read_jsonl
+from asyppo.data.batch import Batch
+from asyppo.models.critics import CriticOptimizer, Critics, StackedCritics
+from asyppo.models.policy import Policy
+from asyppo.run.directory import RunDirectory, read_jsonl
 from asyppo.trainer import AsyPPOTrainer, TrainingError
 
 Make = Callable[..., Any]
@@ -122,13 +122,13 @@ def test_ratio_is_one_at_the_first_update(
     tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch, algorithm: Any, temperature: float
 ) -> None:
     results = []
-    op = asyppo.policy.linear_ppo_loss
+    op = asyppo.models.policy.linear_ppo_loss
 
     def spy(*arguments: Any, **options: Any) -> Any:
         results.append(op(*arguments, **options))
         return results[-1]
 
-    monkeypatch.setattr(asyppo.policy, "linear_ppo_loss", spy)
+    monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
     config = tiny_config(
         algorithm=algorithm, temperature=temperature, max_tokens_per_micro_batch=60, generation_batch_size=5
     )

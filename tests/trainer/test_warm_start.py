@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyppo import warm_start
-from asyppo.built_in_rewards import reasoning_gym
 from asyppo.config import ConfigError, DataConfig, ModelShape, TaskConfig, WarmStartConfig
-from asyppo.data import load_train_rows
-from asyppo.durable import WriteError
+from asyppo.data.prompts import load_train_rows
+from asyppo.models import warm_start
+from asyppo.rewards.built_in import reasoning_gym
+from asyppo.run.durable import WriteError
 
 CPU = torch.device("cpu")
 DATA = DataConfig(task=TaskConfig("chain_sum", {"min_digits": 1, "max_digits": 2}), train_size=200)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from asyppo.build import build_trainer
+from asyppo.cli.build import build_trainer
 from asyppo.config import ConfigError
-from asyppo.run import RunDirectory, read_jsonl
+from asyppo.run.directory import RunDirectory, read_jsonl
 
 Make = Callable[..., Any]
 

@@ -1,0 +1,1 @@
+"""The algorithm: pure functions on tensors, from rewards and values to losses."""

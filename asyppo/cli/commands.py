@@ -1,0 +1,248 @@
+"""The commands of ``asyppo``. One is an entry of ``COMMANDS``: its arguments, and what runs it.
+
+Heavy modules are imported by the function that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from asyppo.config import AsyPPOConfig, ConfigError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand."""
+
+    summary: str
+    """What it does, in a line."""
+    run: Callable[[Namespace], int]
+    """Runs it and returns the exit status."""
+    add_arguments: Callable[[ArgumentParser], None] = lambda parser: None
+    """Adds its own arguments."""
+    settings: bool = False
+    """Whether it takes ``--config`` and every field of the configuration; ``configuration`` makes one of them."""
+    base_config: Callable[[Sequence[str]], str | Path | None] = lambda arguments: None
+    """The configuration file it starts from, given its arguments: a path, the name of a ready one, or None."""
+    without_config: str = ""
+    """What it does without ``--config``, for the help."""
+
+
+def configuration(namespace: Namespace) -> AsyPPOConfig:
+    """Return the validated configuration among the arguments of a command. Raises ConfigError."""
+    config = AsyPPOConfig(**{field.name: namespace[field.name] for field in fields(AsyPPOConfig)})
+    config.validate()
+    return config
+
+
+def _has_config(arguments: Sequence[str]) -> bool:
+    return any(argument.partition("=")[0] == "--config" for argument in arguments)
+
+
+def _quiet_libraries() -> None:
+    # Threads of torch's OpenMP pool that spin while they wait make small models crawl on a machine that is busy with
+    # something else. It reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _train(namespace: Namespace) -> int:
+    config = configuration(namespace)
+    _quiet_libraries()
+    from asyppo.cli.build import build_trainer
+    from asyppo.distributed.processes import is_main, processes, restarted
+
+    config = restarted(config)
+    with processes(config.distributed):
+        result = build_trainer(config).train()
+    if not is_main():  # rank 0 says what came of it
+        return 0
+    if result.stopped_by is not None:
+        path = result.run.path
+        print(
+            f"asyppo: stopped by {result.stopped_by.name}; to go on: asyppo train --config {path / 'config.yaml'} "
+            f"--run_name {path.name} --resume",
+            file=sys.stderr,
+        )
+        return 128 + result.stopped_by
+    before, after = result.accuracy_before, result.accuracy_after
+    if before is not None and after is not None:
+        print(f"held-out accuracy: {before:.4f} -> {after:.4f}")
+    run = result.run
+    for name, path in (
+        ("run", run.path),
+        ("metrics", run.metrics),
+        ("report", run.path / "report.html"),
+        ("samples", run.samples),
+        ("checkpoint", result.checkpoint),
+    ):
+        if path.exists():  # a report that failed was a warning
+            print(f"{name + ':':<12}{path}")
+    gain = config.eval.min_gain
+    if gain is not None and before is not None and after is not None and after - before < gain:
+        print(
+            f"asyppo: error: held-out accuracy rose by {after - before:.4f}, less than eval.min_gain = {gain}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def find_model(name: str) -> tuple[str, Path | None]:
+    """Return where the weights lie that ``name`` means, and the configuration of the run they are of, if of one.
+
+    ``name`` is a run's directory (its last checkpoint is taken), a checkpoint, a model's directory, or a hub name.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")):  # no name on the hub
+            raise ConfigError(f"--model: got {name!r}, but there is no such directory")
+        return name, None
+    if (path / "config.yaml").is_file() and not (path / "policy").is_dir():
+        checkpoints = [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+        if not checkpoints:
+            raise ConfigError(f"--model: the run {name} has no checkpoint, needs one")
+        path = max(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]))
+    if (path / "policy").is_dir():
+        path = path / "policy"
+    places = [parent / "config.yaml" for parent in path.resolve().parents[:2]]  # the checkpoint, the run
+    of_checkpoint = (path.resolve().parent / "trainer_state.json").is_file()
+    return str(path), next((p for p in places if of_checkpoint and p.is_file()), None)
+
+
+def _eval_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="What to evaluate: a run's directory (its last checkpoint), a checkpoint of a run, a model's directory, "
+        "or a hub name.",
+    )
+    parser.add_argument(
+        "--out", type=str, required=True, metavar="DIR", help="New directory for eval.json and samples.jsonl."
+    )
+
+
+def _eval_base_config(arguments: Sequence[str]) -> Path | None:
+    """The configuration of the run that the model is of."""
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, after = argument.partition("=")
+        if name == "--model":
+            _, config = find_model(after if equals else value)
+            if config is None and not any(a.startswith(("--config", "--data")) for a in arguments):
+                raise ConfigError(
+                    f"--model: {after if equals else value} is of no run, so what to evaluate it on is not known; "
+                    "needs --config, or --data options"
+                )
+            return config
+    return None
+
+
+def _eval(namespace: Namespace) -> int:
+    config = configuration(namespace)
+    _quiet_libraries()
+    from asyppo.cli.build import evaluate_model
+
+    evaluation = evaluate_model(config, find_model(namespace.model)[0], Path(namespace.out).expanduser())
+    print(evaluation.table())
+    print(f"results: {namespace.out}/eval.json\nsamples: {namespace.out}/samples.jsonl")
+    return 0
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="Directory of a run; several are overlaid.")
+    parser.add_argument(
+        "--out",
+        type=str,
+        metavar="FILE",
+        help="The page. By default report.html in the run's directory, or in the current one for several runs. A file "
+        "of that name is replaced.",
+    )
+
+
+def _report(namespace: Namespace) -> int:
+    from asyppo.report import write_report
+
+    out = None if namespace.out is None else Path(namespace.out).expanduser()
+    print(f"report: {write_report([Path(run).expanduser() for run in namespace.runs], out)}")
+    return 0
+
+
+def _compare_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("grid", type=str, metavar="GRID", help="YAML file of arms and seeds; see docs/evidence/.")
+    parser.add_argument(
+        "--out",
+        type=str,
+        required=True,
+        metavar="DIR",
+        help="Directory of the runs, the table and the figure; the same command goes on in it.",
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="Runs at a time. By default one a core.")
+
+
+def _compare(namespace: Namespace) -> int:
+    if namespace.jobs is not None and namespace.jobs < 1:
+        raise ConfigError(f"--jobs: got {namespace.jobs}, needs an integer of at least 1")
+    from asyppo.compare import compare
+
+    return compare(Path(namespace.grid).expanduser(), Path(namespace.out).expanduser(), namespace.jobs)
+
+
+def _plan_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the work and the weights (FSDP2).")
+    parser.add_argument(
+        "--prompt_length",
+        type=int,
+        default=1024,
+        metavar="TOKENS",
+        help="Longest prompt to expect, where data.max_prompt_length does not say.",
+    )
+
+
+def _plan(namespace: Namespace) -> int:
+    config = configuration(namespace)
+    for name in ("gpus", "prompt_length"):
+        if namespace[name] < 1:
+            raise ConfigError(f"--{name}: got {namespace[name]}, needs an integer of at least 1")
+    from asyppo.cli.plan import make_plan
+
+    print(make_plan(config, gpus=namespace.gpus, prompt_length=namespace.prompt_length).table())
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train a policy",
+        _train,
+        settings=True,
+        base_config=lambda arguments: None if _has_config(arguments) else "default",
+        without_config="Without one, default runs.",
+    ),
+    "eval": Command(
+        "evaluate a checkpoint, or any model: avg@k and pass@k with intervals, by task",
+        _eval,
+        _eval_arguments,
+        settings=True,
+        base_config=_eval_base_config,
+        without_config="A checkpoint of a run starts out from the run's own.",
+    ),
+    "report": Command("show runs as one HTML page: curves, calibration, masks, and tokens", _report, _report_arguments),
+    "compare": Command(
+        "run a grid of configurations and seeds, and compare what they reach", _compare, _compare_arguments
+    ),
+    "plan": Command(
+        "estimate the memory of a configuration on each GPU, by phase of a step",
+        _plan,
+        _plan_arguments,
+        settings=True,
+    ),
+}

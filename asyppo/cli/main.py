@@ -1,0 +1,239 @@
+"""The command line: from arguments to a configuration, with help and errors made of the dataclasses' docstrings.
+
+What the commands do stands in ``commands.py``. Nothing heavy is imported before one runs, so that ``--help`` and a
+mistyped name answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import textwrap
+import traceback
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from asyppo.cli.commands import COMMANDS, Command, configuration
+from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config.fields import by_path, check_names, did_you_mean, groups
+from asyppo.run.signals import exiting_at_once
+
+READY_CONFIGS = {path.stem: path for path in sorted(Path(str(files("asyppo.config") / "ready")).glob("*.yaml"))}
+"""The configurations that come along, by the name that ``--config`` takes."""
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's, with a help of our own: theirs leaves out what lies below a field that may be null."""
+
+    command: Command
+
+    def format_help(self, formatter: Any = None) -> str:
+        lines = [f"{self.prog}: {self.command.summary}", ""]
+        for action in self._actions:
+            # Fields of the configuration come below, from the dataclasses; some of jsonargparse's own are hidden.
+            if (
+                self.command.settings and action.dest.split(".")[0] in by_path(AsyPPOConfig)
+            ) or action.help == SUPPRESS:
+                continue
+            name = ", ".join(action.option_strings) or action.dest
+            if action.option_strings and action.nargs != 0:
+                name += f" {action.metavar or 'VALUE'}"
+            lines += _entry(name, " ".join((action.help or "").split()).replace("%%", "%"))
+        if self.command.settings:
+            lines += ["", "Settings. What is `critic: {num_critics: 2}` in a file is `--critic.num_critics 2` here."]
+            for path, leaves in groups(AsyPPOConfig).items():
+                branch = by_path(AsyPPOConfig)[path].branch if path else None
+                lines += ["", *textwrap.wrap(f"{path}: {_plain(branch.__doc__)}", 100)] if branch else [""]
+                for field in leaves:
+                    note = "default: null" if field.branch else f"default: {show(field.default)}; {field.type}"
+                    lines += _entry(f"--{field.path}", _plain(field.doc), f"  [{note}]")
+        return "\n".join(lines) + "\n"
+
+
+def _plain(doc: str | None) -> str:
+    return " ".join((doc or "").split()).replace("``", "")
+
+
+def _entry(name: str, text: str, note: str = "") -> list[str]:
+    return [f"  {name}{note}", *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+def show(value: Any) -> str:
+    """Return a default as a YAML file would say it."""
+    if isinstance(value, str) and value.strip() == value != "":
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def parser(name: str) -> _Parser:
+    """Build the parser of one command; fields, defaults and help come from the configuration's dataclasses."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command = COMMANDS[name]
+    made = _Parser(prog=f"asyppo {name}", exit_on_error=False, allow_abbrev=False)
+    made.command = command
+    command.add_arguments(made)
+    if command.settings:
+        made.add_argument(
+            "--config",
+            action="config",
+            metavar="FILE",
+            help=f"YAML file, or one of {', '.join(READY_CONFIGS)}. May be given several times; later ones, and the "
+            f"options after them, override. {command.without_config}",
+        )
+        made.add_class_arguments(AsyPPOConfig)
+    made.add_argument("--traceback", action="store_true", help="Show the traceback of an error, too.")
+    return made
+
+
+def parse(argv: Sequence[str]) -> AsyPPOConfig:
+    """Return the validated configuration of ``asyppo train …`` or another command that has one. Raises ConfigError."""
+    return configuration(parse_arguments(argv))
+
+
+def parse_arguments(argv: Sequence[str]) -> Namespace:
+    """Return the arguments of ``asyppo COMMAND …``. Raises ConfigError; exits for ``--help`` and ``--version``."""
+    name, *arguments = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview(), end="")
+        raise SystemExit(0)
+    if name == "--version":
+        print(f"asyppo {version('asyppo')}")
+        raise SystemExit(0)
+    if name not in COMMANDS:
+        raise ConfigError(f"{name}: unknown command{did_you_mean(name, list(COMMANDS))}")
+    command = COMMANDS[name]
+    made = parser(name)
+    _check_options(made, arguments)
+    if command.settings:
+        arguments = [*_implied(command, arguments), *_with_flags(_with_config_files(arguments))]
+    try:
+        return made.instantiate(made.parse_args(arguments))
+    except ArgumentError as error:
+        raise ConfigError(_in_one_line(str(error))) from error
+
+
+def overview() -> str:
+    """Return the text of ``asyppo --help``."""
+    width = max(map(len, COMMANDS)) + 2
+    return "\n".join(
+        [
+            "asyppo: PPO with mini-critics for language models (AsyPPO).",
+            "",
+            *(f"  asyppo {name:<{width}}{command.summary}" for name, command in COMMANDS.items()),
+            "",
+            "  asyppo COMMAND --help  explains a command's options; --traceback shows an error's traceback.",
+            "  asyppo --version",
+            "",
+        ]
+    )
+
+
+def _implied(command: Command, arguments: Sequence[str]) -> list[str]:
+    """The configuration file that a command starts from; what the arguments say comes after it."""
+    path = command.base_config(arguments)
+    return [] if path is None else [f"--config={_config_file(str(path))}"]
+
+
+def _with_config_files(arguments: Sequence[str]) -> list[str]:
+    """Replace the names of ready configurations by their files, and check the keys of every file."""
+    done: list[str] = []
+    for argument in arguments:
+        is_value = done[-1:] == ["--config"]
+        if is_value or argument.startswith("--config="):
+            argument = argument if is_value else argument.removeprefix("--config=")
+            done[len(done) - is_value :] = [f"--config={_config_file(argument)}"]
+        else:
+            done.append(argument)
+    return done
+
+
+def _with_flags(arguments: Sequence[str]) -> list[str]:
+    """``--policy.use_peft`` alone is ``--policy.use_peft=true``."""
+    flags = {f"--{path}" for path, field in by_path(AsyPPOConfig).items() if field.annotation is bool}
+    followers = [*arguments, "--"][1:]
+    return [
+        f"{argument}=true" if argument in flags and follower.startswith("--") else argument
+        for argument, follower in zip(arguments, followers, strict=True)
+    ]
+
+
+def _config_file(name: str) -> Path:
+    """Return the file that ``--config name`` means, after a look at its keys. Raises ConfigError."""
+    path = Path(name).expanduser()
+    if not path.exists() and name in READY_CONFIGS:
+        path = READY_CONFIGS[name]
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        near = "" if "/" in name or name.endswith((".yaml", ".yml")) else did_you_mean(name, list(READY_CONFIGS))
+        raise ConfigError(
+            f"--config: cannot read {name!r}: {error.strerror}; needs a YAML file, or one of "
+            f"{', '.join(READY_CONFIGS)}{near}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {name} is no YAML: {' '.join(str(error).split())}") from error
+    check_names(AsyPPOConfig, tree, f" in {name}")
+    return path
+
+
+def _check_options(made: _Parser, arguments: Sequence[str]) -> None:
+    """Raise ConfigError at the first option that does not exist, with the nearest that does."""
+    settings = by_path(AsyPPOConfig) if made.command.settings else {}
+    own = [o.removeprefix("--") for action in made._actions for o in action.option_strings if o.startswith("--")]
+    known = list(dict.fromkeys([*own, *settings]))
+    for index, argument in enumerate(arguments):
+        if not argument.startswith("--") or argument == "--":
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = next(iter(arguments[index + 1 : index + 2]), "")
+        name = name.removesuffix("+")  # --reward_funcs+ appends
+        inside_mapping = any(
+            name.startswith(f"{path}.") and f.type == "a mapping" and not f.branch for path, f in settings.items()
+        )
+        if name not in known and not inside_mapping:
+            raise ConfigError(f"--{name}: unknown option{did_you_mean(name, known, '--')}")
+        if name in settings and settings[name].branch is not None and value.lstrip().startswith("{"):
+            check_names(AsyPPOConfig, yaml.safe_load(value), f" in --{name}", f"{name}.")
+
+
+def _in_one_line(message: str) -> str:
+    """What jsonargparse says, in our words where it names a field and a value."""
+    keys = re.findall(r'Parser key "([\w.]+)"', message)
+    values = re.findall(r"(?:Got|Given) value: (.*)", message)
+    if keys and values:
+        # Of a field below one that may be null both keys are named, the inner one relative to the outer.
+        path = keys[0] if keys[-1].startswith(keys[0]) else f"{keys[0]}.{keys[-1]}"
+        path = keys[-1] if len(keys) > 1 and keys[-1].startswith(keys[0]) else path
+        field = by_path(AsyPPOConfig).get(path)
+        if field is not None:
+            return f"{path}: got {values[0]!r}, needs {field.type}"
+    return f"{' '.join(message.split())}; see --help"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``asyppo`` and return its exit status: 0; 1 for a run that failed; 2 for a setting, a file or a reward
+    function that cannot work; 130 and 143 for one that SIGINT or SIGTERM ended, as a shell has it."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        namespace = parse_arguments(arguments)
+        with exiting_at_once():  # but for the training loop, which ends its step first
+            return COMMANDS[arguments[0]].run(namespace)
+    except Exception as error:
+        status = getattr(error, "exit_status", None)
+        if status is None:  # a fault of ours, whose place is in the traceback
+            raise
+        if "--traceback" in arguments or os.environ.get("ASYPPO_TRACEBACK") == "1":
+            traceback.print_exception(error)
+        if os.environ.get("RANK", "0") == "0":  # every rank has it
+            print(f"asyppo: error: {error}", file=sys.stderr)
+        return status

@@ -1,0 +1,1 @@
+"""Several processes: who does what, and models in pieces."""

@@ -1,0 +1,93 @@
+"""What a researcher asks of critics and masks: do critics predict, where do they disagree, what is masked away?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asyppo.algorithm.advantage import LearningSignal, token_weights
+from asyppo.algorithm.masked import masked_mean, masked_moments
+from asyppo.config import AsyPPOConfig
+from asyppo.data.batch import Batch, MicroBatch
+from asyppo.distributed.sharding import between_replicas_once, total_norms
+from asyppo.models.policy import Policy
+
+Row = dict[str, float]
+
+
+def of_critics(signal: LearningSignal, entropy: Tensor, mask: Tensor) -> Row:
+    """Explained variance of each critic, and Pearson's correlation of the disagreement σ with the error |V̄ - R| and
+    with the policy's ``entropy`` [B, T], over the tokens in ``mask`` bool [B, T]. NaN where something does not vary.
+    """
+    row = {
+        f"critic/{m}/vf_explained_var": explained_variance(value, signal.returns, mask)
+        for m, value in enumerate(signal.values)
+    }
+    row["critic/std/corr_abs_error"] = correlation(signal.std, (signal.value - signal.returns).abs(), mask)
+    row["critic/std/corr_entropy"] = correlation(signal.std, entropy, mask)
+    return {name: float(number) for name, number in row.items()}
+
+
+def explained_variance(value: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the tokens in ``mask``; NaN where returns do not vary."""
+    _, error = masked_moments(returns - value, mask)
+    _, variance = masked_moments(returns, mask)
+    return 1 - error / torch.where(variance > 1e-8, variance, torch.nan)
+
+
+def correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Pearson's correlation of ``x`` and ``y`` over the tokens in ``mask``; NaN where one of them does not vary."""
+    mean_x, variance_x = masked_moments(x, mask)
+    mean_y, variance_y = masked_moments(y, mask)
+    spread = (variance_x * variance_y).sqrt()
+    return masked_mean((x - mean_x) * (y - mean_y), mask) / torch.where(spread > 1e-12, spread, torch.nan)
+
+
+def masked_gradient_shares(
+    policy: Policy,
+    batch: Batch,
+    signal: LearningSignal,
+    old_logprob: Tensor,
+    micros: Sequence[MicroBatch],
+    config: AsyPPOConfig,
+) -> Row:
+    """Norm of the part of the policy's gradient that each mask removes, over the norm of the whole, at ρ = 1.
+
+    ``actor/adv_mask_grad_share``: of the gradient of the surrogate, what tokens outside I^A would add;
+    ``actor/entropy_filter_grad_share``: of the gradient of the entropy bonus, what tokens outside I^H would add. Takes
+    four backward passes over ``batch`` and leaves no gradient behind. NaN where the whole is 0.
+    """
+    weight = token_weights(batch.learned, torch.arange(len(batch), device=batch.tokens.device), config.loss_aggregation)
+    everything = batch.learned
+    advantage_only: dict[str, Any] = {"advantage": signal.advantage, "entropy_coef": 0.0}
+    entropy_only: dict[str, Any] = {"advantage": torch.zeros_like(signal.advantage), "entropy_coef": 1.0}
+
+    def norm(part: dict[str, Any], keep: Tensor) -> Tensor:
+        policy.zero_grad(set_to_none=True)
+        for micro in between_replicas_once(policy, micros):
+            policy(
+                micro,
+                loss={
+                    "old_logprob": old_logprob[micro.grid],
+                    "advantage": part["advantage"][micro.grid],
+                    "token_weight": weight[micro.grid],
+                    "advantage_keep": keep[micro.grid],
+                    "entropy_keep": keep[micro.grid],
+                    "entropy_coef": part["entropy_coef"],
+                },
+            ).loss.backward()
+        [result] = total_norms([[p.grad for p in policy.parameters() if p.grad is not None]])
+        policy.zero_grad(set_to_none=True)
+        return result
+
+    row = {}
+    for name, part, keep in (
+        ("actor/adv_mask_grad_share", advantage_only, signal.advantage_keep),
+        ("actor/entropy_filter_grad_share", entropy_only, signal.entropy_keep),
+    ):
+        whole = norm(part, everything)
+        row[name] = float(norm(part, everything & ~keep) / torch.where(whole > 0, whole, torch.nan))
+    return row

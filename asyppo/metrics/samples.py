@@ -1,0 +1,96 @@
+"""Rows of ``samples.jsonl``: what was sampled, and what the algorithm made of each token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from asyppo.algorithm.advantage import LearningSignal
+from asyppo.data.batch import Batch
+
+
+def sample_rows(
+    step: int,
+    count: int,
+    batch: Batch,
+    score: Tensor,
+    rewards: Mapping[str, list[float | None]],
+    signal: LearningSignal,
+    old_logprob: Tensor,
+    entropy: Tensor,
+    log_ratio: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """Return rows of ``count`` responses, spread evenly over the batch: of different prompts as far as there are
+    enough.
+
+    ``score`` [B] is the reward and ``rewards`` its parts by function, B each. What lies on the grid [B, T] becomes a
+    number, or a bool, for each token of a response.
+    """
+    columns = {
+        "logprob": old_logprob,
+        "sampler_logprob": batch.sampler_logprob,
+        "entropy": entropy,
+        "log_ratio": log_ratio,
+        "value": signal.value,
+        "std": signal.std,
+        "advantage": signal.advantage,
+        "raw_advantage": signal.raw_advantage,
+        "returns": signal.returns,
+        "advantage_keep": signal.advantage_keep,
+        "entropy_keep": signal.entropy_keep,
+    }
+    count = min(count, len(batch))
+    chosen = [index * len(batch) // count for index in range(count)]
+    rows = []
+    for b in chosen:
+        prompt, length = int(batch.prompt_length[b]), int(batch.response_length[b])
+        tokens = batch.tokens[b].tolist()
+        response = tokens[prompt : prompt + length]
+        rows.append(
+            {
+                "step": step,
+                "split": "train",
+                "group": int(batch.group[b]),
+                "prompt": tokenizer.decode(tokens[:prompt]),
+                "completion": tokenizer.decode(response, skip_special_tokens=True),
+                "reward": rounded(float(score[b])),
+                "rewards": {name: rounded(of_function[b]) for name, of_function in rewards.items()},
+                "truncated": bool(batch.truncated[b]),
+                "tokens": pieces(tokenizer, response),
+                **{name: [rounded(x) for x in grid[b, :length].tolist()] for name, grid in columns.items()},
+                "values": [[rounded(x) for x in grid[b, :length].tolist()] for grid in signal.values],
+            }
+        )
+    return rows
+
+
+def rounded(value: Any) -> Any:
+    """Round a number to 6 significant digits; one that is not finite becomes None. Other things stay themselves."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
+    """Return the text of each token, special tokens included; together they are the decoded text.
+
+    A letter that is spread over tokens belongs to the last of them. Where bytes form no letters, and for a tokenizer
+    that is written in Python, it is what each token says alone.
+    """
+    whole = tokenizer.decode(tokens)
+    if tokenizer.is_fast:
+        stream = DecodeStream(skip_special_tokens=False)
+        with suppress(Exception):  # its own class for a text that is not the beginning of a longer one
+            texts = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
+            begun = "".join(texts)
+            if whole.startswith(begun):
+                texts[-1] += whole[len(begun) :]  # of a letter that was cut off
+                return texts
+    return [tokenizer.decode([token]) for token in tokens]

@@ -1,0 +1,1 @@
+"""The policy, its critics, and how they are loaded."""

@@ -1,0 +1,74 @@
+"""The mini-critics: M value models behind one interface, computed together or one after another."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from asyppo.config import CriticConfig
+from asyppo.models.critics.base import Critics
+from asyppo.models.critics.loading import load_value_models
+from asyppo.models.critics.lora import LoraCritics
+from asyppo.models.critics.one_by_one import OneByOneCritics
+from asyppo.models.critics.optimizer import CriticOptimizer
+from asyppo.models.critics.stacked import StackedCritics, why_not_stacked
+
+__all__ = [
+    "CriticOptimizer",
+    "Critics",
+    "LoraCritics",
+    "OneByOneCritics",
+    "StackedCritics",
+    "load_critics",
+    "make_critics",
+]
+
+log = logging.getLogger("asyppo")
+
+
+def load_critics(
+    path: str,
+    num_critics: int,
+    config: CriticConfig,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Critics:
+    """Load the critics that ``config`` asks for from the checkpoint ``path``. Raises ConfigError."""
+    if config.lora_rank:
+        return LoraCritics.from_pretrained(
+            path,
+            num_critics,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+    models = load_value_models(
+        path,
+        num_critics,
+        vocab_size=vocab_size,
+        device=device,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return make_critics(models, config, dtype=dtype)
+
+
+def make_critics(models: list[Any], config: CriticConfig, *, dtype: torch.dtype = torch.float32) -> Critics:
+    """Return critics made of M value models: stacked, unless ``config`` or their architecture is against it."""
+    options: dict[str, Any] = {"dtype": dtype, "gradient_checkpointing": config.gradient_checkpointing}
+    if not config.stacked:
+        return OneByOneCritics(models, **options)
+    reason = why_not_stacked(models[0])
+    if reason is None:
+        return StackedCritics(models, **options)
+    log.warning("critics run one after another: %s", reason)
+    return OneByOneCritics(models, **options)

@@ -1,0 +1,93 @@
+"""What the trainer asks of its critics, however they are computed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from asyppo.data.batch import Batch, MicroBatch
+from asyppo.distributed.processes import sum_over_ranks
+
+Loss = Callable[[int, MicroBatch, Tensor], Tensor]
+"""``loss(m, micro, value)``: from values [N] of critic m at the response tokens of ``micro`` to a scalar, which adds up
+over micro-batches."""
+
+
+class Critics(nn.Module, ABC):
+    """M value models behind one interface.
+
+    ``models`` are M modules, one a critic, that have what is trained, or views of it: what the optimizer steps.
+    """
+
+    models: Any
+    config: Any
+    """The configuration of their architecture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._padding = PaddingCount()
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    @abstractmethod
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
+
+    @abstractmethod
+    def values(self, batch: Batch, max_tokens: int) -> Tensor:
+        """Return float32 [M, B, T], the values of all critics for all responses, each read at the position that
+        predicts the token; 0 on padding. ``max_tokens`` bounds the tokens of one pass, padding and critics counted."""
+
+    @abstractmethod
+    def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
+        """Return float32 [M, B, T], where critic m values the rows ``shares[m]`` (int64 [b_m]) only; 0 elsewhere."""
+
+    @abstractmethod
+    def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
+        """Add the gradient of critic m's ``loss`` on the rows ``shares[m]`` to its parameters, for all m, and return
+        the losses, float32 [M]."""
+
+    def collect_gradients(self) -> None:
+        """Let ``models`` see the gradients of the last ``backward``."""
+
+    def release_gradients(self) -> None:
+        """Drop all gradients."""
+        self.zero_grad(set_to_none=True)
+
+    def padding_frac(self) -> float:
+        """Return the share of padding in the tokens of all passes since the last call; 0 if there were none."""
+        return self._padding.take()
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write one Hugging Face directory a critic: ``critic_0``, ``critic_1``, …"""
+
+
+class PaddingCount:
+    """Counts tokens that were computed, and those among them that are no padding."""
+
+    def __init__(self) -> None:
+        self.real: list[Tensor] = []
+        self.computed = 0
+
+    def add(self, real: Tensor, computed: int) -> None:
+        """Count a pass. ``real`` stays on the device until somebody asks."""
+        self.real.append(real)
+        self.computed += computed
+
+    def take(self) -> float:
+        """Return the share of padding and start anew."""
+        real, computed = self.real, self.computed
+        self.real, self.computed = [], 0
+        if not computed:
+            return 0.0
+        total = torch.stack(real).sum()
+        total, computed = sum_over_ranks(torch.stack([total, total.new_tensor(computed)])).tolist()
+        return 1 - total / computed

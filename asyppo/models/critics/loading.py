@@ -1,0 +1,140 @@
+"""Value models from checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from asyppo.config import ConfigError
+from asyppo.models.policy import load_pretrained
+
+VALUE_HEAD = "value_head.safetensors"
+
+
+class BackboneWithValueHead(nn.Module):
+    """A value model of a family that has no token classifier: its backbone, and a linear head called ``score``."""
+
+    def __init__(self, backbone: PreTrainedModel):
+        super().__init__()
+        self.base_model = backbone
+        self.config = backbone.config
+        hidden_size = backbone.config.get_text_config().hidden_size
+        self.score = nn.Linear(hidden_size, 1, device=backbone.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.score.weight.device
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the backbone's directory, for ``AutoModel``, and the head beside it."""
+        self.base_model.save_pretrained(directory)
+        head = {name: p.detach().contiguous() for name, p in self.score.named_parameters()}
+        save_file(head, Path(directory) / VALUE_HEAD)
+
+
+def load_value_models(
+    path_or_paths: str | Path | Sequence[str | Path],
+    num_critics: int,
+    *,
+    vocab_size: int | None,
+    device: torch.device,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Any]:
+    """Load M value models from one checkpoint, or each from its own.
+
+    A head of the checkpoint is taken; where there is none, each model gets one of its own, drawn from torch's global
+    generator. Raises ConfigError if one cannot be loaded or its vocabulary is not of ``vocab_size`` tokens.
+    """
+    if isinstance(path_or_paths, str | Path):
+        path_or_paths = [path_or_paths] * num_critics
+    if len(path_or_paths) != num_critics:
+        raise ConfigError(
+            f"critic.model_name_or_path: got {len(path_or_paths)} checkpoints, needs 1 or "
+            f"critic.num_critics = {num_critics}"
+        )
+    models = []
+    how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    for path in map(str, path_or_paths):
+        model, _ = load_value_model(path, device, **how)
+        check_vocabulary(model, path, vocab_size)
+        models.append(model)
+    return models
+
+
+def check_vocabulary(model: Any, path: str, vocab_size: int | None) -> None:
+    """Raise ConfigError if the vocabulary of ``model`` is not of ``vocab_size`` tokens; None: any will do."""
+    got = model.config.get_text_config().vocab_size
+    if vocab_size is not None and got != vocab_size:
+        raise ConfigError(
+            f"critic.model_name_or_path: {path!r} has a vocabulary of {got} tokens, needs the policy's "
+            f"{vocab_size}: critics read the policy's tokens"
+        )
+
+
+def draw_head(head: nn.Linear) -> None:
+    """Draw a new value head. Hidden states have entries of size 1 after the final norm: values start out around
+    1 / sqrt(H)."""
+    nn.init.normal_(head.weight, std=1 / head.in_features)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+
+
+def load_value_model(
+    path: str, device: torch.device, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, bool]:
+    """Return a model with a ``base_model`` and a linear head called ``score``, and whether that was drawn anew.
+    Raises ConfigError."""
+    how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
+    try:
+        if _has_token_classifier(path, trust_remote_code):
+            model, report = load_pretrained(
+                AutoModelForTokenClassification,
+                path,
+                device,
+                num_labels=1,
+                # The class's default of 0.1 would pollute the disagreement. Not every config knows the field.
+                config_attributes={"classifier_dropout": 0.0},
+                **how,
+            )
+            head_is_new = "score.weight" in report["missing_keys"]
+        else:
+            backbone, _ = load_pretrained(AutoModel, path, device, **how)
+            model = BackboneWithValueHead(backbone)
+            head_is_new = not (Path(path) / VALUE_HEAD).exists()
+            if not head_is_new:
+                model.score.load_state_dict(load_file(Path(path) / VALUE_HEAD, device=str(device)))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    check_head(model)
+    if head_is_new:
+        draw_head(model.score)
+    return model, head_is_new
+
+
+def check_head(model: Any) -> None:
+    """Raise ConfigError unless ``model`` has a linear head called ``score``."""
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(
+            f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
+        )
+
+
+def _has_token_classifier(path: str, trust_remote_code: bool) -> bool:
+    """Whether transformers has a token classifier of the checkpoint's family. What cannot be read is left to the
+    loading, whose error says more."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return True
+    return type(config) in AutoModelForTokenClassification._model_mapping

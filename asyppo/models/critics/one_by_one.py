@@ -1,0 +1,119 @@
+"""M value models, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from asyppo.data.batch import Batch, MicroBatch, micro_batches
+from asyppo.distributed.processes import sum_over_ranks
+from asyppo.distributed.sharding import between_replicas_once, decoder_layers, release, shard
+from asyppo.models.critics.base import Critics, Loss
+from asyppo.models.critics.loading import check_head, load_value_models
+from asyppo.models.policy import use_liger_kernels
+from asyppo_kernels import ensemble_value
+
+
+class OneByOneCritics(Critics):
+    """M token classifiers with one label, the value of the position, of any architecture that transformers has."""
+
+    def __init__(
+        self, models: Sequence[Any], *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
+    ):
+        """``models`` have a ``base_model`` and a linear head called ``score``; float32 weights, while passes run in
+        ``dtype``. Raises ConfigError if a model has no such head."""
+        super().__init__()
+        for model in models:
+            check_head(model)
+            if gradient_checkpointing:
+                body = model.base_model
+                # Its name in newer versions of transformers, and in older ones.
+                enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
+        self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
+        self.dtype, self.config = dtype, models[0].config
+        if gradient_checkpointing:
+            for module in self.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True  # of the layer itself only: it looks there, dropout looks inside
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_paths: str | Path | Sequence[str | Path],
+        num_critics: int,
+        *,
+        vocab_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> OneByOneCritics:
+        """Load M critics; see ``load_value_models``. Raises ConfigError."""
+        models = load_value_models(
+            path_or_paths,
+            num_critics,
+            vocab_size=vocab_size,
+            device=torch.device(device),
+            attn_implementation=attn_implementation,
+        )
+        return cls(models, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+
+    def forward(self, m: int, micro: MicroBatch) -> Tensor:
+        """Return the values [N] of critic ``m`` at the response tokens of ``micro``."""
+        self._padding.add(micro.attention_mask.sum(), micro.attention_mask.numel())
+        model = self.models[m]
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
+            hidden = model.base_model(
+                input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
+            ).last_hidden_state
+        hidden = micro.select(hidden).to(self.dtype)
+        weight, bias = model.score.weight.to(self.dtype), model.score.bias
+        return ensemble_value(hidden[None], weight, None if bias is None else bias.to(self.dtype)).value[0]
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """See Critics."""
+        if mesh.device_type == "cuda" and next(self.parameters()).device.type == "cpu":
+            for model in self.models:
+                use_liger_kernels(model)
+        shard(self, decoder_layers(self), mesh, self.dtype)
+
+    @torch.no_grad()
+    def values(self, batch: Batch, max_tokens: int) -> Tensor:
+        """See Critics."""
+        everything = torch.arange(len(batch), device=batch.tokens.device)
+        return torch.stack([self._values(m, batch, everything, max_tokens) for m in range(len(self))])
+
+    @torch.no_grad()
+    def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
+        """See Critics."""
+        return torch.stack([self._values(m, batch, rows, max_tokens) for m, rows in enumerate(shares)])
+
+    def _values(self, m: int, batch: Batch, rows: Tensor, max_tokens: int) -> Tensor:
+        value = torch.zeros_like(batch.reward)
+        for micro in micro_batches(batch, rows, max_tokens):
+            value[micro.grid] = self(m, micro)
+        release(self)
+        return sum_over_ranks(value)
+
+    def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
+        """See Critics."""
+        total = torch.zeros(len(self), device=batch.tokens.device)
+        for m, rows in enumerate(shares):
+            for micro in between_replicas_once(self, micro_batches(batch, rows, max_tokens)):
+                part = loss(m, micro, self(m, micro))
+                part.backward()
+                total[m] += part.detach()
+        return sum_over_ranks(total)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no
+        such class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
+        for m, model in enumerate(self.models):
+            model.save_pretrained(Path(directory) / f"critic_{m}")

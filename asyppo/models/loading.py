@@ -1,0 +1,119 @@
+"""From what a user gives (a path, a model, nothing) and a configuration to policy, critics and tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.distributed.processes import world_size
+from asyppo.models.critics import Critics, load_critics
+from asyppo.models.policy import Policy, compute_dtype
+from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Sampler
+
+
+def choose_device(config: AsyPPOConfig) -> torch.device:
+    """Return the device that ``config`` asks for. Raises ConfigError if it asks for a GPU and there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: got 'cuda', but torch finds no GPU; needs 'auto' or 'cpu' here")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **changes: Any) -> Policy:
+    """Return the policy that ``config`` asks for: of a model by directory or hub name, put on its device, or around a
+    causal language model, which stays where it is. A Policy stays itself. ``changes`` go to Policy, in place of what
+    ``config`` says. Raises ConfigError."""
+    if isinstance(policy, Policy):
+        return policy
+    options: dict[str, Any] = {
+        "temperature": config.temperature,
+        "gradient_checkpointing": config.policy.gradient_checkpointing,
+    } | changes
+    if isinstance(policy, PreTrainedModel):
+        # Optimizer steps at a learning rate of 1e-6 would round away in anything less.
+        return Policy(policy.float(), dtype=compute_dtype(config.policy.dtype, policy.device), **options)
+    lora = {
+        "r": config.policy.lora_r,
+        "alpha": config.policy.lora_alpha,
+        "target_modules": config.policy.lora_target_modules,
+    }
+    return Policy.from_pretrained(policy, lora=lora if config.policy.use_peft else None, **_shared(config), **options)
+
+
+def critics_of(critics: Critics | str | None, config: AsyPPOConfig, policy: Policy) -> Critics | None:
+    """Return the critics that ``config`` asks for, of a checkpoint by directory or hub name; new value heads follow
+    from ``config.seed``. Critics stay themselves, and so does None. Raises ConfigError."""
+    if not isinstance(critics, str):
+        return critics
+    if not config.num_critics:
+        raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
+    vocab_size = policy.model.config.get_text_config().vocab_size
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        options = _shared(config) | {"device": policy.device}
+        return load_critics(critics, config.num_critics, config.critic, vocab_size=vocab_size, **options)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model. Raises ConfigError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"policy.model_name_or_path: {path!r} has no tokenizer: {' '.join(str(error).split())}"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one up
+        raise ConfigError(f"policy.model_name_or_path: {path!r} has no tokenizer, needs one beside the model")
+    return tokenizer
+
+
+def _shared(config: AsyPPOConfig) -> dict[str, Any]:
+    device = choose_device(config)
+    return {
+        "dtype": compute_dtype(config.policy.dtype, device),
+        # What is sharded gets to its GPU in pieces, since as a whole it may not fit.
+        "device": torch.device("cpu") if world_size() > 1 else device,
+        "attn_implementation": config.policy.attn_implementation,
+        "trust_remote_code": config.policy.trust_remote_code,
+    }
+
+
+def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
+    """Return the sampler that ``config`` asks for."""
+    continuous = config.sampler == "continuous" or (config.sampler == "auto" and policy.device.type == "cuda")
+    return (ContinuousBatchingSampler if continuous else GenerateSampler)(
+        policy.model,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=config.generation_batch_size,
+        dtype=policy.dtype,
+    )
+
+
+def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every token that ends a response: the generation config's, and the tokenizer's."""
+    configured = policy.model.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)
+
+
+def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
+    """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
+    configs = [m.config.get_text_config() for m in (policy.model, critics) if m is not None]
+    positions = [getattr(c, "max_position_embeddings", None) or sys.maxsize for c in configs]
+    if config.max_completion_length >= min(positions):
+        raise ConfigError(
+            f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "
+            "positions of the models, so that a prompt fits, too"
+        )
+    return min(positions) - config.max_completion_length
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the padding token, or the end-of-sequence token where there is none; lengths say what is padding."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,0 +1,263 @@
+"""The policy: a Hugging Face causal language model whose head goes through the fused ops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from asyppo.config import ConfigError
+from asyppo.data.batch import Batch, MicroBatch
+from asyppo.distributed.processes import sum_over_ranks
+from asyppo.distributed.sharding import decoder_layers, release, shard
+from asyppo.models.adapters import add_lora, base_of_adapter, has_adapters
+from asyppo_kernels import LinearLogprob, LinearPPOLoss, linear_logprob, linear_ppo_loss
+
+
+def compute_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """Return the precision of forward and backward passes; ``auto`` is bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+def load_pretrained(
+    auto_class: Any,
+    path: str,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    config_attributes: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """``from_pretrained`` in float32 (masters of whatever is computed in), from safetensors, with Liger's kernels
+    where the model is on a GPU and Liger knows it; and its report of missing weights. ``config_attributes`` are set on
+    the model's config, ``kwargs`` go to its ``from_pretrained``. Raises ConfigError with the path."""
+    field = f"{'policy' if auto_class is AutoModelForCausalLM else 'critic'}.model_name_or_path"
+    if path.startswith((".", "/", "~")) and not Path(path).exists():  # no name on the hub
+        raise ConfigError(f"{field}: cannot load {path!r}: there is no such directory")
+    if list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
+        raise ConfigError(
+            f"{field}: {path!r} has its weights as pickle files, which can run code when they are loaded; "
+            "needs safetensors, as save_pretrained writes them"
+        )
+    try:
+        base = base_of_adapter(path)
+        if base is not None and auto_class is not AutoModelForCausalLM:
+            raise ConfigError(f"{field}: {path!r} holds an adapter, a critic needs a model")
+        config = AutoConfig.from_pretrained(base or path, trust_remote_code=trust_remote_code, **kwargs)
+        for name, value in (config_attributes or {}).items():
+            setattr(config, name, value)
+        model, report = auto_class.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{field}: cannot load {path!r}: {' '.join(str(error).split())}") from error
+    model = model.to(device)
+    if device.type == "cuda":
+        use_liger_kernels(model)
+    return model, report
+
+
+def use_liger_kernels(model: PreTrainedModel) -> None:
+    """Replace parts of ``model`` by Liger's where it knows the architecture; they run on GPUs only."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        _apply_liger_kernel_to_instance(model=model)
+
+
+class Reference(Protocol):
+    """A policy that stays as it is."""
+
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """As ``Policy.logprobs``."""
+        ...
+
+
+class Policy(nn.Module):
+    """``policy(micro_batch)`` gives log-prob and entropy of its response tokens; with ``loss``, AsyPPO's loss on them.
+
+    Weights that are trained are float32, frozen ones in ``dtype``. The body runs in ``dtype`` under autocast, and
+    hidden states and the head's weight are cast to it before the op.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        # In eval mode throughout: with dropout the first update's ratio would not be 1.
+        self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._check_head()
+        self.checkpointed: list[nn.Module] = []
+        if gradient_checkpointing:
+            self._checkpoint_layers()
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            # Some checkpoints have a temperature but no do_sample; transformers loads that, and refuses to save it.
+            model.generation_config.do_sample = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        temperature: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        gradient_checkpointing: bool = False,
+        lora: dict[str, Any] | None = None,
+    ) -> Policy:
+        """Load a causal language model, or adapters and the model under them, by directory or hub name. ``lora``,
+        keyword arguments of ``add_lora``, puts new adapters on a model that has none. Raises ConfigError."""
+        model, _ = load_pretrained(
+            AutoModelForCausalLM,
+            path,
+            device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        if has_adapters(model):
+            model.set_adapter(model.active_adapters())  # loaded frozen; this makes them trainable
+        elif lora is not None:
+            add_lora(model, **lora)
+        return cls(model, temperature=temperature, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
+        if mesh.device_type == "cuda" and self.device.type == "cpu":
+            use_liger_kernels(self.model)
+        shard(self, decoder_layers(self.model), mesh, self.dtype)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes in ``dtype``."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
+
+    def forward(self, micro: MicroBatch, loss: dict[str, Any] | None = None) -> LinearLogprob | LinearPPOLoss:
+        """Return the op's result on the N response tokens of ``micro``: ``linear_logprob``, or, given its remaining
+        arguments in ``loss``, ``linear_ppo_loss``. Both in one method, so that a sharded root module gathers the
+        head's weight around either."""
+        with self.autocast(), self._checkpointing():
+            hidden = self.model.get_decoder()(
+                input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
+            ).last_hidden_state
+        hidden = micro.select(hidden).to(self.dtype)
+        head = self.model.get_output_embeddings()
+        bias = None if head.bias is None else head.bias.to(self.dtype)
+        op: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "softcap": self.softcap}
+        weight = head.weight.to(self.dtype)
+        if loss is None:
+            return linear_logprob(hidden, weight, micro.targets, **op)
+        return linear_ppo_loss(hidden, weight, micro.targets, **loss, **op)
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Return log-prob and entropy in nats, float32 [B, T] each, of the response tokens; 0 on padding."""
+        logprob, entropy = torch.zeros_like(batch.reward), torch.zeros_like(batch.reward)
+        for micro in micros:
+            result = self(micro)
+            logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
+        release(self)
+        logprob, entropy = sum_over_ranks(torch.stack([logprob, entropy])).unbind()
+        return logprob, entropy
+
+    def reference(self) -> Reference:
+        """Return the policy as it is now, to stay as it is: a copy, or, of one with adapters, the model under them."""
+        if has_adapters(self.model):
+            return WithoutAdapters(self)
+        return copy.deepcopy(self).requires_grad_(False)
+
+    def _checkpoint_layers(self) -> None:
+        """Let the decoder's layers keep nothing but their input for the backward pass."""
+        model = self.model
+        # The name has changed; transformers warns of the old one.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable()
+        self.checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+        ids = torch.arange(4, device=self.device)[None] % model.config.get_text_config().vocab_size
+        with self._checkpointing():
+            one, other = (model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
+        if not torch.equal(one, other):
+            raise ConfigError(
+                f"policy.gradient_checkpointing: the layers of {type(model).__name__} have dropout of their own then, "
+                "needs a model whose config sets it to 0"
+            )
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Layers checkpoint in training mode only. Theirs is switched on, but not that of the modules in them, so that
+        dropout stays off."""
+        for module in self.checkpointed:
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in self.checkpointed:
+                module.training = False
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare logits formed as the ops form them with the model's own, so that a head with a rule of its own is
+        refused rather than trained wrongly."""
+        training = self.model.training
+        self.model.eval()
+        ids = torch.arange(4, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        self.model.train(training)
+        if not torch.allclose(own, logits, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+            raise ConfigError(
+                f"policy: the logits of {type(self.model).__name__} are not a linear head on its last hidden states, "
+                "which the fused ops need (a logit scale or another rule of its own?)"
+            )
+
+
+class WithoutAdapters:
+    """The model under a policy's adapters; it takes no memory of its own."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """As ``Policy.logprobs``."""
+        model = self.policy.model
+        model.disable_adapters()
+        try:
+            return self.policy.logprobs(batch, micros)
+        finally:
+            model.enable_adapters()

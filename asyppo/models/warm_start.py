@@ -1,0 +1,203 @@
+"""A small policy and a smaller critic, made on the spot: a Qwen3 from a config, a tokenizer of its own, and a short
+supervised training on worked solutions with mistakes in them.
+
+It stands in for a pretrained checkpoint where none can be had: the models know the format of a solution and make
+mistakes, which is where reinforcement learning begins. The result lies in a cache and is loaded by
+``from_pretrained`` like any other model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
+from asyppo.data.prompts import Row
+from asyppo.run import durable
+from asyppo.run.progress import ProgressDisplay
+
+
+def chain_sum_solution(metadata: dict[str, Any], noise: float, guess: float, rng: random.Random) -> str:
+    """Return the running totals of ``"4 - 1 + 7"`` as ``"3, <answer>10</answer>"``, with mistakes.
+
+    Each total is off by 1 or 2 with probability ``noise``, and the next goes on from it. With probability ``guess`` the
+    working is left out, and the answer is at most 4 away from the right one.
+    """
+    first, *rest = metadata["expression"].split()
+    guessed = rng.random() < guess
+    total, totals = int(first), []
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        total += int(term) if sign == "+" else -int(term)
+        if not guessed and rng.random() < noise:
+            total += rng.choice((-2, -1, 1, 2))
+        totals.append(total)
+    if guessed:
+        totals = [total + rng.randint(-4, 4)]
+    return "".join(f"{t}, " for t in totals[:-1]) + f"<answer>{totals[-1]}</answer>"
+
+
+def gcd_solution(metadata: dict[str, Any], noise: float, guess: float, rng: random.Random) -> str:
+    """Return Euclid's remainders of 49 and 29 as ``"20, 9, 2, 1, 0, <answer>1</answer>"``, with mistakes.
+
+    Each remainder is off by 1 with probability ``noise``, as long as it stays a remainder, and the next goes on from
+    it. With probability ``guess`` the working is left out, and the answer is any number up to the smaller one's root.
+    """
+    a, b = metadata["numbers"]
+    if rng.random() < guess:
+        return f"<answer>{rng.randint(1, math.isqrt(min(a, b)))}</answer>"
+    lines = ""
+    while b:
+        remainder = a % b
+        if rng.random() < noise:
+            remainder = min(max(remainder + rng.choice((-1, 1)), 0), b - 1)
+        a, b = b, remainder
+        lines += f"{remainder}, "
+    return f"{lines}<answer>{a}</answer>"
+
+
+Solution = Callable[[dict[str, Any], float, float, random.Random], str]
+SOLUTIONS: dict[str, Solution] = {"chain_sum": chain_sum_solution, "gcd": gcd_solution}
+"""Worked solutions by reasoning-gym task, from its row's metadata."""
+
+
+def worked_solution(row: Row, noise: float, guess: float, rng: random.Random) -> str:
+    """Return a solution of a row, with mistakes."""
+    metadata = row["entry"]["metadata"]
+    return SOLUTIONS[metadata["source_dataset"]](metadata, noise, guess, rng)
+
+
+def build(
+    config: WarmStartConfig, data: DataConfig, train_rows: Sequence[Row], device: torch.device
+) -> tuple[Path, Path]:
+    """Return the directories of the policy and of the checkpoint of the critics, making them if they are not cached.
+
+    Only ``train_rows`` are learned from, so held-out prompts stay unseen. Raises WriteError.
+    """
+    for name in (task.name for task in data.tasks or [data.task]):
+        if name not in SOLUTIONS:
+            raise ConfigError(
+                f"data.task.name: got {name!r}, needs one of {', '.join(SOLUTIONS)}, which warm_start has solutions of"
+            )
+    settings = {"warm_start": asdict(replace(config, cache_dir="")), "data": asdict(data), "format": 1}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
+    if not directory.exists():
+        with durable.writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            for left in directory.parent.glob(".warm-start-*"):  # by a killed process, unless it is still at it
+                if time.time() - left.stat().st_mtime > 24 * 3600:
+                    shutil.rmtree(left)
+            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            tokenizer = _make_tokenizer(train_rows)
+            for name, shape in (("policy", config.policy), ("critic", config.critic)):
+                model = _teach(name, shape, tokenizer, train_rows, config, device)
+                with durable.writing(directory / name):
+                    model.save_pretrained(partial / name)
+                    tokenizer.save_pretrained(partial / name)
+            with durable.writing(directory):
+                durable.flush_tree(partial)
+                partial.rename(directory)
+                durable.flush(directory.parent)
+        except durable.WriteError:
+            if not directory.exists():  # else another run made the same at the same time
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return directory / "policy", directory / "critic"
+
+
+def _make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?-?\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(0)
+    solutions = [worked_solution(row, 0.0, 0.0, rng) for row in rows[:2000]]
+    texts = [
+        row["prompt"] + text.replace("<answer>", "").replace("</answer>", "")
+        for row, text in zip(rows[:2000], solutions, strict=True)
+    ]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(["<answer>", "</answer>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def _teach(
+    name: str,
+    shape: ModelShape,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[Row],
+    config: WarmStartConfig,
+    device: torch.device,
+) -> Qwen3ForCausalLM:
+    """Return a model of this shape after ``config.steps`` supervised steps on the responses, not on the prompts."""
+    rng = random.Random(config.seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                # transformers' 0.02 is meant for wide models; at this width it learns slower.
+                initializer_range=shape.hidden_size**-0.5,
+                head_dim=shape.hidden_size // shape.num_attention_heads,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                **asdict(shape),
+            )
+        ).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    warmup = min(30, config.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - 0.9 * step / config.steps)
+    )
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    with ProgressDisplay(f"teach the {name}", config.steps, every=50) as progress:
+        for _ in range(config.steps):
+            chosen = [rng.randrange(len(rows)) for _ in range(config.batch_size)]
+            texts = [worked_solution(rows[i], config.noise, config.guess, rng) for i in chosen]
+            solutions = tokenizer(texts)["input_ids"]
+            responses = [[*s, tokenizer.eos_token_id] for s in solutions]
+            tokens = [torch.tensor(prompts[i] + r) for i, r in zip(chosen, responses, strict=True)]
+            labels = [torch.tensor([-100] * len(prompts[i]) + r) for i, r in zip(chosen, responses, strict=True)]
+            pad = torch.nn.utils.rnn.pad_sequence
+            loss = model(
+                # Padding on the right is behind every token of a causal model, so no attention mask is needed.
+                input_ids=pad(tokens, batch_first=True, padding_value=tokenizer.pad_token_id).to(device),
+                labels=pad(labels, batch_first=True, padding_value=-100).to(device),
+            ).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress.advance(f"loss {loss.item():.3f}")
+    return model

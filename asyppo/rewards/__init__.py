@@ -1,0 +1,1 @@
+"""Reward functions, and what calls them."""

@@ -1,0 +1,149 @@
+"""What a step samples, response by response, and which groups of responses it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from asyppo.config import AsyPPOConfig
+from asyppo.data.batch import Batch, make_batch
+from asyppo.data.prompts import Prompt, PromptSchedule, Row, prompt_tokens
+from asyppo.models.loading import pad_token_id
+from asyppo.rewards.computing import RewardFunction, Rewards, compute_rewards
+from asyppo.rollout.samplers import Response, Sampler
+from asyppo.run.progress import Timer
+
+
+@dataclass
+class Sample:
+    """A response to a prompt, with its rewards."""
+
+    row: Row
+    prompt: Tensor
+    """int64 [length]."""
+    response: Response
+    completion: str
+    """The response's text, without special tokens."""
+    rewards: dict[str, float | None]
+    """By reward function."""
+    total: float | Tensor
+    """Their weighted sum; where tokens are rewarded, float32 [tokens]."""
+
+    @property
+    def score(self) -> float:
+        """The weighted sum over functions and tokens."""
+        return float(self.total.sum()) if isinstance(self.total, Tensor) else self.total
+
+
+Group = list[Sample]
+"""The G responses to one prompt."""
+
+
+def keep_unequal(
+    draw: Callable[[int, int], list[Group]], count: int, max_batches: int
+) -> tuple[list[Group], dict[str, float]]:
+    """Draw until there are ``count`` groups whose rewards are not all equal, at most ``max_batches`` times, and return
+    them with metrics (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2).
+
+    ``draw(batch, n)`` samples n new groups; n is what is missing, so no response is left over. Where unequal groups are
+    too few in the end, the first of the others fill up, so that every step has as many.
+    """
+    kept: list[Group] = []
+    equal: list[Group] = []
+    batches = 0
+    while len(kept) < count and batches < max_batches:
+        for group in draw(batches, count - len(kept)):
+            (kept if len({sample.score for sample in group}) > 1 else equal).append(group)
+        batches += 1
+    filled = count - len(kept)
+    return kept + equal[:filled], {
+        "sampling/num_gen_batches": float(batches),
+        "sampling/equal_groups_frac": len(equal) / (len(kept) + len(equal)),
+        "sampling/filled_groups": float(filled),
+    }
+
+
+class Rollout:
+    """``rollout(step, timer)``: G responses to each prompt of a step, rewarded, as a Batch."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tokenizer: PreTrainedTokenizerBase,
+        reward_funcs: Sequence[RewardFunction],
+        dataset: Sequence[Row],
+        config: AsyPPOConfig,
+        device: torch.device,
+    ):
+        self.sampler, self.tokenizer, self.reward_funcs = sampler, tokenizer, reward_funcs
+        self.dataset, self.config, self.device = dataset, config, device
+        self.schedule = PromptSchedule(len(dataset), config.prompts_per_step, config.seed)
+        # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
+        self.further_schedule = PromptSchedule(len(dataset), config.prompts_per_step, config.seed + 1_000_000)
+
+    def __call__(self, step: int, timer: Timer) -> tuple[Batch, Rewards, dict[str, float]]:
+        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function and metrics,
+        too."""
+        config = self.config
+        of_sampling: dict[str, float] = {}
+        timeouts: dict[str, int] = {}
+        if config.dynamic_sampling:
+            groups, of_sampling = keep_unequal(
+                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], step, timer, timeouts),
+                config.prompts_per_step,
+                config.dynamic_sampling_max_batches,
+            )
+        else:
+            groups = self._draw(self.schedule.rows_of_step(step - 1), step, timer, timeouts)
+        samples = [sample for group in groups for sample in group]
+        batch = make_batch(
+            [s.prompt for s in samples],
+            [s.response.tokens for s in samples],
+            [s.response.logprob for s in samples],
+            [s.total for s in samples],
+            [s.response.truncated for s in samples],
+            [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
+            pad_token_id=pad_token_id(self.tokenizer),
+            device=self.device,
+        )
+        by_function = {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}
+        return batch, Rewards(by_function, [s.total for s in samples], timeouts), of_sampling
+
+    def _rows_of_batch(self, step: int, batch: int) -> list[int]:
+        """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""
+        if batch == 0:
+            return self.schedule.rows_of_step(step - 1)
+        index = (step - 1) * (self.config.dynamic_sampling_max_batches - 1) + batch - 1
+        return self.further_schedule.rows_of_step(index)
+
+    def _draw(self, indices: Sequence[int], step: int, timer: Timer, timeouts: dict[str, int]) -> list[Group]:
+        """Sample and reward G responses to each of these rows of the training data."""
+        config = self.config
+        rows = [self.dataset[i] for i in indices for _ in range(config.num_generations)]
+        with timer.phase("gen"):
+            prompts = self.tokenize([row["prompt"] for row in rows])
+            responses = self.sampler.sample(
+                prompts, max_completion_length=config.max_completion_length, temperature=config.temperature
+            )
+        with timer.phase("reward"):
+            completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
+            ids = [response.tokens.tolist() for response in responses]
+            rewards = compute_rewards(
+                self.reward_funcs, rows, completions, ids, weights=config.reward_weights, step=step
+            )
+        for name, count in rewards.timeouts.items():
+            timeouts[name] = timeouts.get(name, 0) + count
+        samples = [
+            Sample(*of_sample)
+            for of_sample in zip(rows, prompts, responses, completions, rewards.by_sample, rewards.total, strict=True)
+        ]
+        return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Return the tokens (int64 [length]) of each prompt."""
+        tokens = prompt_tokens(prompts, self.tokenizer, self.config.data.chat_template_kwargs)
+        return [torch.tensor(ids) for ids in tokens]

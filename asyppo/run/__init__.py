@@ -1,0 +1,1 @@
+"""A run: its directory, what it writes and shows, how it stops."""
