@@ -12,6 +12,8 @@ from torch import Tensor
 Scale = Literal["gpu", "cpu", "quick"]  # quick is for a look and for the tests: its times say nothing
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
+Run = Callable[[Inputs], Outputs]  # what is measured
+Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # hidden, weight, target -> logprob, entropy
 
 
 @dataclass(frozen=True)

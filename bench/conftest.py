@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # `pytest bench` does not put the root there, `python -m pytest bench` does
     sys.path.insert(0, str(ROOT))
 
-from bench import registry, results, suite  # noqa: E402
+from bench import results, suite  # noqa: E402
+from bench.contenders import contenders  # noqa: E402
+from bench.ops import OPS  # noqa: E402
 
 SESSION = pytest.StashKey[suite.Session]()
 
@@ -26,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--quick", action="store_true", help="bench: tiny shapes; the times say nothing")
     group.addoption("--device", default="auto", help="bench: auto, cuda or cpu")
+    group.addoption("--op", action="append", choices=list(OPS), default=[], help="bench: only this op; repeatable")
     group.addoption("--minutes", type=float, default=8.5, help="bench: what has not begun by then is left out")
     group.addoption("--out", type=Path, help="bench: the result file; default: bench/results/DATE-DEVICE-COMMIT.json")
 
@@ -44,23 +47,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make a test of each contender in each case of the module's op, and of each sweep."""
-    session = metafunc.config.stash[SESSION]
+    """Make a test of each contender in each case of each op, and of each sweep."""
+    session, ops = metafunc.config.stash[SESSION], metafunc.config.getoption("--op")
     if "contender" in metafunc.fixturenames:
-        op = metafunc.module.OP
         pairs = [
             pytest.param(
                 case,
                 entry.name,
-                id=f"{case.name}: {entry.name}",
+                id=f"{case.key}: {entry.name}",
                 marks=pytest.mark.benchmark(group=case.key, timer=CLOCK),
             )
-            for case in session.cases([op])
-            for entry in registry.contenders(op)
+            for case in session.cases(ops)
+            for entry in contenders(case.op)
         ]
         metafunc.parametrize(("case", "contender"), pairs)
     if "sweep" in metafunc.fixturenames:
-        sweeps = session.sweeps()
+        sweeps = session.sweeps(ops)
         metafunc.parametrize("sweep", sweeps, ids=[f"{s.op} over {s.axis}" for s in sweeps])
 
 

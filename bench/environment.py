@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.registry import ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch",
     "triton",

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
 
-from bench.cases import Case, Inputs, Outputs
+from bench.cases import Case, Run
+from bench.environment import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Packages whose pinned dependencies contradict ours: `pip install --no-deps --target .cache/peers verl`.
 PEERS = ROOT / ".cache" / "peers"
 if str(PEERS) not in sys.path:
     sys.path.append(str(PEERS))  # last: what is installed properly comes first
-
-Run = Callable[[Inputs], Outputs]
-Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # hidden, weight, target -> logprob, entropy
 
 
 class Absent(Exception):
@@ -79,11 +76,9 @@ def contender(
     return register
 
 
-def contenders(op: str) -> list[Contender]:
-    """All that take part in ``op``, ours first, in the order of registration."""
-    importlib.import_module("bench.contenders")
-    entries = _CONTENDERS.get(op, [])
-    return sorted(entries, key=lambda entry: not entry.ours)
+def registered(op: str) -> list[Contender]:
+    """Those of ``op`` whose modules have been imported, ours first, in the order of registration."""
+    return sorted(_CONTENDERS.get(op, []), key=lambda entry: not entry.ours)
 
 
 def need(module: str) -> ModuleType:
@@ -102,3 +97,10 @@ def need_gpu(case: Case) -> None:
     """Raise Absent unless the case runs on a GPU."""
     if case.device.type != "cuda":
         raise Absent("needs a GPU")
+
+
+def compiler(case: Case) -> Callable[[Callable], Callable]:
+    """torch.compile for this case's shapes, or Absent where it lacks a C++ compiler."""
+    if case.device.type == "cpu" and not any(shutil.which(tool) for tool in ("g++", "clang++", "c++")):
+        raise Absent("torch.compile needs a C++ compiler")
+    return lambda function: torch.compile(function, dynamic=False)

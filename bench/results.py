@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.environment import slug
-from bench.registry import ROOT
+from bench.environment import ROOT, slug
 
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1

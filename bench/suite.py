@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from bench import errors, memory, results, timing
-from bench.cases import Case, Inputs, Outputs, Scale, Sweep, dtype_name, nbytes
+from bench.cases import Case, Inputs, Outputs, Run, Scale, Sweep, dtype_name, nbytes
+from bench.contenders import contenders
 from bench.environment import environment
 from bench.floors import Floors, measure_floors
-from bench.ops import OPS
-from bench.oracle import baseline, oracle
-from bench.registry import Absent, Contender, Phased, Run, contenders
+from bench.ops import OPS, baseline, oracle
+from bench.registry import Absent, Contender, Phased
 
 # Seconds of timing a case and a point of a sweep get, beside compilation, errors and memory.
 CASE_BUDGET: dict[Scale, float] = {"gpu": 6.0, "cpu": 8.0, "quick": 0.1}

@@ -10,9 +10,8 @@ from statistics import median, quantiles
 
 import torch
 
-from bench.cases import Inputs
+from bench.cases import Inputs, Run
 from bench.memory import no_collection
-from bench.registry import Run
 
 LAUNCHES_PER_GRAPH = 4000  # more take longer to capture than they are worth
 SAMPLE_SECONDS = 2e-3  # a sample is at least this long on a GPU, else it is made of several calls

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import Case, Head
 from bench.contenders.heads import policy_head
-from bench.registry import Head, need, need_gpu
+from bench.registry import need, need_gpu
 
 
 def _head(impl: str) -> Head:

@@ -7,10 +7,11 @@ import shutil
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Outputs
-from bench.contenders.heads import policy_head, wants_entropy
+from bench.cases import Case, Head, Inputs, Outputs, Run
+from bench.contenders.heads import policy_head
 from bench.ops import linear_ppo_loss
-from bench.registry import Absent, Head, Run, contender, need, need_gpu
+from bench.ops.policy_head import wants_entropy
+from bench.registry import Absent, contender, need, need_gpu
 
 ROWS_AT_ONCE = 2048  # "sequences" a chunk of the GRPO loss; its default of one would be one token here
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases import Case
+from bench.cases import Case, Head
 from bench.contenders.heads import policy_head
-from bench.registry import Head, need, need_gpu
+from bench.registry import need, need_gpu
 
 
 @policy_head("quack cross entropy over logits", entropy=False, temperature=False, less="no entropy")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.cases import Case, Inputs, Outputs
-from bench.registry import Absent, Run, contender, need
+from bench.cases import Case, Inputs, Outputs, Run
+from bench.registry import Absent, contender, need
 
 
 @contender("ensemble_gae", "torchrl vectorised", less="one critic: mean and std are plain torch before it")

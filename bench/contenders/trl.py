@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases import Case
-from bench.contenders.heads import policy_head, wants_entropy
-from bench.registry import Head, need, need_gpu
+from bench.cases import Case, Head
+from bench.contenders.heads import policy_head
+from bench.ops.policy_head import wants_entropy
+from bench.registry import need, need_gpu
 
 SEQUENCE = 1024  # tokens; TRL's default path goes sequence by sequence
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases import Case, Inputs, Outputs
-from bench.contenders.heads import compiler, policy_head, wants_entropy
-from bench.registry import Absent, Head, Run, contender, need_gpu
+from bench.cases import Case, Head, Inputs, Outputs, Run
+from bench.contenders.heads import policy_head
+from bench.ops.policy_head import wants_entropy
+from bench.registry import Absent, compiler, contender, need_gpu
 
 
 def _folder() -> Path:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Scale, Sweep, Work
+from bench.cases import Case, Inputs, Outputs, Run, Scale, Sweep, Work
+from bench.registry import Absent, contender, need, need_gpu
 
 OP = "critics"
 GRAPH = False
@@ -37,6 +38,7 @@ BATCHES: dict[Scale, list[tuple[int, int]]] = {
     "quick": [(5, 9)],
 }
 MAX_TOKENS = 16_384  # the trainer's default
+ORACLE_TOKENS = 512  # at once, in float64
 DTYPE: dict[Scale, torch.dtype] = {"gpu": torch.bfloat16, "cpu": torch.float32, "quick": torch.float32}
 
 
@@ -160,3 +162,83 @@ def work(case: Case) -> Work:
 def required(case: Case) -> set[str]:
     """Outputs a contender has to return."""
     return {"loss", "d_score", "d_first"} if case.backward else {"value"}
+
+
+def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """Each model by itself, through its own forward, in ``dtype``."""
+    from asyppo.data.batch import micro_batches
+
+    most = ORACLE_TOKENS if dtype == torch.float64 else MAX_TOKENS
+    batch, shares = batch_of(inputs), shares_of(case)
+    value = torch.zeros(len(shares), *batch.reward.shape, dtype=dtype, device=case.device)
+    loss = torch.zeros(len(shares), dtype=dtype, device=case.device)
+    models = [model.to(dtype) for model in models_of(case)]
+    everything = torch.arange(len(batch), device=case.device)
+    for m, model in enumerate(models):
+        for micro in micro_batches(batch, shares[m] if case.backward else everything, most):
+            with torch.set_grad_enabled(case.backward):
+                logits = model(input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False).logits
+                own = micro.select(logits)[:, 0]
+                value[m][micro.grid] = own.detach()
+                if case.backward:
+                    part = squared_error(micro, own, inputs["target"])
+                    part.backward()
+                    loss[m] += part.detach()
+    return {"loss": loss, **gradients_of(models)} if case.backward else {"value": value}
+
+
+def _run(case: Case, critics: Any) -> Run:
+    from asyppo.models.critics import CriticOptimizer
+
+    if not case.backward:
+        return lambda inputs: {"value": critics.values(batch_of(inputs), MAX_TOKENS)}
+    optimizer = CriticOptimizer(critics, learning_rate=0.0, weight_decay=0.0)
+    shares = shares_of(case)
+
+    def step(inputs: Inputs) -> Outputs:
+        def loss(m: int, micro: Any, value: torch.Tensor) -> torch.Tensor:
+            return squared_error(micro, value, inputs["target"])
+
+        losses = critics.backward(batch_of(inputs), shares, loss, MAX_TOKENS)
+        critics.collect_gradients()
+        outputs = {"loss": losses, **gradients_of(critics.models)}
+        optimizer.step(losses, 1e9, active=[True] * len(critics))  # no clipping, at all the work of it
+        return outputs
+
+    return step
+
+
+def _stacked(case: Case) -> Run:
+    from asyppo.models.critics import StackedCritics
+
+    return _run(case, StackedCritics(models_of(case), dtype=case.dtype))
+
+
+@contender(OP, "asyppo (triton)")
+def stacked_triton(case: Case) -> Run:
+    """Stacked, its norms, rotary embedding and activation in Triton."""
+    need_gpu(case)
+    return _stacked(case)
+
+
+@contender(OP, "asyppo (torch)")
+def stacked_torch(case: Case) -> Run:
+    """Stacked, in torch throughout."""
+    if case.device.type == "cuda":
+        raise Absent("on a GPU the layers are Triton kernels")
+    return _stacked(case)
+
+
+@contender(OP, "one by one")
+def one_by_one(case: Case) -> Run:
+    """M models of transformers, on a GPU with Liger's kernels."""
+    from asyppo.models.critics import OneByOneCritics
+
+    models = models_of(case)
+    if case.device.type == "cuda":
+        need("liger_kernel")
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        for model in models:
+            _apply_liger_kernel_to_instance(model=model)
+    return _run(case, OneByOneCritics(models, dtype=case.dtype))

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from bench.cases import Case, Inputs, Scale, Sweep, Work, sweep_sizes
+import asyppo_kernels
+from asyppo_kernels.ensemble_gae.reference import ensemble_gae_reference
+from bench.cases import Case, Inputs, Outputs, Run, Scale, Sweep, Work, sweep_sizes
+from bench.ops.ours import add_ours
+from bench.registry import Absent, compiler, contender
 
 OP = "ensemble_gae"
 GRAPH = True
+UNROLLED_STEPS = 256  # of a loop over time, more make torch.compile take minutes
 
 SIZES: dict[Scale, dict[str, int]] = {
     "gpu": {"K": 2, "B": 512, "T": 8192},
@@ -65,3 +72,91 @@ def work(case: Case) -> Work:
 def required(case: Case) -> set[str]:
     """Outputs a contender has to return."""
     return {"advantage", "returns", "mean", "std"}
+
+
+def _numbers(case: Case) -> dict[str, float]:
+    return {name: float(case.options[name]) for name in ("gamma", "lam", "value_lam")}
+
+
+def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """The definition in ``dtype``."""
+    value, reward = inputs["value"].to(dtype), inputs["reward"].to(dtype)
+    result = ensemble_gae_reference(value, reward, inputs["mask"], **_numbers(case))
+    return dict(zip(("advantage", "returns", "mean", "std"), result, strict=True))
+
+
+def _ours(case: Case, backend: str) -> Run:
+    numbers = _numbers(case)
+    return lambda inputs: asyppo_kernels.ensemble_gae(**inputs, **numbers, backend=backend)._asdict()
+
+
+add_ours(OP, _ours, cases, inputs)
+
+
+def gae_by_loop(inputs: Inputs, gamma: float, lam: float, value_lam: float) -> Outputs:
+    """One step after the other, both lambdas in one loop."""
+    value, reward, mask = inputs["value"], inputs["reward"], inputs["mask"]
+    mean, std = value.mean(0), value.std(0, correction=0)
+    next_value = next_advantage = next_residual = torch.zeros_like(mean[:, 0])
+    advantages, residuals = [], []
+    for t in reversed(range(mean.shape[1])):
+        valid = mask[:, t]
+        delta = reward[:, t] + gamma * next_value - mean[:, t]
+        next_advantage = torch.where(valid, delta + gamma * lam * next_advantage, next_advantage)
+        advantages.append(next_advantage)
+        if value_lam != lam:
+            next_residual = torch.where(valid, delta + gamma * value_lam * next_residual, next_residual)
+            residuals.append(next_residual)
+        next_value = torch.where(valid, mean[:, t], next_value)
+    advantage = torch.stack(advantages[::-1], 1)
+    residual = torch.stack(residuals[::-1], 1) if residuals else advantage
+    outputs = {"advantage": advantage, "returns": residual + mean, "mean": mean, "std": std}
+    return {name: x * mask for name, x in outputs.items()}
+
+
+@contender(OP, "plain torch loop")
+def gae_loop(case: Case) -> Run:
+    """A Python loop over time, as trainers have it."""
+    return lambda inputs: gae_by_loop(inputs, **_numbers(case))
+
+
+@contender(OP, "torch.compile of the loop")
+def compiled_gae_loop(case: Case) -> Run:
+    """The same, unrolled by the compiler."""
+    if case.sizes["T"] > UNROLLED_STEPS:
+        raise Absent(f"unrolls all {case.sizes['T']} steps, and would compile for minutes")
+    compiled = compiler(case)(gae_by_loop)
+    return lambda inputs: compiled(inputs, **_numbers(case))
+
+
+def _scan(a: Tensor, b: Tensor) -> Tensor:
+    """z_t = b_t + a_t z_{t+1}, by torch's own associative scan."""
+    from torch._higher_order_ops.associative_scan import associative_scan
+
+    def combine(later: tuple[Tensor, Tensor], sooner: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return later[0] * sooner[0], sooner[1] + sooner[0] * later[1]
+
+    return associative_scan(combine, (a, b), dim=1, reverse=True, combine_mode="pointwise" if a.is_cuda else "generic")[
+        1
+    ]
+
+
+def _gae_scan(inputs: Inputs, gamma: float, lam: float, value_lam: float) -> Outputs:
+    mask = inputs["mask"]
+    value, reward = inputs["value"] * mask, inputs["reward"] * mask
+    mean, std = value.mean(0), value.std(0, correction=0)
+    one = torch.ones_like(mean)
+    # The next valid step's value, carried across masked ones; then the two discounted sums.
+    carried = _scan(torch.where(mask, 0.0, one), mean)
+    following = F.pad(carried[:, 1:], (0, 1))
+    delta = (reward + gamma * following - mean) * mask
+    advantage = _scan(torch.where(mask, gamma * lam, one), delta) * mask
+    residual = advantage if value_lam == lam else _scan(torch.where(mask, gamma * value_lam, one), delta) * mask
+    return {"advantage": advantage, "returns": (residual + mean) * mask, "mean": mean, "std": std}
+
+
+@contender(OP, "torch.compile of associative_scan")
+def compiled_gae_scan(case: Case) -> Run:
+    """torch's prototype scan, compiled."""
+    compiled = compiler(case)(_gae_scan)
+    return lambda inputs: compiled(inputs, **_numbers(case))

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work, sweep_sizes
+import asyppo_kernels
+from asyppo_kernels.ensemble_value.reference import ensemble_value_reference
+from bench.cases import Case, Inputs, Outputs, Run, Scale, Sweep, Work, sweep_sizes
+from bench.ops.ours import add_ours
+from bench.registry import compiler, contender
+
+ARGUMENTS = ("hidden", "weight", "bias")
 
 OP = "ensemble_value"
 GRAPH = True
@@ -43,7 +51,7 @@ def inputs(case: Case, generator: torch.Generator) -> Inputs:
     """Last hidden states, the heads, and an upstream gradient for the values."""
     k, n, h = (case.sizes[name] for name in "KNH")
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=case.device, generator=generator)
 
     made = {
@@ -53,7 +61,7 @@ def inputs(case: Case, generator: torch.Generator) -> Inputs:
         "grad_value": normal(k, n),
     }
     if case.backward:
-        for name in ("hidden", "weight", "bias"):
+        for name in ARGUMENTS:
             made[name].requires_grad_()
     return made
 
@@ -73,11 +81,49 @@ def required(case: Case) -> set[str]:
     return {"value", "mean", "std"} | ({"d_hidden", "d_weight", "d_bias"} if case.backward else set())
 
 
-def outputs_of(case: Case, inputs: Inputs, value: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> Outputs:
+def outputs_of(case: Case, inputs: Inputs, value: Tensor, mean: Tensor, std: Tensor) -> Outputs:
     """Return the outputs under their names, with the gradients where the case has them."""
     outputs = {"value": value.detach(), "mean": mean, "std": std}
     if case.backward:
-        arguments = [inputs[name] for name in ("hidden", "weight", "bias")]
+        arguments = [inputs[name] for name in ARGUMENTS]
         grads = torch.autograd.grad(value, arguments, inputs["grad_value"].to(value.dtype))
         outputs |= dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True))
     return outputs
+
+
+def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """The definition in ``dtype``."""
+    cast = inputs | {name: inputs[name].detach().to(dtype).requires_grad_(case.backward) for name in ARGUMENTS}
+    return outputs_of(case, cast, *ensemble_value_reference(*(cast[name] for name in ARGUMENTS)))
+
+
+def _ours(case: Case, backend: str) -> Run:
+    def run(inputs: Inputs) -> Outputs:
+        result = asyppo_kernels.ensemble_value(*(inputs[name] for name in ARGUMENTS), backend=backend)
+        return outputs_of(case, inputs, *result)
+
+    return run
+
+
+add_ours(OP, _ours, cases, inputs)
+
+
+def _values(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """One linear layer a critic, as trainers with one critic have it."""
+    layers = zip(inputs["hidden"], inputs["weight"], inputs["bias"], strict=True)
+    value = torch.stack([F.linear(h, w[None], b[None]).squeeze(-1) for h, w, b in layers]).float()
+    scores = value.detach()
+    return value, scores.mean(0), scores.std(0, correction=0)
+
+
+@contender(OP, "plain torch")
+def plain_value(case: Case) -> Run:
+    """A linear layer a critic, stacked."""
+    return lambda inputs: outputs_of(case, inputs, *_values(inputs))
+
+
+@contender(OP, "torch.compile")
+def compiled_value(case: Case) -> Run:
+    """The same, compiled."""
+    compiled = compiler(case)(_values)
+    return lambda inputs: outputs_of(case, inputs, *compiled(inputs))

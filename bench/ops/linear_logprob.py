@@ -7,9 +7,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work, sweep_sizes
-from bench.ops.policy_head import DTYPE, SIZES, SWEEP_BASE, SWEEP_SIZES, head_bytes, head_inputs, product_flops
-from bench.registry import Head, Run
+import asyppo_kernels
+from asyppo_kernels.linear_logprob.reference import linear_logprob_reference
+from bench.cases import Case, Head, Inputs, Outputs, Run, Scale, Sweep, Work, sweep_sizes
+from bench.ops.ours import add_ours
+from bench.ops.policy_head import (
+    DTYPE,
+    SIZES,
+    SWEEP_BASE,
+    SWEEP_SIZES,
+    as_it_is,
+    built_on,
+    by_rows,
+    head_bytes,
+    head_inputs,
+    plain_head,
+    product_flops,
+    wants_entropy,
+)
+from bench.registry import Contender, add
 
 OP = "linear_logprob"
 GRAPH = False
@@ -60,10 +76,19 @@ def required(case: Case) -> set[str]:
     return names | ({"d_hidden", "d_weight"} if case.backward else set())
 
 
-def objective(case: Case, outputs: Outputs, inputs: Inputs) -> Tensor:
-    """A scalar whose gradient sends the upstream gradients into both outputs."""
-    total = (outputs["logprob"] * inputs["grad_logprob"]).sum()
-    return total + (outputs["entropy"] * inputs["grad_entropy"]).sum() if case.options["entropy"] else total
+def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """The definition in ``dtype``; its gradients are those of both outputs under the upstream gradients."""
+    temperature, entropy = float(case.options["temperature"]), bool(case.options["entropy"])
+
+    def forward(hidden: Tensor, weight: Tensor, part: Inputs) -> tuple[Tensor, Outputs, Outputs]:
+        result = linear_logprob_reference(hidden, weight, part["target"], temperature=temperature, entropy=entropy)
+        total = (result.logprob * part["grad_logprob"]).sum()
+        if result.entropy is None:
+            return total, {}, {"logprob": result.logprob}
+        total = total + (result.entropy * part["grad_entropy"]).sum()
+        return total, {}, {"logprob": result.logprob, "entropy": result.entropy}
+
+    return by_rows(case, inputs, dtype, forward)
 
 
 def run_of_head(head: Head, case: Case, wrap: Callable[[Head], Head]) -> Run:
@@ -86,3 +111,28 @@ def run_of_head(head: Head, case: Case, wrap: Callable[[Head], Head]) -> Run:
         return outputs
 
     return run
+
+
+def our_head(case: Case, backend: str) -> Head:
+    """Our op as a head."""
+
+    def head(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        return asyppo_kernels.linear_logprob(
+            hidden,
+            weight,
+            target,
+            temperature=float(case.options["temperature"]),
+            entropy=wants_entropy(case),
+            backend=backend,
+        )
+
+    return head
+
+
+def _ours(case: Case, backend: str) -> Run:
+    return run_of_head(our_head(case, backend), case, as_it_is)
+
+
+add_ours(OP, _ours, cases, inputs, accumulates=("d_hidden",))
+add(OP, Contender("plain torch", built_on(plain_head, run_of_head)))
+add(OP, Contender("torch.compile", built_on(plain_head, run_of_head, compiled=True)))

@@ -7,9 +7,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work, sweep_sizes
-from bench.ops.policy_head import DTYPE, SIZES, SWEEP_BASE, SWEEP_SIZES, head_bytes, head_inputs, product_flops
-from bench.registry import Head, Run
+import asyppo_kernels
+from asyppo_kernels.linear_ppo_loss.reference import linear_ppo_loss_reference
+from bench.cases import Case, Head, Inputs, Outputs, Run, Scale, Sweep, Work, sweep_sizes
+from bench.ops.linear_logprob import our_head
+from bench.ops.ours import add_ours
+from bench.ops.policy_head import (
+    DTYPE,
+    SIZES,
+    SWEEP_BASE,
+    SWEEP_SIZES,
+    as_it_is,
+    built_on,
+    by_rows,
+    head_bytes,
+    head_inputs,
+    plain_head,
+    product_flops,
+)
+from bench.registry import Contender, add
 
 OP = "linear_ppo_loss"
 GRAPH = False
@@ -108,6 +124,19 @@ def options_of(case: Case) -> dict[str, float]:
     }
 
 
+def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """The definition in ``dtype``."""
+    names = ("target", "old_logprob", "advantage", "token_weight")
+    options = options_of(case)
+
+    def forward(hidden: Tensor, weight: Tensor, part: Inputs) -> tuple[Tensor, Outputs, Outputs]:
+        masks = {name: part[name] for name in ("advantage_keep", "entropy_keep")}
+        result = linear_ppo_loss_reference(hidden, weight, *(part[name] for name in names), **masks, **options)
+        return result.loss, {"loss": result.loss}, {"logprob": result.logprob, "entropy": result.entropy}
+
+    return by_rows(case, inputs, dtype, forward)
+
+
 def policy_loss(logprob: Tensor, entropy: Tensor | None, inputs: Inputs, entropy_coef: float) -> Tensor:
     """Return the loss as a trainer writes it, over the log-probs and entropies of a head."""
     ratio = torch.exp(logprob - inputs["old_logprob"])
@@ -144,3 +173,25 @@ def gradients(loss: Tensor, inputs: Inputs) -> Outputs:
     """Gradients of hidden and weight."""
     d_hidden, d_weight = torch.autograd.grad(loss, (inputs["hidden"], inputs["weight"]))
     return {"d_hidden": d_hidden, "d_weight": d_weight}
+
+
+def _ours(case: Case, backend: str) -> Run:
+    options = options_of(case)
+
+    def run(inputs: Inputs) -> Outputs:
+        result = asyppo_kernels.linear_ppo_loss(**inputs, **options, backend=backend)
+        outputs = {"loss": result.loss.detach(), "logprob": result.logprob, "entropy": result.entropy}
+        return outputs | gradients(result.loss, inputs)
+
+    return run
+
+
+def _ours_composed(case: Case, backend: str) -> Run:
+    """The loss as a trainer writes it, over our log-prob."""
+    return run_of_head(our_head(case, backend), case, as_it_is)
+
+
+add_ours(OP, _ours, cases, inputs, accumulates=("d_hidden", "d_weight"))
+add_ours(OP, _ours_composed, cases, inputs, accumulates=("d_hidden",), suffix=" linear_logprob + loss")
+add(OP, Contender("plain torch", built_on(plain_head, run_of_head)))
+add(OP, Contender("torch.compile", built_on(plain_head, run_of_head, compiled=True)))

@@ -1,11 +1,20 @@
-"""What the two policy-head ops share: hidden states, a head, targets drawn from the policy, and their sizes."""
+"""What the two policy-head ops share: sizes, inputs, how a head becomes a contender, and a head in plain torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from bench.cases import Case, Inputs, Scale
+from bench.cases import Case, Head, Inputs, Outputs, Run, Scale
+from bench.registry import Absent, compiler
+
+Wrap = Callable[[Callable], Callable]
+RunOfHead = Callable[[Head, Case, Wrap], Run]
+# hidden, weight and the inputs of some rows -> what to differentiate, sums over the rows, and outputs by row
+Forward = Callable[[Tensor, Tensor, Inputs], tuple[Tensor, Outputs, Outputs]]
 
 # Standard deviation of a row's logits: entropy about log V - 1/2, and about one nat, as after pretraining.
 LOGIT_STD = {"flat": 1.0, "peaked": 6.0}
@@ -63,3 +72,73 @@ def head_bytes(case: Case, row_numbers: int) -> float:
     n, v, h = (case.sizes[name] for name in "NVH")
     once = (n * h + v * h) * case.dtype.itemsize
     return once * (2 if case.backward else 1) + 4.0 * n * row_numbers + 8.0 * n
+
+
+def wants_entropy(case: Case) -> bool:
+    """Whether a head should compute it if it can: the policy-loss op reports it even where the loss does without."""
+    return bool(case.options.get("entropy", True))
+
+
+def built_on(
+    build: Callable[[Case], Head],
+    run_of_head: RunOfHead,
+    *,
+    entropy: bool = True,
+    temperature: bool = True,
+    compiled: bool = False,
+) -> Callable[[Case], Run]:
+    """The builder of a contender on the head that ``build`` makes; False for what the head cannot do.
+
+    ``compiled``: what ``run_of_head`` computes over the head is compiled with it, as a trainer would.
+    """
+
+    def build_run(case: Case) -> Run:
+        wanted = case.options.get("entropy") or case.options.get("entropy_coef")
+        if wanted and not entropy:
+            raise Absent("computes no entropy")
+        if case.options["temperature"] != 1.0 and not temperature:
+            raise Absent("takes no temperature")
+        head = build(case)
+        return run_of_head(head, case, compiler(case) if compiled else as_it_is)
+
+    return build_run
+
+
+def as_it_is(function: Callable) -> Callable:
+    """Not compiled."""
+    return function
+
+
+def plain_head(case: Case) -> Head:
+    """Whole logits, in float32."""
+    temperature, want_entropy = float(case.options["temperature"]), wants_entropy(case)
+
+    def head(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        logp = F.log_softmax(F.linear(hidden, weight).float() / temperature, dim=-1)
+        logprob = logp.gather(1, target[:, None]).squeeze(1)
+        return logprob, -(logp.exp() * logp).sum(-1) if want_entropy else None
+
+    return head
+
+
+def by_rows(case: Case, inputs: Inputs, dtype: torch.dtype, forward: Forward) -> Outputs:
+    """A definition's outputs and gradients in ``dtype``. Each row is independent of the others, and d_weight and the
+    loss are sums over them: in float64, where whole logits would not fit, ``ROWS`` rows at once."""
+    n = case.sizes["N"]
+    step = ROWS if dtype == torch.float64 else n
+    weight = inputs["weight"].detach().to(dtype).requires_grad_(case.backward)
+    parts: list[Outputs] = []
+    totals: Outputs = {}
+    for start in range(0, n, step):
+        part = {name: x.detach()[start : start + step] for name, x in inputs.items() if name != "weight"}
+        if dtype == torch.float64:
+            part = {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
+        hidden = part["hidden"].to(dtype).requires_grad_(case.backward)
+        with torch.set_grad_enabled(case.backward):
+            loss, sums, outputs = forward(hidden, weight, part)
+        if case.backward:
+            outputs["d_hidden"], sums["d_weight"] = torch.autograd.grad(loss, (hidden, weight))
+        parts.append({name: x.detach() for name, x in outputs.items()})
+        for name, x in sums.items():
+            totals[name] = totals[name].add_(x.detach()) if name in totals else x.detach().clone()
+    return totals | {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,23 +1,27 @@
-"""The trainer's whole step: sampling, rewards, and the update of ``bench.ops.update`` on what was sampled."""
+"""The trainer's whole step: sampling, rewards, and the update on what was sampled."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from bench.cases import Case, Inputs, Scale, Sweep, Work
-from bench.ops import update
-from bench.ops.update import GENERATIONS, GRAPH, SLACK, required  # noqa: F401  (as of the update)
+from bench.cases import Case, Inputs, Outputs, Scale, Sweep, Work
+from bench.ops import training
+from bench.ops.training import GENERATIONS, GRAPH, SLACK, required  # noqa: F401  (the op's own, too)
+from bench.ops.training_forms import Step, add_all
+from bench.ops.training_formulas import losses_and_gradients
 
 OP = "train_step"
 # Responses B, tokens T of a sequence, those of its prompt among them: few, as sampling takes a pass for each.
 BATCH: dict[Scale, tuple[int, int, int]] = {"gpu": (8, 256, 64), "cpu": (8, 96, 32), "quick": (8, 12, 4)}
-TARGETS = tuple(update.Target(t.figure, t.of, t.over, None) for t in update.TARGETS)
+TARGETS = tuple(training.Target(t.figure, t.of, t.over, None) for t in training.TARGETS)
 TARGET_NOTE = "No targets: sampling is the same for all"
 
 
 def cases(scale: Scale, device: torch.device) -> list[Case]:
     """One batch of prompts. Responses have the longest length there is: the end-of-sequence token cannot be drawn."""
-    return update.training_case(OP, scale, device, BATCH[scale])
+    return training.training_case(OP, scale, device, BATCH[scale])
 
 
 def sweeps(scale: Scale, device: torch.device) -> list[Sweep]:
@@ -36,25 +40,9 @@ def rows_of(given: Inputs) -> list[dict[str, str]]:
     return [{"prompt": " ".join(map(str, row))} for row in given["prompts"].tolist()]
 
 
-def tokenizer_of(case: Case) -> object:
-    """A token is a word, its number. The end-of-sequence token lies beyond the model's vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {str(i): i for i in range(case.sizes["V"])} | {"<eos>": case.sizes["V"]}
-    made = Tokenizer(models.WordLevel(words, unk_token="0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="<eos>")
-
-
-def reward(completions: list[str], **columns: object) -> list[float]:
-    """The mean of the tokens' numbers modulo 7: no two responses need have the same."""
-    return [sum(int(word) % 7 for word in text.split()) / max(1, len(text.split())) for text in completions]
-
-
 def phases(case: Case) -> dict[str, Work]:
     """Those of the update, and sampling: every token of a response reads the weights once."""
-    parts = update.phases(case)
+    parts = training.phases(case)
     once = parts["old_log_prob"]
     steps = case.sizes["T"] - case.sizes["prompt"]
     return {"gen": Work(once.flops, once.bytes * steps)} | parts
@@ -62,4 +50,37 @@ def phases(case: Case) -> dict[str, Work]:
 
 def work(case: Case) -> Work:
     """Of AsyPPO."""
-    return update.total(phases(case), "AsyPPO's products and AdamW, and a pass over the weights a sampled token")
+    return training.total(phases(case), "AsyPPO's products and AdamW, and a pass over the weights a sampled token")
+
+
+class TrainStep(Step):
+    """A step that begins with sampling."""
+
+    samples = True
+
+    def feed(self, inputs: Inputs) -> None:
+        """Make the inputs the trainer's training data, from the first row on."""
+        from asyppo.data.prompts import PromptSchedule
+
+        rollout = self.trainer.rollout
+        rollout.dataset = rows_of(inputs)
+        rollout.schedule = PromptSchedule(len(rollout.dataset), self.trainer.config.prompts_per_step, seed=0)
+
+
+def _sampled(case: Case, inputs: Inputs) -> Any:
+    """The batch the contenders' step samples: same policy, same sampler, same seed."""
+    from asyppo.run.progress import Timer
+    from asyppo.run.rng import seed_everything
+
+    step = TrainStep(case, "grpo")
+    step.feed(inputs)
+    seed_everything(step.trainer.config.seed * 1_000_003 + 1)
+    return step.trainer.rollout(1, Timer(case.device))[0]
+
+
+def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    """The formulas, in ``dtype``, on what the step samples."""
+    return losses_and_gradients(case, _sampled(case, inputs), dtype)
+
+
+add_all(OP, TrainStep)

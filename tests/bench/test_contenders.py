@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+from bench.contenders import contenders
+from bench.environment import ROOT
 from bench.ops import OPS
-from bench.registry import ROOT, Absent, contenders
+from bench.registry import Absent
 from bench.suite import measure
 
 CPU = torch.device("cpu")

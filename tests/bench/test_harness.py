@@ -9,11 +9,10 @@ import torch
 
 from bench import errors, memory, suite, timing
 from bench.cases import Case, Work, nbytes
-from bench.contenders import plain
+from bench.contenders import contenders
 from bench.floors import Floors, measure_floors
-from bench.ops import OPS, linear_ppo_loss
-from bench.oracle import baseline, oracle
-from bench.registry import Absent, Contender, contenders
+from bench.ops import OPS, baseline, ensemble_gae, linear_ppo_loss, oracle
+from bench.registry import Absent, Contender
 
 CPU = torch.device("cpu")
 
@@ -163,7 +162,7 @@ def test_oracle_is_float64_and_does_not_depend_on_its_chunks(monkeypatch: pytest
     """Its parts add up to the definition, computed at once in the case's own dtype."""
     case = quick_case("linear_ppo_loss")
     inputs = OPS[case.op].inputs(case, torch.Generator().manual_seed(0))
-    monkeypatch.setattr("bench.oracle.ROWS", 7)
+    monkeypatch.setattr("bench.ops.policy_head.ROWS", 7)
     want, whole = oracle(case, inputs), baseline(case, inputs)
     assert {value.dtype for value in want.values()} == {torch.float64}
     for name, value in want.items():
@@ -206,5 +205,5 @@ def test_loop_over_time_is_what_its_name_says() -> None:
     """The plain loop is right where steps are masked between valid ones, which its peers leave out."""
     case = quick_case("ensemble_gae", index=2)
     assert case.options["holes"]
-    entry = Contender("loop", plain.gae_loop)
+    entry = Contender("loop", ensemble_gae.gae_loop)
     assert rows_of(case, entry)["loop"]["status"] == "ok"

@@ -10,12 +10,11 @@ import torch
 from asyppo_kernels import linear_ppo_loss
 from bench import errors, plots, report, suite
 from bench.cases import Case
-from bench.contenders import training
-from bench.contenders.training import Step
-from bench.ops import OPS, update
-from bench.oracle import baseline, oracle
-from bench.registry import Contender, contenders
-from bench.unfused import unfused
+from bench.contenders import contenders
+from bench.ops import OPS, baseline, oracle, training, training_forms
+from bench.ops.unfused import unfused
+from bench.ops.update import Update
+from bench.registry import Contender
 
 CPU = torch.device("cpu")
 NAMES = ("asyppo (torch)", "one by one", "plain torch, stacked critics", "plain torch", "symmetric PPO", "GRPO")
@@ -51,7 +50,7 @@ def test_every_contender_is_right(measured: dict) -> None:
 def test_weights_and_optimizer_states_are_counted() -> None:
     """Four bytes a parameter for the weight, and for each of AdamW's two moments."""
     case = case_of("update")
-    step = Step(case, "ppo")
+    step = Update(case, "ppo")
     step(OPS[case.op].inputs(case, torch.Generator().manual_seed(0)))
     modules = [step.shared.policy, *step.models]
     parameters = [p for module in modules for p in module.parameters()]
@@ -83,7 +82,7 @@ def test_a_wrong_op_is_caught(place: str, wrong, output: str) -> None:
     """Inside the trainer, too, and not timed."""
     from unittest import mock
 
-    entry = Contender("wrong", lambda case: Step(case, "asyppo", ops=lambda: mock.patch(place, wrong)))
+    entry = Contender("wrong", lambda case: Update(case, "asyppo", ops=lambda: mock.patch(place, wrong)))
     (row,) = suite.measure(case_of("update"), [entry], budget=0.01, min_rounds=1, launches=False)
     assert row["status"] == "failing"
     assert output in row["reason"]
@@ -92,7 +91,7 @@ def test_a_wrong_op_is_caught(place: str, wrong, output: str) -> None:
 
 def test_another_algorithm_cannot_pass_for_asyppo() -> None:
     """Its outputs have another name, which AsyPPO's contenders may not do without."""
-    (row,) = suite.measure(case_of("update"), [Contender("PPO", lambda case: Step(case, "ppo"))], budget=0.01)
+    (row,) = suite.measure(case_of("update"), [Contender("PPO", lambda case: Update(case, "ppo"))], budget=0.01)
     assert row["status"] == "failing"
     assert "does not return asyppo d_critic" in row["reason"]
 
@@ -101,18 +100,18 @@ def test_weights_after_the_update_are_equal(monkeypatch: pytest.MonkeyPatch) -> 
     """At rates that move them: fused, unfused, stacked and one by one."""
     case = case_of("update")
     inputs = OPS[case.op].inputs(case, torch.Generator().manual_seed(0))
-    quiet = update.config_of
+    quiet = training.config_of
 
-    def moving(case: Case, algorithm: update.Algorithm):
+    def moving(case: Case, algorithm: training.Algorithm):
         config = quiet(case, algorithm)
         config.learning_rate = config.critic.learning_rate = 1e-2
         return config
 
-    monkeypatch.setattr(update, "config_of", moving)
+    monkeypatch.setattr(training_forms, "config_of", moving)
     after = []
     for stacked, ops in ((True, None), (False, None), (True, unfused), (False, unfused)):
-        monkeypatch.setattr(training, "_SHARED", {})  # models of its own
-        step = Step(case, "asyppo", stacked=stacked, **({} if ops is None else {"ops": ops}))
+        monkeypatch.setattr(training_forms, "_SHARED", {})  # models of its own
+        step = Update(case, "asyppo", stacked=stacked, **({} if ops is None else {"ops": ops}))
         before = [p.detach().clone() for m in (step.shared.policy, *step.models) for p in m.parameters()]
         step(inputs)
         after.append([p.detach() for m in (step.shared.policy, *step.models) for p in m.parameters()])
@@ -144,7 +143,7 @@ def test_oracle_is_near_the_same_formulas_in_float32() -> None:
     case = case_of("update")
     inputs = OPS[case.op].inputs(case, torch.Generator().manual_seed(0))
     want, whole = oracle(case, inputs), baseline(case, inputs)
-    assert set(want) == set().union(*map(update.answers, update.ALGORITHMS))
+    assert set(want) == set().union(*map(training.answers, training.ALGORITHMS))
     for name, value in want.items():
         assert errors.error(whole[name], value) < 1e-5
 
@@ -182,5 +181,5 @@ def test_a_case_without_phases_has_no_such_tables() -> None:
 def test_every_target_names_contenders_there_are() -> None:
     """A misspelt one would not be shown."""
     names = {entry.name for entry in contenders("update")}
-    for target in update.TARGETS:
+    for target in training.TARGETS:
         assert {*target.of, target.over} <= names

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from asyppo_kernels import AgreementMasks, EnsembleGAE, EnsembleValue, LinearLogprob, LinearPPOLoss
-from bench.contenders.plain import gae_by_loop, ranks_by_sort
+from bench.ops.agreement_masks import ranks_by_sort
+from bench.ops.ensemble_gae import gae_by_loop
 
 
 def logprobs(

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, Inputs, Outputs, nbytes
-from bench.ops import train_step, update
-from bench.ops.update import Algorithm
-from bench.registry import Absent, Contender, Run, add, need, need_gpu
-from bench.unfused import unfused
+from bench.cases import Case, Inputs, Outputs, Run, nbytes
+from bench.ops.training import (
+    CRITICS,
+    Algorithm,
+    answers,
+    config_of,
+    gradients_of,
+    policy_model_of,
+    value_models_of,
+)
+from bench.ops.unfused import unfused
+from bench.registry import Absent, Contender, add, need, need_gpu
 
 
 class Shared:
@@ -26,11 +33,11 @@ class Shared:
     def __init__(self, case: Case) -> None:
         from asyppo.models.policy import Policy
 
-        model = on_device(case, update.policy_model_of(case))
+        model = on_device(case, policy_model_of(case))
         self.policy = Policy(model, dtype=case.dtype)
         self.optimizer: Any = None
         self.critics: dict[tuple[Algorithm, bool], tuple[Any, Any]] = {}
-        self.tokenizer = train_step.tokenizer_of(case)
+        self.tokenizer = tokenizer_of(case)
         self.sampler: Any = None
 
 
@@ -70,27 +77,42 @@ class NoRun:
         """Let go of them."""
 
 
-def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: bool = True) -> Any:
-    """The trainer; models, optimizers and sampler are ``shared``'s."""
+def tokenizer_of(case: Case) -> object:
+    """A token is a word, its number. The end-of-sequence token lies beyond the model's vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(i): i for i in range(case.sizes["V"])} | {"<eos>": case.sizes["V"]}
+    made = Tokenizer(models.WordLevel(words, unk_token="0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="<eos>")
+
+
+def reward(completions: list[str], **columns: object) -> list[float]:
+    """The mean of the tokens' numbers modulo 7: no two responses need have the same."""
+    return [sum(int(word) % 7 for word in text.split()) / max(1, len(text.split())) for text in completions]
+
+
+def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: bool = True, samples: bool = False) -> Any:
+    """The trainer; models, optimizers and sampler are ``shared``'s. It has a sampler where it ``samples``."""
     from asyppo.models.loading import make_sampler
     from asyppo.trainer import AsyPPOTrainer
 
     critics, critic_optimizer = shared.critics.get((algorithm, stacked), (None, None))
-    if critics is None and update.CRITICS[algorithm]:
+    if critics is None and CRITICS[algorithm]:
         critics = _critics(case, algorithm, stacked)
 
-    config = update.config_of(case, algorithm)
-    sampling = case.op == train_step.OP
-    if sampling and shared.sampler is None:
+    config = config_of(case, algorithm)
+    if samples and shared.sampler is None:
         shared.sampler = make_sampler(shared.policy, shared.tokenizer, config)
     trainer = AsyPPOTrainer(
         policy=shared.policy,
         critics=critics,
         tokenizer=shared.tokenizer,
-        reward_funcs=[train_step.reward],
+        reward_funcs=[reward],
         train_dataset=[{"prompt": "1"}],
         config=config,
-        sampler=shared.sampler if sampling else NoSampler(),
+        sampler=shared.sampler if samples else NoSampler(),
     )
     shared.optimizer = shared.optimizer or trainer.policy_optimizer
     trainer.policy_optimizer = shared.optimizer
@@ -100,23 +122,10 @@ def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: boo
     return trainer
 
 
-def feed(trainer: Any, case: Case, inputs: Inputs) -> None:
-    """Make these inputs what the trainer's next step is on."""
-    if case.op == train_step.OP:
-        from asyppo.data.prompts import PromptSchedule
-
-        rollout = trainer.rollout
-        rollout.dataset = train_step.rows_of(inputs)
-        rollout.schedule = PromptSchedule(len(rollout.dataset), trainer.config.prompts_per_step, seed=0)
-        return
-    from asyppo.rewards.computing import Rewards
-
-    sampled = update.batch_of(case, inputs), Rewards({}, inputs["score"].tolist(), {}), {}
-    trainer.rollout = lambda step, timer: sampled
-
-
 class Step:
-    """Calls ``AsyPPOTrainer.step``; remembers the seconds of each phase of each call."""
+    """Calls ``AsyPPOTrainer.step`` on what ``feed`` puts before it; remembers the seconds of each phase."""
+
+    samples = False
 
     def __init__(
         self,
@@ -128,9 +137,13 @@ class Step:
     ) -> None:
         self.case, self.algorithm, self.ops = case, algorithm, ops
         self.shared = shared_by(case)
-        self.trainer = trainer_of(case, algorithm, self.shared, stacked=stacked)
+        self.trainer = trainer_of(case, algorithm, self.shared, stacked=stacked, samples=self.samples)
         self.models = list(self.trainer.critics.models) if self.trainer.critics is not None else []
         self.phases: list[dict[str, float]] = []
+
+    def feed(self, inputs: Inputs) -> None:
+        """Make these inputs what the trainer's next step is on."""
+        raise NotImplementedError
 
     def __call__(self, inputs: Inputs) -> Outputs:
         """One step. Returns losses, and gradients as the optimizers saw them."""
@@ -138,10 +151,10 @@ class Step:
         model = self.shared.policy.model
 
         def copy(*_: Any) -> None:
-            found.update(update.gradients_of(model, self.models))
+            found.update(gradients_of(model, self.models))
 
         trainer = self.trainer
-        feed(trainer, self.case, inputs)
+        self.feed(inputs)
         optimizers = [trainer.policy_optimizer]
         if trainer.critic_optimizer is not None:
             optimizers.append(trainer.critic_optimizer.adamw)
@@ -179,48 +192,28 @@ class Step:
 def _critics(case: Case, algorithm: Algorithm, stacked: bool) -> Any:
     from asyppo.models.critics import OneByOneCritics, StackedCritics
 
-    models = update.value_models_of(case, algorithm)
+    models = value_models_of(case, algorithm)
     if stacked:
         return StackedCritics(models, dtype=case.dtype)
     return OneByOneCritics([on_device(case, model) for model in models], dtype=case.dtype)
 
 
-def _stacked_triton(case: Case) -> Run:
-    need_gpu(case)
-    return Step(case, "asyppo")
+def add_all(op: str, make: type[Step]) -> None:
+    """Register every form of the trainer's step as a contender of ``op``."""
 
+    def ours_in_triton(case: Case) -> Run:
+        need_gpu(case)
+        return make(case, "asyppo")
 
-def _stacked_torch(case: Case) -> Run:
-    if case.device.type == "cuda":
-        raise Absent("on a GPU the ops are Triton kernels")
-    return Step(case, "asyppo")
+    def ours_in_torch(case: Case) -> Run:
+        if case.device.type == "cuda":
+            raise Absent("on a GPU the ops are Triton kernels")
+        return make(case, "asyppo")
 
-
-def _one_by_one(case: Case) -> Run:
-    return Step(case, "asyppo", stacked=False)
-
-
-def _plain_stacked(case: Case) -> Run:
-    return Step(case, "asyppo", ops=unfused)
-
-
-def _plain(case: Case) -> Run:
-    return Step(case, "asyppo", stacked=False, ops=unfused)
-
-
-def _symmetric(case: Case) -> Run:
-    return Step(case, "ppo")
-
-
-def _grpo(case: Case) -> Run:
-    return Step(case, "grpo")
-
-
-for _op in (update.OP, train_step.OP):
-    add(_op, Contender("asyppo (triton)", _stacked_triton))
-    add(_op, Contender("asyppo (torch)", _stacked_torch))
-    add(_op, Contender("one by one", _one_by_one))
-    add(_op, Contender("plain torch, stacked critics", _plain_stacked))
-    add(_op, Contender("plain torch", _plain))
-    add(_op, Contender("symmetric PPO", _symmetric, required=update.answers("ppo")))
-    add(_op, Contender("GRPO", _grpo, required=update.answers("grpo")))
+    add(op, Contender("asyppo (triton)", ours_in_triton))
+    add(op, Contender("asyppo (torch)", ours_in_torch))
+    add(op, Contender("one by one", lambda case: make(case, "asyppo", stacked=False)))
+    add(op, Contender("plain torch, stacked critics", lambda case: make(case, "asyppo", ops=unfused)))
+    add(op, Contender("plain torch", lambda case: make(case, "asyppo", stacked=False, ops=unfused)))
+    add(op, Contender("symmetric PPO", lambda case: make(case, "ppo"), required=answers("ppo")))
+    add(op, Contender("GRPO", lambda case: make(case, "grpo"), required=answers("grpo")))
