@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,25 @@ def test_default_path_names_date_device_and_commit(result: results.Result) -> No
     assert full.name.startswith(result["date"][:10])
     assert full.name.endswith("-0123456.json")
     assert results.default_path(result).parent != results.RESULTS
+
+
+@pytest.mark.slow
+def test_pytest_runs_the_suite(tmp_path: Path) -> None:
+    """One test a contender and case; chosen by op or by name; pytest-benchmark's own file has the samples."""
+    out, own = tmp_path / "run.json", tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--quick", "--device", "cpu", "--out", str(out)]
+    chosen = ["--op", "agreement_masks", "-k", "sort and not compile", f"--benchmark-json={own}"]
+    done = subprocess.run([*command, *chosen], cwd=results.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    (case,) = results.load(out)["cases"]
+    samples = {row["contender"]: row["seconds"]["samples"] for row in case["rows"] if row["status"] == "ok"}
+    measured = json.loads(own.read_text())["benchmarks"]
+    assert {m["name"]: m["group"] for m in measured} == {
+        f"test_op[agreement_masks: one batch: {name}]": "agreement_masks: one batch"
+        for name in ("sort", "sort, no host sync")
+    }
+    for m in measured:
+        name = m["name"].split(": ")[2].rstrip("]")
+        assert m["stats"]["data"] == pytest.approx(samples[name])
+        assert m["extra_info"]["errors"]
