@@ -14,8 +14,10 @@ from asyppo.data.prompts import Row, fitting, load_eval_rows, load_train_rows, p
 from asyppo.distributed.processes import agreed, from_main, make_mesh
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.models import warm_start
-from asyppo.models.loading import choose_device, critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
+from asyppo.models.loading import choose_device, critics_of, policy_of, prompt_limit
+from asyppo.models.tokenizer import load_tokenizer
 from asyppo.rewards.computing import resolve_reward_funcs
+from asyppo.rollout.samplers import make_sampler
 from asyppo.run.directory import run_path
 from asyppo.run.progress import ProgressDisplay
 from asyppo.run.writers import check_writers
@@ -45,7 +47,7 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         made = from_main(lambda: warm_start.build(shapes, data, rows, device))
         policy_path, critic_path = str(made[0]), str(made[1])
     assert policy_path is not None
-    if config.algorithm == "ppo" or critic_path is None:
+    if config.resolved_algorithm.critics == "policy" or critic_path is None:
         critic_path = policy_path
     mesh = make_mesh(config.distributed, device)
 

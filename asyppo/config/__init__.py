@@ -1,8 +1,8 @@
 """Settings: what they are, and where they come from."""
 
+from asyppo.config.errors import ConfigError
 from asyppo.config.schema import (
     AsyPPOConfig,
-    ConfigError,
     CriticConfig,
     DataConfig,
     DistributedConfig,

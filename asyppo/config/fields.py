@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
-from asyppo.config.schema import ConfigError
+from asyppo.config.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message names the field, what it got and what it needs."""
-
-    exit_status = 2
-    """What the command line returns for it, after one line; errors without this attribute show their traceback."""
+from asyppo.algorithm.algorithms import ALGORITHMS, Algorithm
+from asyppo.config.errors import ConfigError
+from asyppo.config.references import resolve
 
 
 def _need(ok: bool, name: str, got: Any, needs: str) -> None:
@@ -236,9 +233,11 @@ class DistributedConfig:
 class AsyPPOConfig:
     """A training run."""
 
-    algorithm: Literal["asyppo", "ppo", "grpo"] = "asyppo"
-    """``asyppo``: mini-critics on disjoint shares. ``ppo``: one critic of the policy's size. ``grpo``: no critic, the
-    reward normalised within each prompt's group."""
+    algorithm: str = "asyppo"
+    """``asyppo``: mini-critics on disjoint shares. ``ppo``: one critic of the policy's size. Without a critic:
+    ``grpo``, the reward normalised within each prompt's group; ``rloo``, less the mean of the group's others;
+    ``reinforce++``, normalised over the batch. Or one's own, ``module:name`` or ``path.py:name``: a function from
+    ``Outcome`` and ``AdvantageOptions`` to a ``LearningSignal``, or an ``Algorithm``, which may have critics."""
     seed: int = 0
     """Seed of everything random in training. Evaluation has its own."""
     max_steps: int = 100
@@ -304,10 +303,12 @@ class AsyPPOConfig:
     ``dynamic_sampling_max_batches`` allows (DAPO, arXiv 2503.14476). Dropped ones fill what is missing then."""
     dynamic_sampling_max_batches: int = 10
     """Times a step may sample, its own prompts included. DAPO's scripts set 10."""
-    sampler: Literal["auto", "generate", "continuous"] = "auto"
+    sampler: str = "auto"
     """What generates responses: transformers' ``generate``, or its continuous batching, which is at its best with
     ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``. ``auto``: continuous on a GPU, generate on a CPU. In
-    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter."""
+    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter. Or one's own,
+    ``module:factory`` or ``path.py:factory``: called with the policy, the tokenizer and the configuration, it returns a
+    ``Sampler``."""
     generation_batch_size: int = 512
     """Sequences generated side by side; bounds the memory of the key-value cache."""
 
@@ -335,6 +336,10 @@ class AsyPPOConfig:
     loss_aggregation: Literal["sequence-mean", "token-mean"] = "sequence-mean"
     """``sequence-mean``: mean over responses of the mean over tokens (the paper's 1/|o|). ``token-mean``: mean over
     tokens. A token dropped by a mask stays in the denominator (our choice)."""
+    policy_loss: str = "ppo"
+    """What the policy maximises at each token: ``ppo``, the clipped surrogate (the paper's, in one fused op); ``cispo``
+    (arXiv 2506.13585); ``gspo``, one ratio a response (arXiv 2507.18071). Or one's own, ``module:function`` or
+    ``path.py:function``, from ``PolicyTokens`` to a ``Surrogate``."""
     epsilon: float = 0.2
     """Lower clip: the ratio is clipped below at 1 - epsilon. Our choice."""
     epsilon_high: float = 0.28
@@ -394,12 +399,21 @@ class AsyPPOConfig:
         return 0.0 if self.use_kl_in_reward else self.beta
 
     @property
+    def resolved_algorithm(self) -> Algorithm:
+        """The entry that ``algorithm`` names. Raises ConfigError."""
+        found = resolve(
+            "algorithm", self.algorithm, ALGORITHMS, lambda found: callable(found) or isinstance(found, Algorithm)
+        )
+        return found if isinstance(found, Algorithm) else Algorithm(found)
+
+    @property
     def num_critics(self) -> int:
         """M of the chosen algorithm."""
-        return {"asyppo": self.critic.num_critics, "ppo": 1, "grpo": 0}[self.algorithm]
+        return self.resolved_algorithm.num_critics(self.critic.num_critics)
 
     def validate(self) -> None:
         """Raise ConfigError naming the first field that cannot work."""
+        algorithm = self.resolved_algorithm
         for name in (
             "max_steps",
             "prompts_per_step",
@@ -491,16 +505,16 @@ class AsyPPOConfig:
             f"less than max_completion_length = {self.max_completion_length}",
         )
         _need(
-            self.scale_rewards == "group" or self.algorithm == "grpo",
+            self.scale_rewards == "group" or algorithm.scales_rewards,
             "scale_rewards",
             self.scale_rewards,
-            f"algorithm grpo; {self.algorithm} has whiten for its advantages",
+            f"an algorithm that scales rewards, such as grpo; {self.algorithm} does not",
         )
         _need(
             self.length_adaptive_alpha is None or self.num_critics > 0,
             "length_adaptive_alpha",
             self.length_adaptive_alpha,
-            "a critic, algorithm grpo has none",
+            f"a critic, algorithm {self.algorithm} has none",
         )
         _need(
             self.advantage_values == "after"
@@ -532,10 +546,10 @@ class AsyPPOConfig:
             f"at least critic.num_critics = {self.num_critics}, so that every critic sees every prompt",
         )
         _need(
-            self.algorithm != "grpo" or self.num_generations >= 2,
+            self.num_generations >= 2 or not algorithm.compares_group,
             "num_generations",
             self.num_generations,
-            "at least 2 for algorithm grpo, which compares the responses of one prompt",
+            f"at least 2 for algorithm {self.algorithm}, which compares the responses of one prompt",
         )
         _need(
             self.num_generations >= 2 or not self.dynamic_sampling,

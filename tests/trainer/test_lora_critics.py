@@ -269,7 +269,7 @@ def test_the_trainer(
 
     first, run = make(), RunDirectory(config)
     before = {name: p.detach().clone() for name, p in first.critics.named_parameters()}
-    losses = [first.step(step, run)["critic/vf_loss"] for step in (1, 2)]
+    losses = [first.step(step).metrics["critic/vf_loss"] for step in (1, 2)]
     assert all(0 < loss < 100 for loss in losses)
     for name, p in first.critics.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
@@ -280,5 +280,5 @@ def test_the_trainer(
     for critics in (saved, second.critics):
         assert all(torch.equal(p, q) for p, q in zip(first.critics.parameters(), critics.parameters(), strict=True))
     for trainer in (first, second):
-        trainer.step(3, run)
+        trainer.step(3)
     assert all(torch.equal(p, q) for p, q in zip(first.critics.parameters(), second.critics.parameters(), strict=True))

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import asyppo.trainer
 from asyppo.config import AsyPPOConfig
-from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
 
 
@@ -273,10 +272,10 @@ def test_two_steps(
         torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, eps=1e-3),
         *(torch.optim.AdamW(c.parameters(), lr=config.critic.learning_rate, weight_decay=0, eps=1e-3) for c in critics),
     ]
-    chance, run = Chance(monkeypatch), RunDirectory(config)
+    chance = Chance(monkeypatch)
     for number in (1, 2):
         chance.minibatches.clear()
-        row = trainer.step(number, run)
+        row = trainer.step(number).metrics
         samples = [
             Sample(sampler.calls[-1][i].tolist(), responses[i], i // config.num_generations, scores[i])
             for i in range(len(responses))
