@@ -50,7 +50,6 @@ from asyppo.rollout.collecting import Rollout, Sampled
 from asyppo.rollout.samplers import SAMPLERS, DividedSampler, HoldsWeights, Sampler, SentWeights, make_sampler
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
-from asyppo_kernels import ensemble_gae
 
 __all__ = ["AsyPPOTrainer", "StepResult", "TrainResult", "TrainingError"]
 
@@ -374,7 +373,7 @@ class AsyPPOTrainer:
             value = self.critics.own_values(batch, own, self.config.max_tokens_per_micro_batch)
         # All critics' rows in one launch, each bootstrapping on its own critic.
         reward, mask = (x.repeat(len(own), 1) for x in (batch.reward, batch.mask))
-        gae = ensemble_gae(
+        gae = self.critics.ops.ensemble_gae(
             value.flatten(0, 1)[None], reward, mask, gamma=self.config.gamma, value_lam=config.value_lambda
         )
         return gae.returns.view_as(value), value

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from asyppo.algorithm.masked import masked_moments
+from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import AdvantageOptions
 from asyppo.algorithm.signal import LearningSignal, Outcome
-from asyppo_kernels import agreement_masks, ensemble_gae
+from asyppo_kernels import ensemble_gae
 
 
-def critics_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+def critics_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FUSED) -> LearningSignal:
     """AsyPPO's and PPO's: GAE on the mean of M critics, whitened, and the two masks from their disagreement.
 
     With ``cross_fit`` a response's mean value leaves out the critic that learned from it (as in arXiv 1608.00060); σ is
@@ -30,9 +31,9 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSi
     lam: float | Tensor = options.lam
     if options.length_adaptive_alpha is not None:
         lam = length_adaptive_lambda(mask.sum(dim=1), options.length_adaptive_alpha)
-    gae = ensemble_gae(fitted, outcome.reward, mask, gamma=options.gamma, lam=lam, value_lam=options.value_lambda)
+    gae = ops.ensemble_gae(fitted, outcome.reward, mask, gamma=options.gamma, lam=lam, value_lam=options.value_lambda)
     std = torch.where(mask, values.std(dim=0, correction=0), 0.0) if unseen else gae.std
-    advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options)
+    advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options, ops)
     return LearningSignal(
         advantage=whiten(gae.advantage, learned, outcome.group, options.whiten),
         advantage_keep=advantage_keep,
@@ -48,7 +49,7 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSi
 
 
 def disagreement_masks(
-    std: Tensor, learned: Tensor, options: AdvantageOptions
+    std: Tensor, learned: Tensor, options: AdvantageOptions, ops: Ops = FUSED
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return I^A and I^H, bool [B, T], and the thresholds of σ = ``std`` [B, T] that they come from, 0-d.
 
@@ -56,7 +57,7 @@ def disagreement_masks(
     of the batch or of each response.
     """
     masks = partial(
-        agreement_masks,
+        ops.agreement_masks,
         advantage_fraction=options.advantage_mask_fraction,
         entropy_fraction=options.entropy_filter_fraction,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyLoss, PolicyTargets, policy_loss
 from asyppo.config import ConfigError
@@ -21,7 +22,7 @@ from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
 from asyppo.models.adapters import add_lora, has_adapters
 from asyppo.models.hub import load_pretrained, use_liger_kernels
-from asyppo_kernels import LinearLogprob, LinearPPOLoss, linear_logprob, linear_ppo_loss
+from asyppo_kernels import LinearLogprob, LinearPPOLoss
 
 
 def compute_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
@@ -65,6 +66,8 @@ class Policy(nn.Module):
     Weights that are trained are float32, frozen ones in ``dtype``. The body runs in ``dtype`` under autocast, and
     hidden states and the head's weight are cast to it before the op.
     """
+
+    ops: Ops = FUSED
 
     def __init__(
         self,
@@ -149,14 +152,14 @@ class Policy(nn.Module):
         head: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "softcap": self.softcap}
         weight = output.weight.to(self.dtype)
         if objective is None:
-            return linear_logprob(hidden, weight, micro.targets, **head)
+            return self.ops.linear_logprob(hidden, weight, micro.targets, **head)
         targets, options = objective.targets, objective.options
         if objective.surrogate is not None:
             read = micro.targets.where(targets.token_weight != 0, -100)
-            found = linear_logprob(hidden, weight, read, **head)
+            found = self.ops.linear_logprob(hidden, weight, read, **head)
             assert found.entropy is not None
             return policy_loss(objective.surrogate, found.logprob, found.entropy, targets, micro.response, options)
-        return linear_ppo_loss(
+        return self.ops.linear_ppo_loss(
             hidden,
             weight,
             micro.targets,

@@ -58,13 +58,12 @@ class TrainStep(Step):
 
     samples = True
 
-    def feed(self, inputs: Inputs) -> None:
-        """Make the inputs the trainer's training data, from the first row on."""
-        from asyppo.data.prompts import PromptSchedule
+    def prepare(self, inputs: Inputs) -> None:
+        """Make the inputs the trainer's training data."""
+        from asyppo.rollout.collecting import Rollout
 
-        rollout = self.trainer.rollout
-        rollout.dataset = rows_of(inputs)
-        rollout.schedule = PromptSchedule(len(rollout.dataset), self.trainer.config.prompts_per_step, seed=0)
+        t = self.trainer
+        t.rollout = Rollout(t.sampler, t.tokenizer, t.reward_funcs, rows_of(inputs), t.config, device=t.device)
 
 
 def _sampled(case: Case, inputs: Inputs) -> Any:
@@ -73,9 +72,9 @@ def _sampled(case: Case, inputs: Inputs) -> Any:
     from asyppo.run.rng import seed_everything
 
     step = TrainStep(case, "grpo")
-    step.feed(inputs)
+    step.prepare(inputs)
     seed_everything(step.trainer.config.seed * 1_000_003 + 1)
-    return step.trainer.rollout(1, Timer(case.device))[0]
+    return step.trainer.rollout(1, Timer(case.device)).batch
 
 
 def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:

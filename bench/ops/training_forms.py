@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from asyppo.algorithm.advantage import critics_advantage
+from asyppo.algorithm.ops import FUSED, Ops
 from bench.cases import Case, Inputs, Outputs, Run, nbytes
 from bench.ops.training import (
     CRITICS,
@@ -20,7 +21,7 @@ from bench.ops.training import (
     policy_model_of,
     value_models_of,
 )
-from bench.ops.unfused import unfused
+from bench.ops.unfused import UNFUSED
 from bench.registry import Absent, Contender, add, need, need_gpu
 
 
@@ -70,13 +71,6 @@ class NoSampler:
         raise AssertionError("the update samples nothing")
 
 
-class NoRun:
-    """A run that keeps nothing."""
-
-    def log_samples(self, rows: Any) -> None:
-        """Let go of them."""
-
-
 def tokenizer_of(case: Case) -> object:
     """A token is a word, its number. The end-of-sequence token lies beyond the model's vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -95,7 +89,7 @@ def reward(completions: list[str], **columns: object) -> list[float]:
 
 def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: bool = True, samples: bool = False) -> Any:
     """The trainer; models, optimizers and sampler are ``shared``'s. It has a sampler where it ``samples``."""
-    from asyppo.models.loading import make_sampler
+    from asyppo.rollout.samplers import make_sampler
     from asyppo.trainer import AsyPPOTrainer
 
     critics, critic_optimizer = shared.critics.get((algorithm, stacked), (None, None))
@@ -123,7 +117,7 @@ def trainer_of(case: Case, algorithm: Algorithm, shared: Shared, *, stacked: boo
 
 
 class Step:
-    """Calls ``AsyPPOTrainer.step`` on what ``feed`` puts before it; remembers the seconds of each phase."""
+    """Calls ``AsyPPOTrainer.step``, which goes through these ``ops``; remembers the seconds of each phase."""
 
     samples = False
 
@@ -133,16 +127,18 @@ class Step:
         algorithm: Algorithm,
         *,
         stacked: bool = True,
-        ops: Callable[[], AbstractContextManager[None]] = nullcontext,
+        ops: Ops = FUSED,
     ) -> None:
         self.case, self.algorithm, self.ops = case, algorithm, ops
         self.shared = shared_by(case)
         self.trainer = trainer_of(case, algorithm, self.shared, stacked=stacked, samples=self.samples)
+        if self.trainer.critics is not None:
+            self.trainer.advantage = partial(critics_advantage, ops=ops)
         self.models = list(self.trainer.critics.models) if self.trainer.critics is not None else []
         self.phases: list[dict[str, float]] = []
 
-    def feed(self, inputs: Inputs) -> None:
-        """Make these inputs what the trainer's next step is on."""
+    def prepare(self, inputs: Inputs) -> Any:
+        """Return the batch that the step is on, as ``Sampled``; None: the step samples, from prompts set here."""
         raise NotImplementedError
 
     def __call__(self, inputs: Inputs) -> Outputs:
@@ -154,14 +150,16 @@ class Step:
             found.update(gradients_of(model, self.models))
 
         trainer = self.trainer
-        self.feed(inputs)
+        self.shared.policy.ops = self.ops  # shared by contenders with ops of their own
+        if trainer.critics is not None:
+            trainer.critics.ops = self.ops
+        sampled = self.prepare(inputs)
         optimizers = [trainer.policy_optimizer]
         if trainer.critic_optimizer is not None:
             optimizers.append(trainer.critic_optimizer.adamw)
         hooks = [optimizer.register_step_pre_hook(copy) for optimizer in optimizers]
         try:
-            with self.ops():
-                row = trainer.step(1, NoRun())
+            row = trainer.step(1, sampled).metrics
         finally:
             for hook in hooks:
                 hook.remove()
@@ -213,7 +211,7 @@ def add_all(op: str, make: type[Step]) -> None:
     add(op, Contender("asyppo (triton)", ours_in_triton))
     add(op, Contender("asyppo (torch)", ours_in_torch))
     add(op, Contender("one by one", lambda case: make(case, "asyppo", stacked=False)))
-    add(op, Contender("plain torch, stacked critics", lambda case: make(case, "asyppo", ops=unfused)))
-    add(op, Contender("plain torch", lambda case: make(case, "asyppo", stacked=False, ops=unfused)))
+    add(op, Contender("plain torch, stacked critics", lambda case: make(case, "asyppo", ops=UNFUSED)))
+    add(op, Contender("plain torch", lambda case: make(case, "asyppo", stacked=False, ops=UNFUSED)))
     add(op, Contender("symmetric PPO", lambda case: make(case, "ppo"), required=answers("ppo")))
     add(op, Contender("GRPO", lambda case: make(case, "grpo"), required=answers("grpo")))

@@ -37,7 +37,7 @@ def _predicted(batch: Any, row: int) -> tuple[torch.Tensor, slice]:
 
 def _value_losses(batch: Any, models: list[Any], config: Any) -> Outputs:
     """Mean squared error of critic m on its own responses; the gradients are left in the models."""
-    from asyppo.data.batch import split_responses
+    from asyppo.algorithm.split import split_responses
 
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 1)
     share = split_responses(batch.group, len(models), generator)

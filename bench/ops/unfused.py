@@ -1,15 +1,12 @@
-"""The trainer without this project's ops: what one writes in plain torch, put in their place."""
+"""The trainer without this project's ops: what one writes in plain torch, to be handed in for them."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from asyppo.algorithm.ops import Ops
 from asyppo_kernels import AgreementMasks, EnsembleGAE, EnsembleValue, LinearLogprob, LinearPPOLoss
 from bench.ops.agreement_masks import ranks_by_sort
 from bench.ops.ensemble_gae import gae_by_loop
@@ -89,18 +86,6 @@ def masks(std: Tensor, mask: Tensor, *, advantage_fraction: float, entropy_fract
     return AgreementMasks(mask & (std >= low), mask & (std <= high), low, high)
 
 
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Inside, the trainer forms whole logits, loops over time, sorts, and has a head a critic."""
-    with ExitStack() as stack:
-        for name, replacement in {
-            "asyppo.models.policy.linear_logprob": logprobs,
-            "asyppo.models.policy.linear_ppo_loss": policy_loss,
-            "asyppo.trainer.ensemble_gae": gae,
-            "asyppo.algorithm.advantage.ensemble_gae": gae,
-            "asyppo.algorithm.advantage.agreement_masks": masks,
-            "asyppo.models.critics.stacked.ensemble_value": values,
-            "asyppo.models.critics.one_by_one.ensemble_value": values,
-        }.items():
-            stack.enter_context(mock.patch(name, replacement))
-        yield
+UNFUSED = Ops(
+    linear_logprob=logprobs, linear_ppo_loss=policy_loss, ensemble_value=values, ensemble_gae=gae, agreement_masks=masks
+)

@@ -84,12 +84,12 @@ def reference(case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
 class Update(Step):
     """A step on a batch that is given."""
 
-    def feed(self, inputs: Inputs) -> None:
-        """Put the batch where the trainer would collect one."""
+    def prepare(self, inputs: Inputs) -> Any:
+        """The batch, with its rewards."""
         from asyppo.rewards.computing import Rewards
+        from asyppo.rollout.collecting import Sampled
 
-        sampled = batch_of(self.case, inputs), Rewards({}, inputs["score"].tolist(), {}), {}
-        self.trainer.rollout = lambda step, timer: sampled
+        return Sampled(batch_of(self.case, inputs), Rewards({}, inputs["score"].tolist(), {}))
 
 
 add_all(OP, Update)

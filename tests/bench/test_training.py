@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
-from asyppo_kernels import linear_ppo_loss
+from asyppo.algorithm.ops import FUSED, Ops
+from asyppo_kernels import agreement_masks, ensemble_gae, ensemble_value, linear_ppo_loss
 from bench import errors, plots, report, suite
 from bench.cases import Case
 from bench.contenders import contenders
 from bench.ops import OPS, baseline, oracle, training, training_forms
-from bench.ops.unfused import unfused
+from bench.ops.unfused import UNFUSED
 from bench.ops.update import Update
 from bench.registry import Contender
 
@@ -65,24 +67,34 @@ def without_mask(*arguments, **options):
 
 def scaled(value, reward, mask, **options):
     """GAE with another discount."""
-    from asyppo_kernels import ensemble_gae
-
     return ensemble_gae(value, reward, mask, **options | {"gamma": 0.99})
 
 
+def flipped(std, mask, **options):
+    """Masks, the one of the advantage upside down."""
+    found = agreement_masks(std, mask, **options)
+    return found._replace(advantage_keep=mask & ~found.advantage_keep)
+
+
+def biased(hidden, weight, bias=None):
+    """Values, each a little off."""
+    return (found := ensemble_value(hidden, weight, bias))._replace(value=found.value + 0.1)
+
+
 @pytest.mark.parametrize(
-    ("place", "wrong", "output"),
+    ("wrong", "output"),
     [
-        ("asyppo.models.policy.linear_ppo_loss", without_mask, "asyppo d_policy"),
-        ("asyppo.algorithm.advantage.ensemble_gae", scaled, "asyppo d_policy"),
-        ("asyppo.trainer.ensemble_gae", scaled, "asyppo vf_loss"),
+        (Ops(linear_ppo_loss=without_mask), "asyppo d_policy"),
+        (Ops(ensemble_gae=scaled), "asyppo d_policy"),
+        (Ops(ensemble_gae=scaled), "asyppo vf_loss"),
+        (Ops(agreement_masks=flipped), "asyppo d_policy"),
+        (Ops(ensemble_value=biased), "asyppo vf_loss"),
     ],
 )
-def test_a_wrong_op_is_caught(place: str, wrong, output: str) -> None:
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_wrong_op_is_caught(wrong: Ops, output: str, stacked: bool) -> None:
     """Inside the trainer, too, and not timed."""
-    from unittest import mock
-
-    entry = Contender("wrong", lambda case: Update(case, "asyppo", ops=lambda: mock.patch(place, wrong)))
+    entry = Contender("wrong", lambda case: Update(case, "asyppo", stacked=stacked, ops=wrong))
     (row,) = suite.measure(case_of("update"), [entry], budget=0.01, min_rounds=1, launches=False)
     assert row["status"] == "failing"
     assert output in row["reason"]
@@ -109,9 +121,9 @@ def test_weights_after_the_update_are_equal(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(training_forms, "config_of", moving)
     after = []
-    for stacked, ops in ((True, None), (False, None), (True, unfused), (False, unfused)):
+    for stacked, ops in ((True, FUSED), (False, FUSED), (True, UNFUSED), (False, UNFUSED)):
         monkeypatch.setattr(training_forms, "_SHARED", {})  # models of its own
-        step = Update(case, "asyppo", stacked=stacked, **({} if ops is None else {"ops": ops}))
+        step = Update(case, "asyppo", stacked=stacked, ops=ops)
         before = [p.detach().clone() for m in (step.shared.policy, *step.models) for p in m.parameters()]
         step(inputs)
         after.append([p.detach() for m in (step.shared.policy, *step.models) for p in m.parameters()])
@@ -122,20 +134,29 @@ def test_weights_after_the_update_are_equal(monkeypatch: pytest.MonkeyPatch) -> 
             assert errors.error(got, want) < 1e-3
 
 
-def test_unfused_leaves_the_trainer_as_it_was() -> None:
-    """Also after an error."""
-    from asyppo.models import policy
+def test_each_of_the_five_ops_is_replaced() -> None:
+    """The plain contenders go through none of ours; two contenders that share a policy do not share their ops."""
+    called = []
 
-    before = policy.linear_ppo_loss
+    def counted(name: str):
+        def op(*arguments, **options):
+            called.append(name)
+            return getattr(UNFUSED, name)(*arguments, **options)
 
-    def fail() -> None:
-        with unfused():
-            assert policy.linear_ppo_loss is not before
-            raise ValueError("planted")
+        return op
 
-    with pytest.raises(ValueError, match="planted"):
-        fail()
-    assert policy.linear_ppo_loss is before
+    names = [field.name for field in dataclasses.fields(Ops)]
+    assert not [name for name in names if getattr(UNFUSED, name) is getattr(FUSED, name)]
+    case = case_of("update")
+    inputs = OPS[case.op].inputs(case, torch.Generator().manual_seed(0))
+    for stacked in (True, False):
+        plain = Update(case, "asyppo", stacked=stacked, ops=Ops(**{name: counted(name) for name in names}))
+        fused = Update(case, "asyppo", stacked=stacked)
+        plain(inputs)
+        assert set(called) == set(names)
+        called.clear()
+        fused(inputs)
+        assert not called
 
 
 def test_oracle_is_near_the_same_formulas_in_float32() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import asyppo.models.policy
+from asyppo.algorithm.ops import FUSED
+from asyppo.models.policy import Policy
 from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels._args import INTERPRETED
 
@@ -37,8 +39,7 @@ def test_a_step_is_the_same_with_either_backend(
         def logprob(*args: Any, **kwargs: Any) -> Any:
             return linear_logprob(*args, **kwargs, backend=backend)
 
-        monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", loss)
-        monkeypatch.setattr(asyppo.models.policy, "linear_logprob", logprob)
+        monkeypatch.setattr(Policy, "ops", replace(FUSED, linear_ppo_loss=loss, linear_logprob=logprob))
         torch.manual_seed(0)
         config = tiny_config(num_mini_batches=2, entropy_coef=0.01, run_name=name)
         trainer = tiny_trainer(config, varied)

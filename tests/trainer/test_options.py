@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import asyppo.models.policy
 import asyppo.trainer
 from asyppo.algorithm.advantage import (
     coarse,
@@ -21,6 +20,7 @@ from asyppo.algorithm.advantage import (
     length_adaptive_lambda,
     without_own_critic,
 )
+from asyppo.algorithm.ops import FUSED
 from asyppo.algorithm.options import AdvantageOptions, ShapingOptions
 from asyppo.algorithm.shaping import shape_rewards
 from asyppo.algorithm.signal import LearningSignal, Outcome
@@ -28,6 +28,7 @@ from asyppo.algorithm.weights import token_weights
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
 from asyppo.data.batch import Batch, make_batch, micro_batches
 from asyppo.models.critics import StackedCritics
+from asyppo.models.policy import Policy
 
 Make = Callable[..., Any]
 
@@ -76,14 +77,14 @@ def group_signal(batch: Batch, **options: Any) -> LearningSignal:
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Options and result of every call of the policy's loss."""
     seen: list[dict[str, Any]] = []
-    op = asyppo.models.policy.linear_ppo_loss
+    op = FUSED.linear_ppo_loss
 
     def spy(*arguments: Any, **options: Any) -> Any:
         result = op(*arguments, **options)
         seen.append({**options, "token_weight": arguments[5], "result": result})
         return result
 
-    monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
+    monkeypatch.setattr(Policy, "ops", replace(FUSED, linear_ppo_loss=spy))
     return seen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import asyppo.models.policy
 from asyppo.algorithm.advantage import group_advantage
+from asyppo.algorithm.ops import FUSED
 from asyppo.algorithm.options import AdvantageOptions
 from asyppo.algorithm.signal import Outcome
 from asyppo.metrics.record import StepRecord
 from asyppo.metrics.samples import pieces, rounded, sample_rows
-from asyppo.models.policy import TokenStats
+from asyppo.models.policy import Policy, TokenStats
 from asyppo.rewards.computing import Rewards
 from asyppo.run.directory import RunDirectory
 
@@ -85,14 +86,14 @@ def test_the_log_ratio_is_that_of_the_last_visit(
     tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visits: list[list[float]] = []
-    op = asyppo.models.policy.linear_ppo_loss
+    op = FUSED.linear_ppo_loss
 
     def spy(*arguments: Any, **options: Any) -> Any:
         result = op(*arguments, **options)
         visits.append([rounded(x) for x in (result.logprob - arguments[3]).tolist()])
         return result
 
-    monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
+    monkeypatch.setattr(Policy, "ops", replace(FUSED, linear_ppo_loss=spy))
     config = tiny_config(num_iterations=3, logging_samples=12)
     logged = sorted(x for row in tiny_trainer(config, score).step(1).samples for x in row["log_ratio"])
     assert max(map(abs, visits[0])) < 1e-4  # the policy that sampled

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import asyppo.algorithm.advantage
-import asyppo.models.policy
 import asyppo.trainer
 from asyppo.algorithm.advantage import critics_advantage, group_advantage
+from asyppo.algorithm.ops import FUSED
 from asyppo.algorithm.options import AdvantageOptions
 from asyppo.algorithm.signal import LearningSignal, Outcome
 from asyppo.config import AsyPPOConfig, ConfigError, DataConfig
@@ -125,13 +125,13 @@ def test_ratio_is_one_at_the_first_update(
     tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch, algorithm: Any, temperature: float
 ) -> None:
     results = []
-    op = asyppo.models.policy.linear_ppo_loss
+    op = FUSED.linear_ppo_loss
 
     def spy(*arguments: Any, **options: Any) -> Any:
         results.append(op(*arguments, **options))
         return results[-1]
 
-    monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
+    monkeypatch.setattr(Policy, "ops", replace(FUSED, linear_ppo_loss=spy))
     config = tiny_config(
         algorithm=algorithm, temperature=temperature, max_tokens_per_micro_batch=60, generation_batch_size=5
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.processes import sum_over_ranks
 
@@ -28,6 +29,7 @@ class Critics(nn.Module, ABC):
     models: Any
     config: Any
     """The configuration of their architecture."""
+    ops: Ops = FUSED
 
     def __init__(self) -> None:
         super().__init__()

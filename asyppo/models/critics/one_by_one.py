@@ -17,7 +17,6 @@ from asyppo.distributed.sharding import between_replicas_once, decoder_layers, r
 from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.loading import check_head, load_value_models
 from asyppo.models.hub import use_liger_kernels
-from asyppo_kernels import ensemble_value
 
 
 class OneByOneCritics(Critics):
@@ -75,7 +74,7 @@ class OneByOneCritics(Critics):
             ).last_hidden_state
         hidden = micro.select(hidden).to(self.dtype)
         weight, bias = model.score.weight.to(self.dtype), model.score.bias
-        return ensemble_value(hidden[None], weight, None if bias is None else bias.to(self.dtype)).value[0]
+        return self.ops.ensemble_value(hidden[None], weight, None if bias is None else bias.to(self.dtype)).value[0]
 
     def shard(self, mesh: DeviceMesh) -> None:
         """See Critics."""

@@ -31,7 +31,6 @@ from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.layers import MakeLinear, StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
 from asyppo.models.critics.layout import Layout, VarlenAttention
 from asyppo.models.critics.loading import load_value_models
-from asyppo_kernels import ensemble_value
 
 
 def _window_of_config(layer: Any, config: Any) -> int | None:
@@ -187,7 +186,7 @@ class Stacked(Critics):
         # one are written and read, the sum is written. Of Qwen3-0.6B's shape that is 14 KiB beside the 0.88 GFLOP of
         # its layers, 0.3 % of the time where 790 TFLOP/s and 4.3 TB/s are the limits.
         bias = None if self.score.bias is None else self.score.bias[:, 0]
-        return ensemble_value(hidden, self.score.weight[:, 0], bias).value
+        return self.ops.ensemble_value(hidden, self.score.weight[:, 0], bias).value
 
     @torch.no_grad()
     def values(self, batch: Batch, max_tokens: int) -> Tensor:
