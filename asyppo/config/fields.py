@@ -116,6 +116,11 @@ def may_change(root: type) -> list[str]:
     return [field.path for field in walk(root) if field.facts.may_change]
 
 
+def stands_in(path: str, branches: list[str]) -> bool:
+    """Whether a path is among ``branches``, or lies below one of them."""
+    return any(f"{path}.".startswith(f"{branch}.") for branch in branches)
+
+
 def renamed(root: type) -> dict[str, str]:
     """Return the paths that fields have now by those they had before."""
     return {old: field.path for field in walk(root) for old in field.renamed_from}

@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +112,19 @@ def configuration(values: Any) -> AsyPPOConfig:
     return config
 
 
-def _typed(tree: Settings) -> AsyPPOConfig:
-    from jsonargparse import ArgumentError, ArgumentParser
+@cache
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     add_settings(parser)
+    return parser
+
+
+def _typed(tree: Settings) -> AsyPPOConfig:
+    from jsonargparse import ArgumentError
+
+    parser = _parser()
     try:
         values = parser.instantiate(parser.parse_object(copy.deepcopy(tree)))  # it alters what it parses
     except ArgumentError as error:

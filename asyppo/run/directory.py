@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.config.fields import may_change, renamed
+from asyppo.config.fields import may_change, renamed, stands_in
 from asyppo.distributed.processes import from_main
 from asyppo.run import durable
 from asyppo.run.writers import Writer, check_writers, open_writers
@@ -56,7 +56,7 @@ def _check_settings(config: AsyPPOConfig, file: Path) -> None:
     now, default = flatten(settings(config)), flatten(settings(AsyPPOConfig()))
     # A setting that is newer than the run had its default then.
     stored = {key: value for key, value in default.items() if key in now} | stored
-    fixed = [key for key in {**stored, **now} if not any(f"{key}.".startswith(f"{name}.") for name in may)]
+    fixed = [key for key in {**stored, **now} if not stands_in(key, may)]
     different = [key for key in fixed if stored.get(key) != now.get(key)]
     if different:
         got = ", ".join(f"{key} is {stored.get(key)!r} there, got {now.get(key)!r}" for key in different)
