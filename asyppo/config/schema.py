@@ -98,7 +98,7 @@ class TaskConfig:
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the task's generator, such as ``{min_terms: 3}``."""
     weight: float = setting(1.0, above=0, below=float("inf"))
-    """Share of the rows in a mixture, in proportion to the other tasks' weights."""
+    """How many rows of a mixture are of this task, in proportion to the other tasks' weights."""
 
 
 @dataclass
@@ -254,7 +254,7 @@ class AsyPPOConfig:
     """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
     log-probs of each token."""
     diagnostics_steps: int = setting(0, at_least=0, may_change=True)
-    """Every n steps also measure what share of the policy gradient's norm each mask removes, by four more backward
+    """Every n steps also measure what fraction of the policy gradient's norm each mask removes, by four more backward
     passes; 0: never. Our choice."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
         factory=lambda: ["tensorboard"], may_change=True
@@ -388,11 +388,11 @@ class AsyPPOConfig:
     ``before``: of the critics before it, which have not seen these responses. ``cross_fit``: after it, but a
     response's mean value leaves out the critic trained on it; σ is over all critics."""
     advantage_mask_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
-    """k: share of tokens, those where critics agree most, whose advantage is masked. The paper's."""
+    """k: fraction of tokens, those where critics agree most, whose advantage is masked. The paper's."""
     entropy_filter_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
-    """h: share of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
+    """h: fraction of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
     quantile_scope: Literal["batch", "sequence"] = "batch"
-    """Whether k and h are shares of the batch's response tokens or of each response's. Our choice."""
+    """Whether k and h are fractions of the batch's response tokens or of each response's. Our choice."""
 
     @property
     def kl_in_loss(self) -> float:
