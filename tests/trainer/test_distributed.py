@@ -19,7 +19,7 @@ import asyppo.data.batch
 import asyppo.distributed.processes
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 from asyppo.data.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
-from asyppo.distributed.processes import divided, make_mesh, own_part, processes, share
+from asyppo.distributed.processes import divide_rows, divided, make_mesh, own_part, processes
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.models.critics import OneByOneCritics, StackedCritics
 from asyppo.models.policy import Policy
@@ -45,7 +45,7 @@ def test_rows_are_shared_evenly(tokens: list[int], size: int) -> None:
     rows = torch.arange(1, len(tokens) + 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyppo.distributed.processes, "world_size", lambda: size)
-        parts = share(rows, torch.tensor([0, *tokens]))
+        parts = divide_rows(rows, torch.tensor([0, *tokens]))
     assert len(parts) == size
     assert torch.equal(torch.cat(parts).sort().values, rows)
     assert all(torch.equal(part, part.sort().values) for part in parts)
@@ -116,7 +116,7 @@ def test_imbalance_is_the_busiest_rank_over_the_mean(ranks: Make, ragged_batch: 
     ranks(0, 2)
     one, other = rows[:1], rows[1:]  # a single row keeps one of the ranks idle
     ideal = float(batch.length.sum()) / 2
-    parts = [float(batch.length[part].sum()) for part in share(other, batch.length)]
+    parts = [float(batch.length[part].sum()) for part in divide_rows(other, batch.length)]
     got = token_imbalance(batch, [one, other])
     assert got == pytest.approx((float(batch.length[0]) + max(parts)) / ideal)
     assert got > 1

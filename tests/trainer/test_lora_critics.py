@@ -24,6 +24,7 @@ from transformers import (
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
 from asyppo.data.batch import Batch
+from asyppo.loop import TrainingLoop
 from asyppo.models.critics import CriticOptimizer, LoraCritics, StackedCritics, load_critics
 from asyppo.models.policy import Policy
 from asyppo.run.directory import RunDirectory
@@ -273,7 +274,7 @@ def test_the_trainer(
     assert all(0 < loss < 100 for loss in losses)
     for name, p in first.critics.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
-    checkpoint = first.save(run, 2)
+    checkpoint = TrainingLoop(first).save(run, 2)
     saved = LoraCritics.from_pretrained([checkpoint / f"critic_{m}" for m in range(2)], 2, r=RANK, alpha=ALPHA)
     second = make()
     load_checkpoint(checkpoint, second.trained())
