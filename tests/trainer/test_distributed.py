@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 import asyppo.data.batch
 import asyppo.distributed.processes
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import POLICY_LOSSES, PolicyTargets
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 from asyppo.data.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
 from asyppo.distributed.processes import divide_rows, divided, make_mesh, own_part, processes
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.models.critics import OneByOneCritics, StackedCritics
-from asyppo.models.policy import Policy
+from asyppo.models.policy import Objective, Policy
 
 Make = Callable[..., Any]
 
@@ -127,13 +129,16 @@ def zero_gradients(module: nn.Module) -> bool:
     return all(p.grad is not None and not p.grad.any() for p in module.parameters())
 
 
-def test_a_pass_over_nothing_reaches_every_weight(tiny_lm: Make, tiny_critic: Make, ragged_batch: Make) -> None:
+@pytest.mark.parametrize("loss", list(POLICY_LOSSES))
+def test_a_pass_over_nothing_reaches_every_weight(
+    loss: str, tiny_lm: Make, tiny_critic: Make, ragged_batch: Make
+) -> None:
     batch: Batch = ragged_batch()
     micro = empty_micro_batch(batch)
-    none = torch.zeros(0)
-    arguments = {"old_logprob": none, "advantage": none, "token_weight": none, "entropy_coef": 0.1}
+    none, nobody = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+    targets = PolicyTargets(none, none, none, nobody, nobody)
     policy = Policy(tiny_lm())
-    result = policy(micro, loss=arguments)
+    result = policy(micro, Objective(targets, PolicyLossOptions(entropy_coef=0.1), POLICY_LOSSES[loss]))
     result.loss.backward()
     assert result.loss == 0
     assert result.logprob.shape == (0,)
