@@ -179,8 +179,8 @@ class AsyPPOTrainer:
             # 1 to 3. Split, critic update, values of all responses.
             values, share = None, None
             if self.critics is not None:
-                values, share, of_critics = self.learn_values(self.critics, batch, generator, timer)
-                metrics |= of_critics
+                values, share, critic_metrics = self.learn_values(self.critics, batch, generator, timer)
+                metrics |= critic_metrics
 
             # 4 and 5. Advantage on the mean value; masks from the disagreement.
             with timer.phase("adv"):
