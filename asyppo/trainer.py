@@ -186,9 +186,6 @@ class AsyPPOTrainer:
             with timer.phase("adv"):
                 outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group, values, share)
                 signal = self.advantage(outcome, AdvantageOptions.of(config))
-                if not isinstance(signal, LearningSignal):
-                    got = type(signal).__name__
-                    raise ConfigError(f"algorithm: {config.algorithm} returned {got}, needs a LearningSignal")
             metrics |= self._diagnose(step, batch, signal, old, timer)
 
             # 6. Policy update.
@@ -386,7 +383,15 @@ def advantage_of(config: AsyPPOConfig) -> Advantage:
     advantage = config.resolved_algorithm.advantage
     found = load("algorithm", advantage) if isinstance(advantage, str) else advantage
     check_parameters("algorithm", config.algorithm, found, "outcome", "options")
-    return found
+
+    def checked(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+        signal = found(outcome, options)
+        if not isinstance(signal, LearningSignal):
+            got = type(signal).__name__
+            raise ConfigError(f"algorithm: {config.algorithm} returned {got}, needs a LearningSignal")
+        return signal
+
+    return checked
 
 
 def surrogate_of(config: AsyPPOConfig) -> PolicyLoss | None:
