@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo.algorithm.options import AdvantageOptions, PolicyLossOptions, ShapingOptions
-from asyppo.algorithm.policy_losses import POLICY_LOSSES, PolicyTargets, importance_weights
+from asyppo.algorithm.policy_losses import POLICY_LOSSES, PolicyLoss, PolicyTargets, importance_weights
 from asyppo.algorithm.schedules import learning_rate_factor, set_learning_rate
 from asyppo.algorithm.shaping import shape_rewards
 from asyppo.algorithm.signal import Advantage, LearningSignal, Outcome
@@ -24,7 +24,7 @@ from asyppo.algorithm.value_losses import value_loss
 from asyppo.algorithm.weights import token_weights
 from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.config.references import load, resolve
+from asyppo.config.references import check_parameters, load, resolve
 from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, token_imbalance
 from asyppo.data.prompts import Row, fitting
 from asyppo.distributed.processes import sum_over_ranks
@@ -89,9 +89,7 @@ class AsyPPOTrainer:
     ):
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
-        self.algorithm = config.resolved_algorithm
-        self.advantage: Advantage = _advantage_of(self.algorithm.advantage)
-        self.surrogate = resolve("policy_loss", config.policy_loss, POLICY_LOSSES)
+        self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
         policy = policy_of(policy, config)
         critics = critics_of(critics, config, policy)
         tokenizer = tokenizer or load_tokenizer(policy.model.name_or_path, config.policy.trust_remote_code)
@@ -180,8 +178,8 @@ class AsyPPOTrainer:
             # 1 to 3. Split, critic update, values of all responses.
             values, share = None, None
             if self.critics is not None:
-                values, share, of_critics = self.learn_values(self.critics, batch, generator, timer)
-                metrics |= of_critics
+                values, share, critic_metrics = self.learn_values(self.critics, batch, generator, timer)
+                metrics |= critic_metrics
 
             # 4 and 5. Advantage on the mean value; masks from the disagreement.
             with timer.phase("adv"):
@@ -379,8 +377,28 @@ class AsyPPOTrainer:
         return gae.returns.view_as(value), value
 
 
-def _advantage_of(advantage: str | Advantage) -> Advantage:
-    return load("algorithm", advantage) if isinstance(advantage, str) else advantage
+def advantage_of(config: AsyPPOConfig) -> Advantage:
+    """Return the function by which the configured algorithm makes its learning signal. Raises ConfigError."""
+    advantage = config.resolved_algorithm.advantage
+    found = load("algorithm", advantage) if isinstance(advantage, str) else advantage
+    check_parameters("algorithm", config.algorithm, found, "outcome", "options")
+
+    def checked(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+        signal = found(outcome, options)
+        if not isinstance(signal, LearningSignal):
+            got = type(signal).__name__
+            raise ConfigError(f"algorithm: {config.algorithm} returned {got}, needs a LearningSignal")
+        return signal
+
+    return checked
+
+
+def surrogate_of(config: AsyPPOConfig) -> PolicyLoss | None:
+    """Return the configured policy loss; None is PPO's, in the fused op. Raises ConfigError."""
+    found = resolve("policy_loss", config.policy_loss, POLICY_LOSSES)
+    if found is not None:
+        check_parameters("policy_loss", config.policy_loss, found, "tokens")
+    return found
 
 
 def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

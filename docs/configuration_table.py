@@ -1,4 +1,4 @@
-"""Write the README's table of settings from the configuration's dataclasses: ``python docs/configuration_table.py``."""
+"""Write the tables of docs/settings.md from the configuration's dataclasses: ``python docs/configuration_table.py``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from asyppo.cli.main import show
 from asyppo.config import AsyPPOConfig
-from asyppo.config.fields import Field, by_path, groups
+from asyppo.config.fields import Field, by_path, groups, may_change, stands_in
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parent / "settings.md"
 BEGIN, END = "<!-- settings: begin, written by docs/configuration_table.py -->\n", "<!-- settings: end -->\n"
 
 
@@ -26,8 +26,10 @@ def table() -> str:
 
 def _row(field: Field) -> str:
     default = "null" if field.branch else show(field.default)
-    choices = f" ({_markdown(field.type)})" if field.type.startswith("one of") else ""
-    return f"| `{field.path}` | `{default}` | {_markdown(field.doc)}{choices} |"
+    mark = " ↻" if stands_in(field.path, may_change(AsyPPOConfig)) else ""
+    narrow = field.values.startswith("one of") or field.facts.bounded or field.facts.not_empty
+    values = f" ({_markdown(field.values)})" if narrow else ""
+    return f"| `{field.path}`{mark} | `{default}` | {_markdown(field.doc)}{values} |"
 
 
 def _markdown(text: str) -> str:
@@ -35,13 +37,13 @@ def _markdown(text: str) -> str:
 
 
 def with_table(text: str) -> str:
-    """Return a README's text with the table between the two marks as it is now."""
+    """Return a page's text with the tables between the two marks as it is now."""
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
-        raise SystemExit(f"{README} lacks the line {BEGIN.strip()} or {END.strip()}")
+        raise SystemExit(f"{PAGE} lacks the line {BEGIN.strip()} or {END.strip()}")
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))

@@ -1,9 +1,10 @@
-"""Every Python block of the READMEs runs as it stands, on a CPU and within seconds."""
+"""Every Python block of the READMEs and of docs/settings.md runs as it stands, on a CPU and within seconds."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-READMES = [path for path in (ROOT / "README.md", ROOT / "kernels" / "README.md") if path.exists()]
+SETTINGS = ROOT / "docs" / "settings.md"
+READMES = [ROOT / "README.md", ROOT / "kernels" / "README.md", SETTINGS]
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.M | re.S)
 
 
@@ -45,9 +47,27 @@ def test_the_table_of_settings_is_that_of_the_dataclasses() -> None:
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    text = script.README.read_text()
+    assert script.PAGE == SETTINGS
+    text = SETTINGS.read_text()
     assert script.with_table(text) == text, "run python docs/configuration_table.py"
-    assert "| `warm_start.policy.hidden_size` | `128` | Width. |" in text
+    assert "| `warm_start.policy.hidden_size` | `128` | Width. (an integer of at least 1) |" in text
+    assert "| `eval.every` ↻ | `0` | " in text
+    assert "| `seed` | `0` | " in text
+
+
+def test_the_settings_page_says_how_settings_are_given(tmp_path: Path) -> None:
+    from asyppo.cli.main import parse
+    from asyppo.config.files import READY_CONFIGS
+
+    text = SETTINGS.read_text()
+    [file] = re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S)
+    (tmp_path / "my.yaml").write_text(file)
+    [command] = re.findall(r"^asyppo (.*)$", text, re.M)
+    config = parse(shlex.split(command.replace("my.yaml", str(tmp_path / "my.yaml"))))
+    assert (config.critic.model_name_or_path, config.critic.num_critics) == ("Qwen/Qwen3-1.7B", 4)
+    assert config.reward_funcs == ["math_verify"]
+    assert config.policy.gradient_checkpointing
+    assert all(f"`{name}`" in text for name in READY_CONFIGS)
 
 
 def test_every_op_has_a_block() -> None:

@@ -9,12 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config import ConfigError
+from asyppo.config.files import configuration
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,6 @@ class Command:
     """The configuration file it starts from, given its arguments: a path, the name of a ready one, or None."""
     without_config: str = ""
     """What it does without ``--config``, for the help."""
-
-
-def configuration(namespace: Namespace) -> AsyPPOConfig:
-    """Return the validated configuration among the arguments of a command. Raises ConfigError."""
-    config = AsyPPOConfig(**{field.name: namespace[field.name] for field in fields(AsyPPOConfig)})
-    config.validate()
-    return config
 
 
 def _has_config(arguments: Sequence[str]) -> bool:
@@ -115,8 +109,8 @@ def find_model(name: str) -> tuple[str, Path | None]:
     if (path / "policy").is_dir():
         path = path / "policy"
     places = [parent / "config.yaml" for parent in path.resolve().parents[:2]]  # the checkpoint, the run
-    of_checkpoint = (path.resolve().parent / "trainer_state.json").is_file()
-    return str(path), next((p for p in places if of_checkpoint and p.is_file()), None)
+    is_checkpoint = (path.resolve().parent / "trainer_state.json").is_file()
+    return str(path), next((p for p in places if is_checkpoint and p.is_file()), None)
 
 
 def _eval_arguments(parser: ArgumentParser) -> None:

@@ -27,7 +27,7 @@ def compare(path: Path, out: Path, jobs: int | None = None) -> int:
     grid = load_grid(path)
     check_runs(grid, out)
     jobs = jobs or os.cpu_count() or 1
-    total, done = sum(grid.arms[run.arm]["max_steps"] for run in grid.runs), sum(last_step(out, r) for r in grid.runs)
+    total, done = sum(grid.steps(run.arm) for run in grid.runs), sum(last_step(out, r) for r in grid.runs)
     with (
         StopSignals("finishing the steps that run, and saving") as signals,
         ProgressDisplay("step", total, done=done, every=max(1, total // 200)) as progress,
@@ -53,9 +53,9 @@ def write(grid: Grid, out: Path, name: str) -> None:
     summaries = summarize(grid, out)
     table = markdown(summaries, grid.reference)
     out.mkdir(parents=True, exist_ok=True)
-    text, data, image, of_critics = (out / f"{name}{end}" for end in (".md", ".json", ".png", "-diagnostics.png"))
+    text, data, image, diagnostics = (out / f"{name}{end}" for end in (".md", ".json", ".png", "-diagnostics.png"))
     text.write_text(table)
     data.write_text(json.dumps(as_json(summaries), indent=1, ensure_ascii=False) + "\n")
     figure.draw(summaries, image)
-    figure.draw_diagnostics(summaries, of_critics)
-    print(table, text, data, image, of_critics, sep="\n")
+    figure.draw_diagnostics(summaries, diagnostics)
+    print(table, text, data, image, diagnostics, sep="\n")

@@ -1,6 +1,7 @@
 """Settings: what they are, and where they come from."""
 
 from asyppo.config.errors import ConfigError
+from asyppo.config.files import load_config
 from asyppo.config.schema import (
     AsyPPOConfig,
     CriticConfig,
@@ -24,4 +25,5 @@ __all__ = [
     "PolicyConfig",
     "TaskConfig",
     "WarmStartConfig",
+    "load_config",
 ]

@@ -36,6 +36,17 @@ def resolve(setting: str, name: str, built_in: Mapping[str, T], accept: Callable
 OF_A_FILE = "_reward_file_"  # begins the names of modules that were loaded by their file's path
 
 
+def check_parameters(setting: str, name: str, function: Callable[..., Any], *parameters: str) -> None:
+    """Raise ConfigError unless ``function``, which ``setting`` names, can be called with these positional arguments."""
+    try:
+        inspect.signature(function).bind(*parameters)
+    except TypeError as error:
+        got = f"({', '.join(inspect.signature(function).parameters)})"
+        raise ConfigError(
+            f"{setting}: {name} takes {got}, needs to be called with ({', '.join(parameters)})"
+        ) from error
+
+
 def load(setting: str, reference: str, accept: Callable[[Any], bool] = callable) -> Any:
     """Return the function or object that ``module:name`` or ``path.py:name`` names. Raises ConfigError, which names the
     ``setting``.

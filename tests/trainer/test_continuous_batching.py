@@ -10,7 +10,8 @@ import torch
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from asyppo.models.policy import Policy
-from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Response, WorkingWeights
+from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Response
+from asyppo.rollout.samplers.base import WorkingWeights
 
 PAD, EOS, OTHER_EOS = 0, 1, 5
 PROMPTS = [torch.tensor(p) for p in ([3, 4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])] * 3

@@ -13,12 +13,14 @@ from peft import AutoPeftModelForCausalLM
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import PolicyTargets
 from asyppo.checkpoint import load_checkpoint, publish_checkpoint, write_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.adapters import add_lora, has_adapters
 from asyppo.models.critics import StackedCritics
-from asyppo.models.policy import Policy, WithoutAdapters
+from asyppo.models.policy import Objective, Policy, WithoutAdapters
 from asyppo.rollout.samplers import GenerateSampler
 
 Make = Callable[..., Any]
@@ -79,8 +81,8 @@ def test_gradients_are_those_of_full_logits(adapted: Make, ragged_batch: Make) -
     other = copy.deepcopy(policy.model)
     old, weight = logprobs(policy, batch), torch.rand_like(batch.reward)
     for micro in micro_batches(batch, torch.arange(len(batch)), 30):
-        arguments = {"old_logprob": old, "advantage": torch.ones_like(old), "token_weight": weight}
-        policy(micro, {k: v[micro.grid] for k, v in arguments.items()}).loss.backward()
+        targets = PolicyTargets(old, torch.ones_like(old), weight, batch.mask, batch.mask).at(micro.grid)
+        policy(micro, Objective(targets, PolicyLossOptions())).loss.backward()
     loss = torch.zeros(())
     for b in range(len(batch)):
         start, end = int(batch.prompt_length[b]), int(batch.length[b])

@@ -53,17 +53,17 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments and result of every advantage computation of the trainer."""
     seen: list[dict[str, Any]] = []
 
-    advantage_of = asyppo.trainer._advantage_of
+    advantage_of = asyppo.trainer.advantage_of
 
-    def spied(advantage: Any) -> Any:
+    def spied(config: AsyPPOConfig) -> Any:
         def call(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
-            result = advantage_of(advantage)(outcome, options)
+            result = advantage_of(config)(outcome, options)
             seen.append({"outcome": outcome, "result": result})
             return result
 
         return call
 
-    monkeypatch.setattr(asyppo.trainer, "_advantage_of", spied)
+    monkeypatch.setattr(asyppo.trainer, "advantage_of", spied)
     return seen
 
 

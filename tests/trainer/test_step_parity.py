@@ -122,7 +122,15 @@ def restated_step(
     if critics:
         with torch.no_grad():
             value = [torch.stack([values(critic, s) for critic in critics]) for s in samples]
-        deviation = [[float(v[:, t].std(correction=0)) for t in range(v.shape[1])] for v in value]
+        # Responses that begin alike have states in common, whose values differ in their last bits, on some processors.
+        of_state: dict[tuple[int, ...], float] = {}
+        deviation = [
+            [
+                of_state.setdefault((*s.prompt, *s.response[:t]), float(v[:, t].std(correction=0)))
+                for t in range(v.shape[1])
+            ]
+            for v, s in zip(value, samples, strict=True)
+        ]
         advantage = [gae(v.mean(0).tolist(), s.score, gamma, config.lam) for v, s in zip(value, samples, strict=True)]
         if config.whiten != "none":
             for prompt in {s.prompt_number for s in samples} if config.whiten == "group" else {None}:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.config.references import resolve
+from asyppo.config.references import check_parameters, resolve
 from asyppo.models.policy import Policy
 from asyppo.models.tokenizer import eos_token_ids, pad_token_id
 from asyppo.rollout.samplers.base import DividedSampler, HoldsWeights, NamedWeights, Response, Sampler, SentWeights
@@ -28,6 +28,7 @@ __all__ = [
     "SamplerFactory",
     "SentWeights",
     "make_sampler",
+    "sampler_factory",
 ]
 
 
@@ -57,9 +58,16 @@ SAMPLERS: dict[str, SamplerFactory] = {
 """The built-in ones by name. One's own is a function like these."""
 
 
+def sampler_factory(config: AsyPPOConfig) -> SamplerFactory:
+    """Return what makes the configured sampler. Raises ConfigError."""
+    found = resolve("sampler", config.sampler, SAMPLERS)
+    check_parameters("sampler", config.sampler, found, "policy", "tokenizer", "config")
+    return found
+
+
 def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
     """Return the sampler that ``config`` asks for. Raises ConfigError."""
-    sampler = resolve("sampler", config.sampler, SAMPLERS)(policy, tokenizer, config)
+    sampler = sampler_factory(config)(policy, tokenizer, config)
     if not callable(getattr(sampler, "sample", None)):
         raise ConfigError(
             f"sampler: {config.sampler} returned {type(sampler).__name__}, needs an object with a method sample"
