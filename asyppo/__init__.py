@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ _HOMES = {
     "AsyPPOConfig": "asyppo.config",
     "AsyPPOTrainer": "asyppo.trainer",
     "ConfigError": "asyppo.config",
+    "__version__": "asyppo.version",
     "load_config": "asyppo.config",
 }
 
@@ -29,18 +29,8 @@ __all__ = ["AsyPPOConfig", "AsyPPOTrainer", "ConfigError", "__version__", "load_
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name == "__version__":
-        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    """The distribution's; of a checkout that is not installed, the one it would be built with."""
-    try:
-        return version("asyppo")
-    except PackageNotFoundError:
-        return import_module("asyppo_kernels").__version__

@@ -36,6 +36,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "distributed",
         "config",
         "algorithm",
+        "version",
     ),
     "bench": (
         "__init__ conftest test_ops test_scaling run gpu_check aot",

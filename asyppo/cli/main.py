@@ -19,12 +19,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-import asyppo
 from asyppo.cli.commands import COMMANDS, Command
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.fields import by_path, check_names, did_you_mean, groups
 from asyppo.config.files import READY_CONFIGS, add_settings, config_file, configuration, in_one_line, read_settings
 from asyppo.run.signals import exiting_at_once
+from asyppo.version import __version__
 
 
 class _Parser(ArgumentParser):
@@ -102,7 +102,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
         print(overview(), end="")
         raise SystemExit(0)
     if name == "--version":
-        print(f"asyppo {asyppo.__version__}")
+        print(f"asyppo {__version__}")
         raise SystemExit(0)
     if name not in COMMANDS:
         raise ConfigError(f"{name}: unknown command{did_you_mean(name, dict.fromkeys(COMMANDS))}")
