@@ -1,4 +1,4 @@
-"""Write the README's table of settings from the configuration's dataclasses: ``python docs/configuration_table.py``."""
+"""Write the tables of docs/settings.md from the configuration's dataclasses: ``python docs/configuration_table.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from asyppo.cli.main import show
 from asyppo.config import AsyPPOConfig
 from asyppo.config.fields import Field, by_path, groups
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("settings.md")
 BEGIN, END = "<!-- settings: begin, written by docs/configuration_table.py -->\n", "<!-- settings: end -->\n"
 
 
@@ -35,13 +35,13 @@ def _markdown(text: str) -> str:
 
 
 def with_table(text: str) -> str:
-    """Return a README's text with the table between the two marks as it is now."""
+    """Return the page's text with the tables between the two marks as it is now."""
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
-        raise SystemExit(f"{README} lacks the line {BEGIN.strip()} or {END.strip()}")
+        raise SystemExit(f"{PAGE} lacks the line {BEGIN.strip()} or {END.strip()}")
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(with_table(PAGE.read_text()))
