@@ -1,6 +1,6 @@
 """What the fields of the configuration are: their paths, types, defaults and docstrings, read from the dataclasses.
 
-``asyppo train --help``, the README's table and the hint at a mistyped name are made of this.
+``asyppo train --help``, the tables of docs/settings.md and the hint at a mistyped name are made of this.
 """
 
 from __future__ import annotations
