@@ -1,4 +1,4 @@
-"""griffe's extension for the site: docstrings read in an editor first, and so use ``::`` before an indented block."""
+"""griffe's extension for the site. Docstrings are written to be read in an editor, and Markdown misreads two things."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 import griffe
 
 
-class IndentedBlocks(griffe.Extension):
-    """Takes the second colon of ``::`` away; Markdown needs none before an indented block."""
+class AsMarkdown(griffe.Extension):
+    """Writes docstrings as Markdown."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the docstring of each object that is read."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"::(?=\n\n {4})", ":", obj.docstring.value)
+            # It needs no second colon before an indented block.
+            text = re.sub(r"::(?=\n\n {4})", ":", obj.docstring.value)
+            # It takes the shape in "weight: [N]: w" for the definition of a link.
+            obj.docstring.value = re.sub(r"(?<=: )\[([^\]\n]*)\]:", r"\\[\1]:", text)
