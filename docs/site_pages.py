@@ -1,4 +1,4 @@
-"""Gather the pages of the documentation site in build/pages: ``python docs/site_pages.py``. `make docs` makes HTML of them.
+"""Gather the pages of the documentation's site in build/pages: ``python docs/site_pages.py``; `make docs` does it.
 
 The pages are the repository's Markdown files, wherever they are. There a link names a file relative to the file that it
 stands in, so that it holds where the repository is read; here each is turned round to where the site has that file: a

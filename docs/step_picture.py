@@ -85,19 +85,25 @@ def _arrow(*points: tuple[float, float], dashed: bool = False) -> str:
     return f'<path class="arrow{" dashed" if dashed else ""}" d="{path}" marker-end="url(#head)"/>'
 
 
+LOG_PROBS = ("[B, T]; with a KL penalty the reference's",)
+SPLIT = ("each prompt's responses among M critics: shares",)
+FIT = ("critic m on its own share: (V_m − R)²",)
+VALUE = ("all critics, all responses: V [M, B, T]; V̄, σ [B, T]",)
+UPDATE = ("clipped surrogate of the advantages kept by Iᴬ,", "entropy bonus kept by Iᴴ, KL penalty")
+
 BOXES = (
     Box(60, 30, 150, 62, "batch", "Prompts", (), "data/"),
     Box(290, 30, 290, 62, "policy", "Sample G responses a prompt", (), "rollout/"),
     Box(660, 30, 260, 62, "batch", "Reward them", (), "rewards/"),
     Box(60, 142, 860, 62, "batch", "Batch of B responses", ("tokens, reward, mask [B, T] · group [B]",)),
-    Box(60, 264, 300, 84, "policy", "Old log-probs, entropy", ("[B, T]; with a KL penalty the reference's",), "linear_logprob"),
-    Box(560, 264, 360, 62, "critics", "Split", ("each prompt's responses among M critics: shares",), number=1),
-    Box(560, 366, 360, 84, "critics", "Critic update", ("critic m on its own share: (V_m − R)²",), "stacked layers, M critics in one pass", number=2),
-    Box(560, 490, 360, 84, "critics", "Value", ("all critics, all responses: V [M, B, T]; V̄, σ [B, T]",), "ensemble_value", number=3),
-    Box(560, 634, 170, 84, "critics", "Advantage", ("GAE on V̄, whitened",), "ensemble_gae", number=4),
-    Box(750, 634, 170, 84, "critics", "Masks", ("of low σ, of high σ",), "agreement_masks", number=5),
-    Box(60, 628, 360, 96, "policy", "Policy update", ("clipped surrogate of the advantages kept by Iᴬ,", "entropy bonus kept by Iᴴ, KL penalty"), "linear_ppo_loss", number=6),
-)  # fmt: skip
+    Box(60, 264, 300, 84, "policy", "Old log-probs, entropy", LOG_PROBS, "linear_logprob"),
+    Box(560, 264, 360, 62, "critics", "Split", SPLIT, number=1),
+    Box(560, 366, 360, 84, "critics", "Critic update", FIT, "stacked layers, M critics in one pass", 2),
+    Box(560, 490, 360, 84, "critics", "Value", VALUE, "ensemble_value", 3),
+    Box(560, 634, 170, 84, "critics", "Advantage", ("GAE on V̄, whitened",), "ensemble_gae", 4),
+    Box(750, 634, 170, 84, "critics", "Masks", ("of low σ, of high σ",), "agreement_masks", 5),
+    Box(60, 628, 360, 96, "policy", "Policy update", UPDATE, "linear_ppo_loss", 6),
+)
 
 ARROWS = (
     _arrow((210, 61), (288, 61)),
@@ -129,7 +135,7 @@ ARROWS = (
 def picture() -> str:
     """Return the picture as SVG, for a light and a dark page."""
     legend = [
-        f'<rect class="policy" x="{x}" y="{y}" width="14" height="14" rx="3"/>'.replace("policy", kind)
+        f'<rect class="{kind}" x="{x}" y="{y}" width="14" height="14" rx="3"/>'
         + _text(x + 20, y + 12, name, "label", "start")
         for x, y, kind, name in (
             (60, 776, "policy", "the policy's passes"),
@@ -142,8 +148,8 @@ def picture() -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
             "<title>Data flow of a training step</title>",
             f"<style>{STYLE}</style>",
-            '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-            '<path class="head" d="M0 0 L10 5 L0 10 z"/></marker></defs>',
+            '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+            'orient="auto"><path class="head" d="M0 0 L10 5 L0 10 z"/></marker></defs>',
             f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>',
             *ARROWS,
             *(box.svg() for box in BOXES),
