@@ -7,9 +7,9 @@ from pathlib import Path
 
 from asyppo.cli.main import show
 from asyppo.config import AsyPPOConfig
-from asyppo.config.fields import Field, by_path, groups
+from asyppo.config.fields import Field, by_path, groups, may_change, stands_in
 
-PAGE = Path(__file__).with_name("settings.md")
+PAGE = Path(__file__).parent / "settings.md"
 BEGIN, END = "<!-- settings: begin, written by docs/configuration_table.py -->\n", "<!-- settings: end -->\n"
 
 
@@ -26,8 +26,10 @@ def table() -> str:
 
 def _row(field: Field) -> str:
     default = "null" if field.branch else show(field.default)
-    choices = f" ({_markdown(field.type)})" if field.type.startswith("one of") else ""
-    return f"| `{field.path}` | `{default}` | {_markdown(field.doc)}{choices} |"
+    mark = " ↻" if stands_in(field.path, may_change(AsyPPOConfig)) else ""
+    narrow = field.values.startswith("one of") or field.facts.bounded or field.facts.not_empty
+    values = f" ({_markdown(field.values)})" if narrow else ""
+    return f"| `{field.path}`{mark} | `{default}` | {_markdown(field.doc)}{values} |"
 
 
 def _markdown(text: str) -> str:
@@ -35,7 +37,7 @@ def _markdown(text: str) -> str:
 
 
 def with_table(text: str) -> str:
-    """Return the page's text with the tables between the two marks as it is now."""
+    """Return a page's text with the tables between the two marks as it is now."""
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -128,9 +129,27 @@ def test_every_page_of_the_documentation_is_linked_from_the_readme() -> None:
 
 def test_the_tables_of_settings_are_those_of_the_dataclasses() -> None:
     table = script("configuration_table")
+    assert table.PAGE == ROOT / "docs" / "settings.md"
     text = table.PAGE.read_text()
     assert table.with_table(text) == text, "run python docs/configuration_table.py"
-    assert "| `warm_start.policy.hidden_size` | `128` | Width. |" in text
+    assert "| `warm_start.policy.hidden_size` | `128` | Width. (an integer of at least 1) |" in text
+    assert "| `eval.every` ↻ | `0` | " in text
+    assert "| `seed` | `0` | " in text
+
+
+def test_the_settings_page_says_how_settings_are_given(tmp_path: Path) -> None:
+    from asyppo.cli.main import parse
+    from asyppo.config.files import READY_CONFIGS
+
+    text = (ROOT / "docs" / "settings.md").read_text()
+    [file] = re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S)
+    (tmp_path / "my.yaml").write_text(file)
+    [command] = re.findall(r"^asyppo (.*)$", text, re.M)
+    config = parse(shlex.split(command.replace("my.yaml", str(tmp_path / "my.yaml"))))
+    assert (config.critic.model_name_or_path, config.critic.num_critics) == ("Qwen/Qwen3-1.7B", 4)
+    assert config.reward_funcs == ["math_verify"]
+    assert config.policy.gradient_checkpointing
+    assert all(f"`{name}`" in text for name in READY_CONFIGS)
 
 
 def test_the_picture_of_the_step_is_that_of_its_script() -> None:

@@ -9,12 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config import ConfigError
+from asyppo.config.files import configuration
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,6 @@ class Command:
     """The configuration file it starts from, given its arguments: a path, the name of a ready one, or None."""
     without_config: str = ""
     """What it does without ``--config``, for the help."""
-
-
-def configuration(namespace: Namespace) -> AsyPPOConfig:
-    """Return the validated configuration among the arguments of a command. Raises ConfigError."""
-    config = AsyPPOConfig(**{field.name: namespace[field.name] for field in fields(AsyPPOConfig)})
-    config.validate()
-    return config
 
 
 def _has_config(arguments: Sequence[str]) -> bool:

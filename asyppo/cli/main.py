@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import textwrap
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from asyppo.cli.commands import COMMANDS, Command, configuration
+import asyppo
+from asyppo.cli.commands import COMMANDS, Command
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.fields import by_path, check_names, did_you_mean, groups
+from asyppo.config.files import READY_CONFIGS, add_settings, config_file, configuration, in_one_line, read_settings
 from asyppo.run.signals import exiting_at_once
-
-READY_CONFIGS = {path.stem: path for path in sorted(Path(str(files("asyppo.config") / "ready")).glob("*.yaml"))}
-"""The configurations that come along, by the name that ``--config`` takes."""
 
 
 class _Parser(ArgumentParser):
@@ -54,7 +50,7 @@ class _Parser(ArgumentParser):
                 branch = by_path(AsyPPOConfig)[path].branch if path else None
                 lines += ["", *textwrap.wrap(f"{path}: {_plain(branch.__doc__)}", 100)] if branch else [""]
                 for field in leaves:
-                    note = "default: null" if field.branch else f"default: {show(field.default)}; {field.type}"
+                    note = "default: null" if field.branch else f"default: {show(field.default)}; {field.values}"
                     lines += _entry(f"--{field.path}", _plain(field.doc), f"  [{note}]")
         return "\n".join(lines) + "\n"
 
@@ -89,7 +85,7 @@ def parser(name: str) -> _Parser:
             help=f"YAML file, or one of {', '.join(READY_CONFIGS)}. May be given several times; later ones, and the "
             f"options after them, override. {command.without_config}",
         )
-        made.add_class_arguments(AsyPPOConfig)
+        add_settings(made)
     made.add_argument("--traceback", action="store_true", help="Show the traceback of an error, too.")
     return made
 
@@ -106,10 +102,10 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
         print(overview(), end="")
         raise SystemExit(0)
     if name == "--version":
-        print(f"asyppo {version('asyppo')}")
+        print(f"asyppo {asyppo.__version__}")
         raise SystemExit(0)
     if name not in COMMANDS:
-        raise ConfigError(f"{name}: unknown command{did_you_mean(name, list(COMMANDS))}")
+        raise ConfigError(f"{name}: unknown command{did_you_mean(name, dict.fromkeys(COMMANDS))}")
     command = COMMANDS[name]
     made = parser(name)
     _check_options(made, arguments)
@@ -118,7 +114,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     try:
         return made.instantiate(made.parse_args(arguments))
     except ArgumentError as error:
-        raise ConfigError(_in_one_line(str(error))) from error
+        raise ConfigError(in_one_line(str(error))) from error
 
 
 def overview() -> str:
@@ -140,7 +136,7 @@ def overview() -> str:
 def _implied(command: Command, arguments: Sequence[str]) -> list[str]:
     """The configuration file that a command starts from; what the arguments say comes after it."""
     path = command.base_config(arguments)
-    return [] if path is None else [f"--config={_config_file(str(path))}"]
+    return [] if path is None else [f"--config={_checked_file(str(path))}"]
 
 
 def _with_config_files(arguments: Sequence[str]) -> list[str]:
@@ -150,10 +146,17 @@ def _with_config_files(arguments: Sequence[str]) -> list[str]:
         is_value = done[-1:] == ["--config"]
         if is_value or argument.startswith("--config="):
             argument = argument if is_value else argument.removeprefix("--config=")
-            done[len(done) - is_value :] = [f"--config={_config_file(argument)}"]
+            done[len(done) - is_value :] = [f"--config={_checked_file(argument)}"]
         else:
             done.append(argument)
     return done
+
+
+def _checked_file(name: str) -> Path:
+    """Return the file that ``--config name`` means, after a look at its keys. Raises ConfigError."""
+    path = config_file(name)
+    read_settings(path)
+    return path
 
 
 def _with_flags(arguments: Sequence[str]) -> list[str]:
@@ -166,30 +169,11 @@ def _with_flags(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _config_file(name: str) -> Path:
-    """Return the file that ``--config name`` means, after a look at its keys. Raises ConfigError."""
-    path = Path(name).expanduser()
-    if not path.exists() and name in READY_CONFIGS:
-        path = READY_CONFIGS[name]
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        near = "" if "/" in name or name.endswith((".yaml", ".yml")) else did_you_mean(name, list(READY_CONFIGS))
-        raise ConfigError(
-            f"--config: cannot read {name!r}: {error.strerror}; needs a YAML file, or one of "
-            f"{', '.join(READY_CONFIGS)}{near}"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {name} is no YAML: {' '.join(str(error).split())}") from error
-    check_names(AsyPPOConfig, tree, f" in {name}")
-    return path
-
-
 def _check_options(made: _Parser, arguments: Sequence[str]) -> None:
     """Raise ConfigError at the first option that does not exist, with the nearest that does."""
     settings = by_path(AsyPPOConfig) if made.command.settings else {}
     own = [o.removeprefix("--") for action in made._actions for o in action.option_strings if o.startswith("--")]
-    known = list(dict.fromkeys([*own, *settings]))
+    known = {**dict.fromkeys(own), **settings}
     for index, argument in enumerate(arguments):
         if not argument.startswith("--") or argument == "--":
             continue
@@ -197,27 +181,11 @@ def _check_options(made: _Parser, arguments: Sequence[str]) -> None:
         if not equals:
             value = next(iter(arguments[index + 1 : index + 2]), "")
         name = name.removesuffix("+")  # --reward_funcs+ appends
-        inside_mapping = any(
-            name.startswith(f"{path}.") and f.type == "a mapping" and not f.branch for path, f in settings.items()
-        )
+        inside_mapping = any(name.startswith(f"{path}.") and field.is_mapping for path, field in settings.items())
         if name not in known and not inside_mapping:
             raise ConfigError(f"--{name}: unknown option{did_you_mean(name, known, '--')}")
         if name in settings and settings[name].branch is not None and value.lstrip().startswith("{"):
             check_names(AsyPPOConfig, yaml.safe_load(value), f" in --{name}", f"{name}.")
-
-
-def _in_one_line(message: str) -> str:
-    """What jsonargparse says, in our words where it names a field and a value."""
-    keys = re.findall(r'Parser key "([\w.]+)"', message)
-    values = re.findall(r"(?:Got|Given) value: (.*)", message)
-    if keys and values:
-        # Of a field below one that may be null both keys are named, the inner one relative to the outer.
-        path = keys[0] if keys[-1].startswith(keys[0]) else f"{keys[0]}.{keys[-1]}"
-        path = keys[-1] if len(keys) > 1 and keys[-1].startswith(keys[0]) else path
-        field = by_path(AsyPPOConfig).get(path)
-        if field is not None:
-            return f"{path}: got {values[0]!r}, needs {field.type}"
-    return f"{' '.join(message.split())}; see --help"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

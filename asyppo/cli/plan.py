@@ -187,7 +187,7 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
         rows = max(config.num_critics, config.max_tokens_per_micro_batch // width)
         of_critic = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
         # A frozen backbone is there once, and in the precision of the pass already.
-        in_use = 0 if config.critic.lora_rank else config.num_critics * _in_use(critic, of_critic, element, gpus)
+        in_use = 0 if config.critic.lora_r else config.num_critics * _in_use(critic, of_critic, element, gpus)
         plan.phases["critic update"] = always | {
             "gradients": 4 * config.num_critics * critic.trainable // shards,
             "weights as computed with": in_use,
@@ -324,8 +324,8 @@ def describe(
     if config.policy.use_peft and not is_critic:
         trainable = _adapter_parameters(model, config.policy.lora_r, config.policy.lora_target_modules)
         parameters += trainable
-    if config.critic.lora_rank and is_critic:
-        trainable = _adapter_parameters(model, config.critic.lora_rank, None)
+    if config.critic.lora_r and is_critic:
+        trainable = _adapter_parameters(model, config.critic.lora_r, None)
         trainable += sum(p.numel() for p in model.score.parameters())
         parameters += trainable - sum(p.numel() for p in model.score.parameters())
     return Model(name, source, model_config, parameters, trainable, largest, is_critic)

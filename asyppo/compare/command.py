@@ -27,7 +27,7 @@ def compare(path: Path, out: Path, jobs: int | None = None) -> int:
     grid = load_grid(path)
     check_runs(grid, out)
     jobs = jobs or os.cpu_count() or 1
-    total, done = sum(grid.arms[run.arm]["max_steps"] for run in grid.runs), sum(last_step(out, r) for r in grid.runs)
+    total, done = sum(grid.steps(run.arm) for run in grid.runs), sum(last_step(out, r) for r in grid.runs)
     with (
         StopSignals("finishing the steps that run, and saving") as signals,
         ProgressDisplay("step", total, done=done, every=max(1, total // 200)) as progress,

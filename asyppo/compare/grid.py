@@ -14,20 +14,13 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from asyppo.config import AsyPPOConfig, ConfigError
-
-Settings = dict[str, Any]
-"""A configuration as a YAML file holds it: nested dictionaries."""
+from asyppo.config import AsyPPOConfig, ConfigError, load_config
+from asyppo.config.files import Settings, config_file, merged, read_settings, read_yaml
 
 KEYS = {"config", "seeds", "reference", "set", "arms"}
-WHOLE = {"params", "columns", "chat_template_kwargs"}  # settings that are a mapping: replaced, as by a second --config
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,10 @@ class Grid:
     seeds: list[int]
     reference: str
 
+    def steps(self, arm: str) -> int:
+        """Steps of a run of an arm."""
+        return self.arms[arm].get("max_steps", AsyPPOConfig.max_steps)
+
     @property
     def runs(self) -> list[Run]:
         """Every cell, seed by seed, so that an unfinished grid has all arms of its first seeds."""
@@ -59,7 +56,9 @@ class Grid:
 
 def load_grid(path: Path) -> Grid:
     """Read a grid from a YAML file. Raises ConfigError."""
-    content = read_settings(path)
+    content = read_yaml(path, "grid", "a YAML file of arms and seeds")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: got {type(content).__name__}, needs a YAML mapping")
     if unknown := set(content) - KEYS:
         raise ConfigError(f"{path}: got the key {min(unknown)!r}, needs {', '.join(sorted(KEYS))}")
     arms, seeds = content.get("arms"), content.get("seeds")
@@ -72,7 +71,7 @@ def load_grid(path: Path) -> Grid:
     reference = content.get("reference", next(iter(arms)))
     if reference not in arms:
         raise ConfigError(f"reference: got {reference!r}, needs one of the arms: {', '.join(arms)}")
-    base = read_settings(_config_path(content.get("config", "default"), path.parent))
+    base = read_settings(config_file(content.get("config", "default"), path.parent))
     common = merged(base, content.get("set") or {})
     grid = Grid({str(name): merged(common, change or {}) for name, change in arms.items()}, seeds, str(reference))
     for name, settings in grid.arms.items():
@@ -83,51 +82,9 @@ def load_grid(path: Path) -> Grid:
     return grid
 
 
-def _config_path(name: str, beside: Path) -> Path:
-    from asyppo.cli.main import READY_CONFIGS
-
-    return READY_CONFIGS[name] if name in READY_CONFIGS else beside / name
-
-
 def _check(arm: str, settings: Settings) -> None:
     """Raise ConfigError if ``asyppo train`` would refuse the settings, before hours have gone into other arms."""
     try:
-        parsed(settings)
+        load_config(settings)
     except ConfigError as error:
         raise ConfigError(f"arms: {arm}: {error}") from error
-
-
-def parsed(settings: Settings) -> AsyPPOConfig:
-    """Return the configuration that ``asyppo train`` makes of a file with ``settings``. Raises ConfigError."""
-    from asyppo.cli.main import parse
-
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "arm.yaml"
-        file.write_text(yaml.safe_dump(settings))
-        try:
-            return parse(["train", "--config", str(file)])
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(f" in {file}", "")) from error
-
-
-def read_settings(path: Path) -> Settings:
-    """Return a YAML file's mapping. Raises ConfigError."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot read it: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {type(content).__name__}, needs a YAML mapping")
-    return content
-
-
-def merged(base: Settings, change: Settings) -> Settings:
-    """Return ``base`` with the entries of ``change``, groups of settings within it likewise; neither is altered."""
-    result = dict(base)
-    for key, value in change.items():
-        inner = result.get(key)
-        if isinstance(value, dict) and isinstance(inner, dict) and key not in WHOLE:
-            result[key] = merged(inner, value)
-        else:
-            result[key] = value
-    return result

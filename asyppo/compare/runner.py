@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from asyppo.compare.grid import Grid, Run, parsed
-from asyppo.config import ConfigError
+from asyppo.compare.grid import Grid, Run
+from asyppo.config import ConfigError, load_config
 from asyppo.run.directory import run_path as resumable
 
 POLL_SECONDS = 0.5
@@ -35,14 +35,14 @@ def last_step(out: Path, run: Run) -> int:
 
 def finished(out: Path, run: Run, grid: Grid) -> bool:
     """Whether a run has done its last step and saved the checkpoint of it."""
-    steps = grid.arms[run.arm]["max_steps"]
+    steps = grid.steps(run.arm)
     return last_step(out, run) >= steps and (run_path(out, run) / f"checkpoint-{steps}").exists()
 
 
 def check_runs(grid: Grid, out: Path) -> None:
     """Raise ConfigError where a run in ``out`` was made with other settings than the grid's."""
     for arm, settings in grid.arms.items():
-        config = replace(parsed(settings), output_dir=str(out / "runs"), resume=True)
+        config = replace(load_config(settings), output_dir=str(out / "runs"), resume=True)
         for seed in grid.seeds:
             try:
                 resumable(replace(config, seed=seed, run_name=Run(arm, seed).name))

@@ -125,7 +125,7 @@ def summarize(grid: Grid, out: Path) -> list[ArmSummary]:
     read: dict[str, list[tuple[Curve, list[dict[str, Any]]]]] = {}
     for arm in grid.arms:
         done = [seed for seed in grid.seeds if finished(out, Run(arm, seed), grid)]
-        last = grid.arms[arm]["max_steps"]
+        last = grid.steps(arm)
         read[arm] = [read_curve(run_path(out, Run(arm, seed)), seed, last) for seed in done]
         read[arm] = [(curve, rows) for curve, rows in read[arm] if curve.accuracy]
         finals[arm] = {curve.seed: curve.accuracy[-1] for curve, _ in read[arm]}

@@ -1,8 +1,8 @@
 """Settings: what they are, and where they come from."""
 
+from asyppo.config.files import load_config
 from asyppo.config.schema import (
     AsyPPOConfig,
-    ConfigError,
     CriticConfig,
     DataConfig,
     DistributedConfig,
@@ -12,6 +12,7 @@ from asyppo.config.schema import (
     TaskConfig,
     WarmStartConfig,
 )
+from asyppo.config.setting import ConfigError
 
 __all__ = [
     "AsyPPOConfig",
@@ -24,4 +25,5 @@ __all__ = [
     "PolicyConfig",
     "TaskConfig",
     "WarmStartConfig",
+    "load_config",
 ]

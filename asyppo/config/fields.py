@@ -1,20 +1,21 @@
-"""What the fields of the configuration are: their paths, types, defaults and docstrings, read from the dataclasses.
+"""What the fields of the configuration are: their paths, types, defaults, docstrings and other facts, read from the
+dataclasses.
 
-``asyppo train --help``, the tables of docs/settings.md and the hint at a mistyped name are made of this.
+``asyppo train --help``, the table in ``docs/settings.md`` and the hint at a mistyped name are made of this.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import docstring_parser
 
-from asyppo.config.schema import ConfigError
+from asyppo.config.setting import ConfigError, Facts, alternatives, facts_of, hints, in_words
 
 
 @dataclass(frozen=True)
@@ -29,41 +30,58 @@ class Field:
     """Its default; of a branch that is null by default, the default it has once the branch is there."""
     doc: str
     """Its docstring on one line."""
+    facts: Facts
+    """What else was declared of it."""
     branch: type | None
-    """The dataclass whose fields lie below it; None: it is a leaf."""
+    """The dataclass whose fields lie below it, where a second source adds to what a first one says. None: it is a leaf,
+    which a second source replaces, a mapping or a list as a whole."""
 
     @property
-    def type(self) -> str:
-        """The type in words."""
-        return type_in_words(self.annotation)
+    def values(self) -> str:
+        """What values it takes, in words."""
+        return in_words(self.annotation, self.facts)
 
     @property
     def optional(self) -> bool:
         """Whether null is a value of it."""
         return NoneType in get_args(self.annotation)
 
+    @property
+    def is_mapping(self) -> bool:
+        """Whether it is a leaf that holds a mapping."""
+        return any((get_origin(a) or a) is dict for a in alternatives(self.annotation))
+
+    @property
+    def entry(self) -> type | None:
+        """The dataclass that the entries of a list are of, if they are of one."""
+        return _dataclass_in(get_args(self.annotation)) if get_origin(self.annotation) is list else None
+
+    @property
+    def renamed_from(self) -> list[str]:
+        """The paths it had before."""
+        prefix = self.path.rpartition(".")[0]
+        return [f"{prefix}.{name}".lstrip(".") for name in self.facts.renamed_from]
+
 
 def walk(root: type, prefix: str = "") -> Iterator[Field]:
     """Yield the fields of a dataclass in order, each branch before what lies below it."""
-    hints = get_type_hints(root)
     docs = {
         p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(root).params
     }
     for field in fields(root):
-        annotation = hints[field.name]
-        branch = _branch(annotation)
+        annotation = hints(root)[field.name]
+        branch = _dataclass_in(alternatives(annotation))
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         path = prefix + field.name
-        yield Field(path, annotation, default, docs.get(field.name, ""), branch)
+        yield Field(path, annotation, default, docs.get(field.name, ""), facts_of(field), branch)
         if branch is not None:
             below = branch() if default is None else default
             for inner in walk(branch, path + "."):
                 yield _with_default(inner, below, inner.path.removeprefix(path + "."))
 
 
-def _branch(annotation: Any) -> type | None:
-    alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return next((a for a in alternatives if isinstance(a, type) and is_dataclass(a)), None)
+def _dataclass_in(types: tuple[Any, ...]) -> type | None:
+    return next((a for a in types if isinstance(a, type) and is_dataclass(a)), None)
 
 
 def _with_default(field: Field, root: Any, path: str) -> Field:
@@ -72,7 +90,7 @@ def _with_default(field: Field, root: Any, path: str) -> Field:
         if root is None:
             return field
         root = getattr(root, name)
-    return Field(field.path, field.annotation, root, field.doc, field.branch)
+    return replace(field, default=root)
 
 
 def groups(root: type) -> dict[str, list[Field]]:
@@ -93,26 +111,19 @@ def by_path(root: type) -> dict[str, Field]:
     return {field.path: field for field in walk(root)}
 
 
-def type_in_words(annotation: Any) -> str:
-    """Return what values a field takes: ``an integer``, ``one of a, b``, ``text or null``, …"""
-    if is_dataclass(annotation):
-        return "a mapping"
-    arguments, origin = get_args(annotation), get_origin(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join("null" if a is None else str(a) for a in arguments)
-    if origin in (Union, UnionType):
-        return " or ".join(type_in_words(a) for a in arguments)
-    if origin in (list, tuple):
-        return f"a list of {type_in_words(arguments[0])}"
-    words = {
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        dict: "a mapping",
-        NoneType: "null",
-    }
-    return words.get(origin or annotation, "a value")
+def may_change(root: type) -> list[str]:
+    """Return the paths of what a resumed run may change; all that lies below a branch among them may change, too."""
+    return [field.path for field in walk(root) if field.facts.may_change]
+
+
+def stands_in(path: str, branches: list[str]) -> bool:
+    """Whether a path is among ``branches``, or lies below one of them."""
+    return any(f"{path}.".startswith(f"{branch}.") for branch in branches)
+
+
+def renamed(root: type) -> dict[str, str]:
+    """Return the paths that fields have now by those they had before."""
+    return {old: field.path for field in walk(root) for old in field.renamed_from}
 
 
 def check_names(root: type, tree: Any, where: str, prefix: str = "") -> None:
@@ -126,39 +137,15 @@ def check_names(root: type, tree: Any, where: str, prefix: str = "") -> None:
             raise ConfigError(f"{path}: unknown key{where}{did_you_mean(path, known)}")
         if known[path].branch is not None and not (value is None and known[path].optional):
             check_names(root, value, where, path + ".")
+        entry = known[path].entry
+        if entry is not None and isinstance(value, list):
+            for index, inner in enumerate(value):
+                check_names(entry, inner, f" of {path}[{index}]{where}")
 
 
-# What other trainers call a field: TRL, verl, OpenRLHF.
-ELSEWHERE = {
-    "actor_learning_rate": "learning_rate",
-    "clip_ratio": "epsilon",
-    "clip_ratio_high": "epsilon_high",
-    "cliprange": "epsilon",
-    "critic_learning_rate": "critic.learning_rate",
-    "entropy_coeff": "entropy_coef",
-    "eps_clip": "epsilon",
-    "eval_steps": "eval.every",
-    "kl_coef": "beta",
-    "lambd": "lam",
-    "loss_agg_mode": "loss_aggregation",
-    "lr": "learning_rate",
-    "max_new_tokens": "max_completion_length",
-    "max_response_length": "max_completion_length",
-    "model": "policy.model_name_or_path",
-    "n_samples_per_prompt": "num_generations",
-    "num_ppo_epochs": "num_iterations",
-    "num_train_epochs": "max_steps",
-    "per_device_train_batch_size": "prompts_per_step",
-    "ppo_epochs": "num_iterations",
-    "ppo_max_token_len_per_gpu": "max_tokens_per_micro_batch",
-    "rollout_batch_size": "prompts_per_step",
-    "total_training_steps": "max_steps",
-    "train_batch_size": "prompts_per_step",
-}
-
-
-def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str | None:
-    """Return the known path that ``name`` was likely meant to be; None if no path is near.
+def nearest(name: str, known: Mapping[str, Field | None]) -> str | None:
+    """Return the known path that ``name`` was likely meant to be; None if no path is near. ``known`` may hold names
+    that are no fields, such as those of commands.
 
     A name that is right, or nearly, but for where it stands (``num_critics``) comes first, then what other trainers
     call a field, then the most alike in letters.
@@ -170,11 +157,14 @@ def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str | None:
     alike = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     # A name can stand in several branches; the nearest of them is the most alike as a whole.
     moved = difflib.get_close_matches(name, moved, n=1, cutoff=0.0)
-    elsewhere = [path for path in (ELSEWHERE.get(last),) if path in known]
+    elsewhere = [path for path, field in known.items() if field is not None and last in field.facts.elsewhere]
     return next(iter([*moved, *elsewhere, *alike]), None)
 
 
-def did_you_mean(name: str, known: Mapping[str, Any] | list[str], prefix: str = "") -> str:
+def did_you_mean(name: str, known: Mapping[str, Field | None], prefix: str = "") -> str:
     """Return the end of an error's message about an unknown name."""
+    for path, field in known.items():
+        if field is not None and name in field.renamed_from:
+            return f"; its name is {prefix}{path} now"
     near = nearest(name, known)
     return "; see --help" if near is None else f"; did you mean {prefix}{near}?"

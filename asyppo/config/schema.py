@@ -9,29 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message names the field, what it got and what it needs."""
-
-    exit_status = 2
-    """What the command line returns for it, after one line; errors without this attribute show their traceback."""
-
-
-def _need(ok: bool, name: str, got: Any, needs: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}: got {got!r}, needs {needs}")
+from asyppo.config.setting import check, need, setting
 
 
 @dataclass
 class PolicyConfig:
     """The language model that is trained."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: str | None = setting(None, elsewhere=("model",))
     """Directory or hub name of a Hugging Face causal language model. None needs a ``warm_start``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass. The weights and the optimizer stay float32, so that updates at a
     learning rate of 1e-6 do not round away. ``auto``: bfloat16 on a GPU, float32 on a CPU."""
-    attn_implementation: str | None = None
+    attn_implementation: str | None = setting(None, may_change=True)
     """Passed to ``from_pretrained``: ``sdpa``, ``eager``, ``flash_attention_2``; None lets transformers choose."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model, of the policy, the critics or the tokenizer."""
@@ -42,9 +32,9 @@ class PolicyConfig:
     """Train LoRA adapters instead of the weights. The weights under them are kept in ``dtype``, checkpoints hold the
     adapters alone, and the reference of ``beta`` is the model without them. A ``model_name_or_path`` that holds
     adapters goes on training those, whatever is set here."""
-    lora_r: int = 16
+    lora_r: int = setting(16, at_least=1)
     """Rank of new adapters (TRL's default)."""
-    lora_alpha: int = 32
+    lora_alpha: int = setting(32, at_least=1)
     """New adapters are scaled by ``lora_alpha / lora_r`` (TRL's default)."""
     lora_target_modules: list[str] | None = None
     """Ends of the names of layers that get adapters, such as ``[q_proj, v_proj]``; None: all linear layers but the
@@ -59,40 +49,40 @@ class CriticConfig:
     model_name_or_path: str | None = None
     """Directory or hub name of the checkpoint that every critic starts from (the paper's: one checkpoint, new value
     heads). None takes the policy's, which is what ``algorithm: ppo`` always does."""
-    num_critics: int = 2
+    num_critics: int = setting(2, at_least=1)
     """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
     share: Literal["disjoint", "all"] = "disjoint"
     """Responses that a critic learns from. ``disjoint``: each prompt's are divided evenly, and none is learned by two
     critics (the paper's). ``all``: every critic learns from all of them, in an order of its own, which takes M times
     the work (the paper's ablation of two critics on the same data)."""
-    learning_rate: float = 1e-5
+    learning_rate: float = setting(1e-5, above=0, elsewhere=("critic_learning_rate",))
     """AdamW's learning rate of every critic. Our choice."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Critics' learning rate over ``max_steps``: as it is, or falling towards 0. Our choice."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, above=0)
     """Clip each critic's gradient norm, each on its own. Our choice."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, at_least=0)
     """AdamW's decoupled weight decay. Our choice."""
-    num_iterations: int = 1
+    num_iterations: int = setting(1, at_least=1)
     """Passes over a critic's responses in one step. Our choice."""
-    num_mini_batches: int = 1
+    num_mini_batches: int = setting(1, at_least=1)
     """Optimizer steps a pass. Our choice."""
-    value_lambda: float = 1.0
+    value_lambda: float = setting(1.0, at_least=0, at_most=1)
     """λ of the return that critics learn: 1 is the Monte Carlo return, the paper's. Below 1 critic m bootstraps on
     its own V_m, from a value pass before its update."""
-    cliprange_value: float | None = None
+    cliprange_value: float | None = setting(None, above=0)
     """PPO's value clipping: a value that has moved further than this from that of before the update gains nothing by
     moving on. None does not clip (our choice)."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, at_least=0)
     """First steps that train the critics only, with the policy frozen. Our choice."""
     stacked: bool = True
     """Compute the critics as one model with stacked weights, in the launches of one. False runs them one after
     another, which is also what happens, with a warning, to models that are not Llama, Mistral, Qwen2 or Qwen3."""
-    lora_rank: int = 0
+    lora_r: int = setting(0, at_least=0, renamed_from=("lora_rank",))
     """r > 0: the critics are LoRA adapters of rank r on every linear layer, and value heads, over one frozen backbone,
     so that M of them take the memory of one. 0: each has all weights of its own, the paper's."""
-    lora_alpha: float = 16.0
-    """The adapters' products are scaled by lora_alpha / lora_rank. Our choice."""
+    lora_alpha: float = setting(16.0, above=0)
+    """The adapters' products are scaled by lora_alpha / lora_r. Our choice."""
     gradient_checkpointing: bool = False
     """Keep one tensor a layer for the backward pass and compute the rest again: less memory, more time."""
 
@@ -105,7 +95,7 @@ class TaskConfig:
     """Name of the task, such as ``chain_sum``."""
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the task's generator, such as ``{min_terms: 3}``."""
-    weight: float = 1.0
+    weight: float = setting(1.0, above=0, below=float("inf"))
     """Share of the rows in a mixture, in proportion to the other tasks' weights."""
 
 
@@ -131,7 +121,7 @@ class DataConfig:
     """Configuration of ``eval_dataset_name``, where that is a hub data set."""
     columns: dict[str, str] = field(default_factory=dict)
     """New names of a data set's columns, such as ``{question: prompt}``."""
-    max_train_rows: int | None = None
+    max_train_rows: int | None = setting(None, at_least=1)
     """Train on at most so many rows of a data set, drawn with ``train_seed``; None: on all. The paper's: 5,000."""
     task: TaskConfig = field(default_factory=TaskConfig)
     """The reasoning-gym task of training and held-out prompts."""
@@ -142,7 +132,7 @@ class DataConfig:
     response cannot merge with the question, and nothing for a data set. Chat messages end as their template says."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the chat template, such as ``{enable_thinking: false}``."""
-    max_prompt_length: int | None = None
+    max_prompt_length: int | None = setting(None, at_least=1)
     """Longest prompt, in tokens. None: what the models' positions leave beside ``max_completion_length``, which binds
     in any case."""
     long_prompts: Literal["error", "skip"] = "error"
@@ -150,11 +140,11 @@ class DataConfig:
     bad_rows: Literal["error", "skip"] = "error"
     """The same for rows that are none: broken JSON, or a prompt that is missing, empty, or neither text nor chat
     messages."""
-    train_size: int = 20_000
+    train_size: int = setting(20_000, at_least=1)
     """Training rows generated of the tasks; of a data set all are taken. Rows whose prompt is held out are left out."""
     train_seed: int = 1
     """Seed of the generated training rows, and of the draw of ``max_train_rows``."""
-    eval_size: int = 512
+    eval_size: int = setting(512, at_least=0)
     """Held-out prompts, all different; all that there are where a split or file of held-out rows has fewer. 0: none."""
     eval_seed: int = 1_000_003
     """Seed of the held-out rows and of their sampling: the same before and after training."""
@@ -164,15 +154,15 @@ class DataConfig:
 class ModelShape:
     """Shape of a small Qwen3 made by the warm start."""
 
-    hidden_size: int = 128
+    hidden_size: int = setting(128, at_least=1)
     """Width."""
-    num_hidden_layers: int = 3
+    num_hidden_layers: int = setting(3, at_least=1)
     """Depth."""
-    num_attention_heads: int = 4
+    num_attention_heads: int = setting(4, at_least=1)
     """Query heads."""
-    num_key_value_heads: int = 2
+    num_key_value_heads: int = setting(2, at_least=1)
     """Key and value heads."""
-    intermediate_size: int = 384
+    intermediate_size: int = setting(384, at_least=1)
     """Width of the MLP."""
 
 
@@ -187,19 +177,19 @@ class WarmStartConfig:
     """Shape of the policy."""
     critic: ModelShape = field(default_factory=lambda: ModelShape(64, 2, 4, 2, 192))
     """Shape of the checkpoint the critics start from."""
-    steps: int = 300
+    steps: int = setting(300, at_least=1)
     """Supervised optimizer steps."""
-    batch_size: int = 256
+    batch_size: int = setting(256, at_least=1)
     """Solutions a step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = setting(3e-3, above=0)
     """AdamW's peak learning rate, reached after 30 steps and decaying to a tenth."""
-    noise: float = 0.05
+    noise: float = setting(0.05, at_least=0, at_most=1, noun="probability")
     """Probability that a line of a solution is wrong, and everything after it follows from the wrong value."""
-    guess: float = 0.5
+    guess: float = setting(0.5, at_least=0, at_most=1, noun="probability")
     """Probability that a solution leaves the working out and guesses."""
     seed: int = 0
     """Seed of weights and noise."""
-    cache_dir: str = "~/.cache/asyppo"
+    cache_dir: str = setting("~/.cache/asyppo", may_change=True)
     """Where the result is kept, under a name made of every setting it depends on."""
 
 
@@ -207,11 +197,11 @@ class WarmStartConfig:
 class EvalConfig:
     """Accuracy on the held-out prompts, before the first step, after the last and in between."""
 
-    every: int = 0
+    every: int = setting(0, at_least=0, elsewhere=("eval_steps",))
     """Also evaluate every n steps; 0: only before and after."""
-    num_generations: int = 4
+    num_generations: int = setting(4, at_least=1)
     """Samples a prompt."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, above=0)
     """Sampling temperature of the evaluation."""
     min_gain: float | None = None
     """Fail the run (exit status 1) when the accuracy rises by less than this fraction. None asks nothing."""
@@ -221,13 +211,13 @@ class EvalConfig:
 class DistributedConfig:
     """Several processes, one a GPU, started by ``torchrun``; weights are sharded over them with FSDP2."""
 
-    replicate: int = 1
+    replicate: int = setting(1, at_least=1)
     """Copies of the sharded weights (HSDP): neighbouring ranks share a copy, and gradients are summed over the copies.
     The number of nodes keeps the gathering of weights within a node. 1: one copy over all ranks."""
     shard_single: bool = False
     """Wrap the models with FSDP2 in a single process, too. It shards nothing there; with bfloat16 compute it keeps the
     compute weights of one layer at a time instead of all of them."""
-    timeout_s: int = 1800
+    timeout_s: int = setting(1800, at_least=1)
     """Seconds that a rank waits for the others before it ends the run with an error. Longer than the longest
     difference between ranks, which is that of their sampling and rewarding."""
 
@@ -241,30 +231,32 @@ class AsyPPOConfig:
     reward normalised within each prompt's group."""
     seed: int = 0
     """Seed of everything random in training. Evaluation has its own."""
-    max_steps: int = 100
+    max_steps: int = setting(100, at_least=1, may_change=True, elsewhere=("num_train_epochs", "total_training_steps"))
     """Training steps; each samples one batch of responses."""
-    output_dir: str = "runs"
+    output_dir: str = setting("runs", may_change=True)
     """Directory in which each run makes its own."""
-    run_name: str | None = None
+    run_name: str | None = setting(None, may_change=True)
     """Name of the run's directory; None makes a unique one."""
     resume: bool = False
     """Go on with the run named ``run_name`` from its last checkpoint; without such a run, start it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", may_change=True)
     """``auto`` takes a GPU if there is one."""
-    save_steps: int = 0
+    save_steps: int = setting(0, at_least=0, may_change=True)
     """Save a checkpoint every n steps; 0: only at the end, and when a signal stops the run."""
-    save_total_limit: int | None = None
+    save_total_limit: int | None = setting(None, at_least=1, may_change=True)
     """Checkpoints kept: the last n, and the one with the best ``eval/accuracy`` among those saved at a step that was
     also evaluated. None keeps all."""
-    logging_samples: int = 16
+    logging_samples: int = setting(16, at_least=0, may_change=True)
     """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
     log-probs of each token."""
-    diagnostics_steps: int = 0
+    diagnostics_steps: int = setting(0, at_least=0, may_change=True)
     """Every n steps also measure what share of the policy gradient's norm each mask removes, by four more backward
     passes; 0: never. Our choice."""
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        factory=lambda: ["tensorboard"], may_change=True
+    )
     """Where metrics go besides ``metrics.jsonl``. ``wandb`` and ``trackio`` have to be installed."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: int = setting(3, at_least=1, may_change=True)
     """Stop with an error, after saving a checkpoint, when so many steps in a row had a non-finite loss or gradient."""
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -273,75 +265,79 @@ class AsyPPOConfig:
     """The critics."""
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts."""
-    reward_funcs: list[str] = field(default_factory=lambda: ["reasoning_gym"])
+    reward_funcs: list[str] = setting(factory=lambda: ["reasoning_gym"], not_empty=True)
     """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, or one's own as ``module:function`` or
     ``path.py:function``, in TRL's signature. Right, for the accuracy, is what gets a 1 from the
     first of them that has a reward for it (None is none)."""
     reward_weights: list[float] | None = None
     """Weight of each function in the sum of rewards. None: 1 each."""
-    reward_timeout: float | None = None
+    reward_timeout: float | None = setting(None, above=0, noun="number of seconds")
     """Seconds a reward function may take for one sample; where it takes longer, it is cut off, has no reward for that
     sample, and ``rewards/{name}/timeouts`` counts it. With a limit each function runs in a process of its own, one
     sample at a time. None: no limit, one call for the whole batch."""
     warm_start: WarmStartConfig | None = None
     """Make small models here instead of loading the policy and the critics from ``model_name_or_path``."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = setting(factory=EvalConfig, may_change=True)
     """Evaluation on held-out prompts."""
 
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Several processes."""
 
-    prompts_per_step: int = 64
+    prompts_per_step: int = setting(
+        64, at_least=1, elsewhere=("per_device_train_batch_size", "rollout_batch_size", "train_batch_size")
+    )
     """Prompts sampled a step; the batch is this times ``num_generations``. The paper's: 1,024 responses at 14B."""
-    num_generations: int = 8
+    num_generations: int = setting(8, at_least=1, elsewhere=("n_samples_per_prompt",))
     """G, the responses of one prompt. The paper finds 32 best; 8 is our choice for small machines."""
-    max_completion_length: int = 256
+    max_completion_length: int = setting(256, at_least=1, elsewhere=("max_new_tokens", "max_response_length"))
     """Longest response, in tokens, the end-of-sequence token included."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, above=0)
     """Sampling temperature; log-probs and entropies are those of the tempered distribution."""
     dynamic_sampling: bool = False
     """Drop prompts whose responses all have the same reward, and sample others for them, as often as
     ``dynamic_sampling_max_batches`` allows (DAPO, arXiv 2503.14476). Dropped ones fill what is missing then."""
-    dynamic_sampling_max_batches: int = 10
+    dynamic_sampling_max_batches: int = setting(10, at_least=1)
     """Times a step may sample, its own prompts included. DAPO's scripts set 10."""
     sampler: Literal["auto", "generate", "continuous"] = "auto"
     """What generates responses: transformers' ``generate``, or its continuous batching, which is at its best with
     ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``. ``auto``: continuous on a GPU, generate on a CPU. In
     bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter."""
-    generation_batch_size: int = 512
+    generation_batch_size: int = setting(512, at_least=1, may_change=True)
     """Sequences generated side by side; bounds the memory of the key-value cache."""
 
-    learning_rate: float = 1e-6
+    learning_rate: float = setting(1e-6, above=0, elsewhere=("lr", "actor_learning_rate"))
     """AdamW's learning rate of the policy. The paper's for 14B: 1e-6."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, at_least=0)
     """Steps over which the policy's learning rate rises linearly to ``learning_rate``, counted from its first one.
     Our choice."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """The policy's learning rate after that: as it is, or falling towards 0 until ``max_steps``. Our choice."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, at_least=0)
     """AdamW's decoupled weight decay of the policy. Our choice."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, above=0)
     """Clip the policy's gradient norm. Our choice."""
-    num_iterations: int = 1
+    num_iterations: int = setting(1, at_least=1, elsewhere=("num_ppo_epochs", "ppo_epochs"))
     """Passes of the policy over one batch. ``num_iterations * num_mini_batches`` is the paper's update-to-data ratio
     (4 there); whether that counts passes or minibatches is open."""
-    num_mini_batches: int = 4
+    num_mini_batches: int = setting(4, at_least=1)
     """Optimizer steps of the policy a pass. Our choice: 4 minibatches in one pass."""
-    max_tokens_per_micro_batch: int = 16_384
+    max_tokens_per_micro_batch: int = setting(
+        16_384, at_least=1, may_change=True, elsewhere=("ppo_max_token_len_per_gpu",)
+    )
     """Upper bound on the tokens, padding included, of one forward and backward pass; a single longer sequence still
     goes through alone. Memory only: the gradient is the same for any value."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = setting(1, at_least=1, may_change=True)
     """Least number of micro-batches a minibatch is cut into. Memory only: the gradient is the same for any value."""
-    loss_aggregation: Literal["sequence-mean", "token-mean"] = "sequence-mean"
+    loss_aggregation: Literal["sequence-mean", "token-mean"] = setting("sequence-mean", elsewhere=("loss_agg_mode",))
     """``sequence-mean``: mean over responses of the mean over tokens (the paper's 1/|o|). ``token-mean``: mean over
     tokens. A token dropped by a mask stays in the denominator (our choice)."""
-    epsilon: float = 0.2
+    epsilon: float = setting(0.2, at_least=0, below=1, elsewhere=("clip_ratio", "cliprange", "eps_clip"))
     """Lower clip: the ratio is clipped below at 1 - epsilon. Our choice."""
-    epsilon_high: float = 0.28
+    epsilon_high: float = setting(0.28, at_least=0, elsewhere=("clip_ratio_high",))
     """Upper clip: the ratio is clipped above at 1 + epsilon_high (clip-higher). Our choice."""
-    entropy_coef: float = 1e-3
+    entropy_coef: float = setting(1e-3, at_least=0, elsewhere=("entropy_coeff",))
     """β of the paper, whose value is not stated: weight of the entropy bonus. Our choice."""
-    beta: float = 0.0
+    beta: float = setting(0.0, at_least=0, elsewhere=("kl_coef",))
     """Coefficient of the KL penalty to the initial policy, TRL's ``beta``. With 0 there is no reference model."""
     use_kl_in_reward: bool = False
     """Take the penalty, log π_old - log π_ref at each token, off the reward, where critics and advantages see it
@@ -349,7 +345,7 @@ class AsyPPOConfig:
     delta: float | None = None
     """Dual clip (arXiv 1912.09729): where the advantage is negative, the ratio counts up to this bound, which is above
     1 + epsilon_high. None does not bound it (our choice)."""
-    importance_sampling_clip_max: float | None = None
+    importance_sampling_clip_max: float | None = setting(None, above=0)
     """Truncated importance sampling: weight each token's surrogate by π_old / π_sampler, at most this much, where the
     sampler's numerics differ from the trainer's (TRL's ``vllm_importance_sampling_clip_max``, mode ``token_truncate``).
     None weights nothing."""
@@ -358,17 +354,17 @@ class AsyPPOConfig:
     """Leave responses that the length limit cut off out of the losses of policy and critics: how they would have ended
     is unknown (DAPO, arXiv 2503.14476). They weigh 0 but still count in the mean over responses, and their reward in
     GRPO's mean over a group."""
-    overlong_buffer_len: int = 0
+    overlong_buffer_len: int = setting(0, at_least=0)
     """Soft punishment of length (DAPO, arXiv 2503.14476): over the last so many tokens before
     ``max_completion_length`` the reward falls linearly, by ``overlong_penalty_factor`` at the limit. 0 turns it off."""
-    overlong_penalty_factor: float = 1.0
+    overlong_penalty_factor: float = setting(1.0, at_least=0)
     """What a response of ``max_completion_length`` tokens loses where ``overlong_buffer_len`` is above 0."""
 
-    gamma: float = 1.0
+    gamma: float = setting(1.0, at_least=0, at_most=1)
     """Discount γ. Our choice."""
-    lam: float = 0.95
+    lam: float = setting(0.95, at_least=0, at_most=1, elsewhere=("lambd",))
     """λ of the policy's advantage. Our choice."""
-    length_adaptive_alpha: float | None = None
+    length_adaptive_alpha: float | None = setting(None, above=0)
     """α of a λ that follows the response's length l, 1 - 1 / (α l), in place of ``lam`` (VAPO, arXiv 2504.05118, whose
     α is 0.05). None: one λ for all."""
     whiten: Literal["none", "batch", "group"] = "batch"
@@ -381,9 +377,9 @@ class AsyPPOConfig:
     """Values that advantages and masks are made of. ``after``: of the critics after their update (the paper's order).
     ``before``: of the critics before it, which have not seen these responses. ``cross_fit``: after it, but a
     response's mean value leaves out the critic trained on it; σ is over all critics."""
-    advantage_mask_fraction: float = 0.2
+    advantage_mask_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
     """k: share of tokens, those where critics agree most, whose advantage is masked. The paper's."""
-    entropy_filter_fraction: float = 0.2
+    entropy_filter_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
     """h: share of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
     quantile_scope: Literal["batch", "sequence"] = "batch"
     """Whether k and h are shares of the batch's response tokens or of each response's. Our choice."""
@@ -399,110 +395,46 @@ class AsyPPOConfig:
         return {"asyppo": self.critic.num_critics, "ppo": 1, "grpo": 0}[self.algorithm]
 
     def validate(self) -> None:
-        """Raise ConfigError naming the first field that cannot work."""
-        for name in (
-            "max_steps",
-            "prompts_per_step",
-            "num_generations",
-            "max_completion_length",
-            "generation_batch_size",
-            "num_iterations",
-            "num_mini_batches",
-            "max_tokens_per_micro_batch",
-            "gradient_accumulation_steps",
-            "max_skipped_steps",
-            "dynamic_sampling_max_batches",
-        ):
-            _need(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        for name in ("lora_r", "lora_alpha"):
-            got = getattr(self.policy, name)
-            _need(got >= 1, f"policy.{name}", got, "an integer of at least 1")
-        for name in ("num_critics", "num_iterations", "num_mini_batches"):
-            got = getattr(self.critic, name)
-            _need(got >= 1, f"critic.{name}", got, "an integer of at least 1")
-        for name, got in (
-            ("data.train_size", self.data.train_size),
-            ("eval.num_generations", self.eval.num_generations),
-        ):
-            _need(got >= 1, name, got, "an integer of at least 1")
-        for name, got in (
-            ("distributed.replicate", self.distributed.replicate),
-            ("distributed.timeout_s", self.distributed.timeout_s),
-        ):
-            _need(got >= 1, name, got, "an integer of at least 1")
-        _need(
-            self.save_total_limit is None or self.save_total_limit >= 1,
-            "save_total_limit",
-            self.save_total_limit,
-            "an integer of at least 1, or null",
-        )
-        for name in ("save_steps", "logging_samples", "diagnostics_steps", "warmup_steps", "overlong_buffer_len"):
-            _need(getattr(self, name) >= 0, name, getattr(self, name), "an integer of at least 0")
-        _need(self.critic.lora_alpha > 0, "critic.lora_alpha", self.critic.lora_alpha, "a positive number")
-        _need(
-            self.critic.lora_rank == 0 or self.critic.stacked,
-            "critic.lora_rank",
-            self.critic.lora_rank,
+        """Raise ConfigError naming the first setting that cannot work: by itself, as its field declares, or beside
+        others."""
+        check(self)
+        need(
+            self.critic.lora_r == 0 or self.critic.stacked,
+            "critic.lora_r",
+            self.critic.lora_r,
             "0 with critic.stacked False: adapters share a backbone, which is computed for all of them at once",
         )
-        for name, got in (
-            ("critic.warmup_steps", self.critic.warmup_steps),
-            ("critic.lora_rank", self.critic.lora_rank),
-            ("data.eval_size", self.data.eval_size),
-            ("eval.every", self.eval.every),
-        ):
-            _need(got >= 0, name, got, "an integer of at least 0")
-        for name in ("advantage_mask_fraction", "entropy_filter_fraction"):
-            _need(0 <= getattr(self, name) < 1, name, getattr(self, name), "a fraction in [0, 1)")
-        for name, got in (("gamma", self.gamma), ("lam", self.lam), ("critic.value_lambda", self.critic.value_lambda)):
-            _need(0 <= got <= 1, name, got, "a number in [0, 1]")
-        for name, got in (("learning_rate", self.learning_rate), ("critic.learning_rate", self.critic.learning_rate)):
-            _need(got > 0, name, got, "a positive number")
-        for name, got in (("max_grad_norm", self.max_grad_norm), ("critic.max_grad_norm", self.critic.max_grad_norm)):
-            _need(got > 0, name, got, "a positive number")
-        for name, got in (("temperature", self.temperature), ("eval.temperature", self.eval.temperature)):
-            _need(got > 0, name, got, "a positive number")
-        for name in ("epsilon", "epsilon_high", "entropy_coef", "beta", "weight_decay", "overlong_penalty_factor"):
-            _need(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
-        _need(self.critic.weight_decay >= 0, "critic.weight_decay", self.critic.weight_decay, "a number of at least 0")
-        _need(self.epsilon < 1, "epsilon", self.epsilon, "a number below 1")
-        for name, bound in (
-            ("critic.cliprange_value", self.critic.cliprange_value),
-            ("importance_sampling_clip_max", self.importance_sampling_clip_max),
-            ("length_adaptive_alpha", self.length_adaptive_alpha),
-        ):
-            _need(bound is None or bound > 0, name, bound, "a positive number, or none")
-        _need(
+        need(
             self.delta is None or self.delta > 1 + self.epsilon_high,
             "delta",
             self.delta,
             f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}, or none",
         )
-        _need(
+        need(
             self.beta > 0 or not self.use_kl_in_reward,
             "use_kl_in_reward",
             self.use_kl_in_reward,
             f"a beta above 0, got {self.beta}",
         )
-        _need(
+        need(
             self.overlong_buffer_len < self.max_completion_length,
             "overlong_buffer_len",
             self.overlong_buffer_len,
             f"less than max_completion_length = {self.max_completion_length}",
         )
-        _need(
+        need(
             self.scale_rewards == "group" or self.algorithm == "grpo",
             "scale_rewards",
             self.scale_rewards,
             f"algorithm grpo; {self.algorithm} has whiten for its advantages",
         )
-        _need(
+        need(
             self.length_adaptive_alpha is None or self.num_critics > 0,
             "length_adaptive_alpha",
             self.length_adaptive_alpha,
             "a critic, algorithm grpo has none",
         )
-        _need(
+        need(
             self.advantage_values == "after"
             or self.num_critics >= {"before": 1, "cross_fit": 2}[self.advantage_values],
             "advantage_values",
@@ -510,46 +442,39 @@ class AsyPPOConfig:
             f"{'two critics' if self.advantage_values == 'cross_fit' else 'a critic'}, "
             f"algorithm {self.algorithm} has {self.num_critics} here",
         )
-        _need(
+        need(
             self.advantage_values != "cross_fit" or self.critic.share == "disjoint",
             "advantage_values",
             self.advantage_values,
             f"critic.share 'disjoint', got {self.critic.share!r}: it leaves out the critic that learned from a "
             "response, and here all did",
         )
-        _need(len(self.reward_funcs) > 0, "reward_funcs", self.reward_funcs, "at least one reward function")
-        _need(
-            self.reward_timeout is None or self.reward_timeout > 0,
-            "reward_timeout",
-            self.reward_timeout,
-            "a positive number of seconds, or null for no limit",
-        )
         self._validate_data()
-        _need(
+        need(
             self.num_generations >= self.num_critics or self.critic.share == "all",
             "num_generations",
             self.num_generations,
             f"at least critic.num_critics = {self.num_critics}, so that every critic sees every prompt",
         )
-        _need(
+        need(
             self.algorithm != "grpo" or self.num_generations >= 2,
             "num_generations",
             self.num_generations,
             "at least 2 for algorithm grpo, which compares the responses of one prompt",
         )
-        _need(
+        need(
             self.num_generations >= 2 or not self.dynamic_sampling,
             "dynamic_sampling",
             self.dynamic_sampling,
             "num_generations of at least 2: one response has no reward to compare with",
         )
-        _need(
+        need(
             self.num_mini_batches <= self.prompts_per_step * self.num_generations,
             "num_mini_batches",
             self.num_mini_batches,
             "at most prompts_per_step * num_generations",
         )
-        _need(
+        need(
             self.eval.min_gain is None or self.data.eval_size > 0,
             "data.eval_size",
             self.data.eval_size,
@@ -564,18 +489,5 @@ class AsyPPOConfig:
             ("dataset_test_split", "dataset_name", data.dataset_name or data.eval_dataset_name),
         ):
             got = getattr(data, name)
-            _need(got is None or there is not None, f"data.{name}", got, f"a data.{other} beside it")
-        got = data.max_train_rows
-        _need(got is None or got >= 1, "data.max_train_rows", got, "an integer of at least 1, or null")
-        _need(data.dataset_name is None or not data.tasks, "data.tasks", data.tasks, "none beside data.dataset_name")
-        for index, task in enumerate(data.tasks):
-            _need(
-                0 < task.weight < float("inf"), f"data.tasks[{index}].weight", task.weight, "a positive, finite number"
-            )
-        if data.max_prompt_length is not None:
-            _need(
-                data.max_prompt_length >= 1,
-                "data.max_prompt_length",
-                data.max_prompt_length,
-                "an integer of at least 1",
-            )
+            need(got is None or there is not None, f"data.{name}", got, f"a data.{other} beside it")
+        need(data.dataset_name is None or not data.tasks, "data.tasks", data.tasks, "none beside data.dataset_name")

@@ -17,30 +17,10 @@ from typing import Any
 import yaml
 
 from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config.fields import may_change, renamed, stands_in
 from asyppo.distributed.processes import from_main
 from asyppo.run import durable
 from asyppo.run.writers import Writer, check_writers, open_writers
-
-MAY_CHANGE = (
-    "max_steps",
-    "output_dir",
-    "run_name",
-    "device",
-    "save_steps",
-    "save_total_limit",
-    "logging_samples",
-    "diagnostics_steps",
-    "report_to",
-    "max_skipped_steps",
-    "eval",
-    "policy.attn_implementation",
-    "warm_start.cache_dir",
-    "max_tokens_per_micro_batch",
-    "gradient_accumulation_steps",
-    "generation_batch_size",
-)
-"""Settings that a resumed run may change: how long it runs, what it writes, where it runs, and how it fits in
-memory."""
 
 
 def run_path(config: AsyPPOConfig) -> Path:
@@ -65,19 +45,22 @@ def run_path(config: AsyPPOConfig) -> Path:
 
 
 def _check_settings(config: AsyPPOConfig, file: Path) -> None:
-    """Raise ConfigError if ``config`` differs from the settings in ``file`` in more than a resumed run may change."""
+    """Raise ConfigError if ``config`` differs from the settings in ``file`` in more than a resumed run may change: how
+    long it runs, what it writes, where it runs, and how it fits in memory, as the settings' fields declare."""
     try:
         stored = flatten(yaml.safe_load(file.read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
+    new_name, may = renamed(AsyPPOConfig), may_change(AsyPPOConfig)
+    stored = {new_name.get(key, key): value for key, value in stored.items()}
     now, default = flatten(settings(config)), flatten(settings(AsyPPOConfig()))
     # A setting that is newer than the run had its default then.
     stored = {key: value for key, value in default.items() if key in now} | stored
-    fixed = [key for key in {**stored, **now} if not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)]
+    fixed = [key for key in {**stored, **now} if not stands_in(key, may)]
     different = [key for key in fixed if stored.get(key) != now.get(key)]
     if different:
         got = ", ".join(f"{key} is {stored.get(key)!r} there, got {now.get(key)!r}" for key in different)
-        raise ConfigError(f"resume: other settings than in {file}: {got}; --resume may change {', '.join(MAY_CHANGE)}")
+        raise ConfigError(f"resume: other settings than in {file}: {got}; --resume may change {', '.join(may)}")
 
 
 def settings(config: AsyPPOConfig) -> dict[str, Any]:

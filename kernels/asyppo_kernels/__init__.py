@@ -7,6 +7,8 @@ from asyppo_kernels.linear_logprob import LinearLogprob, linear_logprob
 from asyppo_kernels.linear_ppo_loss import LinearPPOLoss, linear_ppo_loss
 from asyppo_kernels.stacked_layers import StackedRMSNorm, stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
 
+__version__ = "0.1.0"  # of the distribution asyppo, which pyproject.toml reads here
+
 __all__ = [
     "AgreementMasks",
     "EnsembleGAE",

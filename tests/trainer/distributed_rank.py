@@ -147,10 +147,10 @@ def make_critics_of(config: AsyPPOConfig, dtype: torch.dtype) -> Critics | None:
     if not config.num_critics:
         return None
     models = [critic(10 + m) for m in range(config.num_critics)]
-    rank = config.critic.lora_rank
+    rank = config.critic.lora_r
     if not rank:
         return make_critics(models, config.critic, dtype=dtype)
-    critics = LoraCritics(models[0], [model.score for model in models], rank=rank, alpha=4, dtype=dtype)
+    critics = LoraCritics(models[0], [model.score for model in models], r=rank, alpha=4, dtype=dtype)
     for name, parameter in critics.trained_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -294,7 +294,7 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "checkpointing": lambda: train(
             make_config(critic={"gradient_checkpointing": True}), mesh, policy={"gradient_checkpointing": True}
         ),
-        "adapters": lambda: train(make_config(beta=0.1, critic={"lora_rank": 2}), mesh, policy={"lora": True}),
+        "adapters": lambda: train(make_config(beta=0.1, critic={"lora_r": 2}), mesh, policy={"lora": True}),
         # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
         "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
     }

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from asyppo.cli.main import main, parse
 from asyppo.config import AsyPPOConfig
 from asyppo.config import schema as config_module
-from asyppo.config.fields import ELSEWHERE, by_path, nearest
+from asyppo.config.fields import by_path, nearest
 from asyppo.run.directory import read_jsonl
 
 TINY = """
@@ -197,6 +197,7 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--kl_coef=1"], "--kl_coef: unknown option; did you mean --beta?"),
         (["--warm_start.stesp", "1"], "--warm_start.stesp: unknown option; did you mean --warm_start.steps?"),
         (["--data.task.parms.min_terms", "1"], "did you mean --data.task.params?"),
+        (["--critic.lora_rank", "4"], "--critic.lora_rank: unknown option; its name is --critic.lora_r now"),
         (["--critic", "{num_critc: 3}"], "critic.num_critc: unknown key in --critic; did you mean critic.num_critics?"),
         (["--max_steps", "many"], "max_steps: got 'many', needs an integer"),
         (["--critic.num_critics", "2.5"], "critic.num_critics: got '2.5', needs an integer"),
@@ -219,8 +220,8 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--data.train_size", "2000"], "data.task"),
         (["--data.task.name", "nope"], "data.task: got 'nope'"),
         (["--reward_funcs", "[nope]"], "reward_funcs: got 'nope'"),
-        (["--config", "/no/such.yaml"], "--config: cannot read '/no/such.yaml'"),
-        (["--config=defualt"], "--config: cannot read 'defualt': No such file or directory"),
+        (["--config", "/no/such.yaml"], "config: cannot read '/no/such.yaml'"),
+        (["--config=defualt"], "config: cannot read 'defualt': No such file or directory"),
         (["--warm_start", "null"], "policy.model_name_or_path"),
         (["--policy.model_name_or_path", "/x"], "policy.model_name_or_path"),
         (["--critic.model_name_or_path", "/x"], "critic.model_name_or_path"),
@@ -253,10 +254,13 @@ def test_a_setting_that_cannot_work(
         ("num_critics: 3", "num_critics: unknown key in bad.yaml; did you mean critic.num_critics?"),
         ("warm_start: {policy: {width: 3}}", "warm_start.policy.width: unknown key in bad.yaml"),
         ("warm_start: {steps: x}", "warm_start.steps: got 'x', needs an integer"),
+        ("critic: {lora_rank: 4}", "critic.lora_rank: unknown key in bad.yaml; its name is critic.lora_r now"),
+        ("data: {tasks: [{nam: gcd}]}", "nam: unknown key of data.tasks[0] in bad.yaml; did you mean name?"),
+        ("data: {tasks: [{weight: x}]}", "data.tasks.weight: got 'x', needs a positive, finite number"),
         ("critic: 3", "critic: got 3 in bad.yaml, needs a mapping of settings"),
         ("- critic", "config: got ['critic'] in bad.yaml, needs a mapping of settings"),
         ("", "config: got None in bad.yaml, needs a mapping of settings"),
-        ("a: [1", "--config: bad.yaml is no YAML: while parsing a flow sequence"),
+        ("a: [1", "config: bad.yaml is no YAML: while parsing a flow sequence"),
     ],
 )
 def test_a_file_that_cannot_work(
@@ -341,17 +345,19 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
         [place] = [i for i, line in enumerate(lines) if line.startswith(f"  --{path}  [default: ")]
         assert len(lines[place + 1].strip()) > 3, path
     text = " ".join(" ".join(lines).split())
-    assert "--critic.num_critics [default: 2; an integer] M. The paper's sweet spot is 2." in text
-    assert "--epsilon_high [default: 0.28; a number]" in text
-    assert "--warm_start.critic.hidden_size [default: 64; an integer]" in text
+    assert "--critic.num_critics [default: 2; an integer of at least 1] M. The paper's sweet spot is 2." in text
+    assert "--epsilon_high [default: 0.28; a number of at least 0]" in text
+    assert "--warm_start.critic.hidden_size [default: 64; an integer of at least 1]" in text
     assert "those where critics agree most, whose advantage is masked. The paper's." in text
 
 
 def test_names_of_other_trainers_lead_to_fields() -> None:
     known = by_path(AsyPPOConfig)
-    assert set(ELSEWHERE.values()) <= set(known)
-    assert not set(ELSEWHERE) & set(known)
-    assert all(nearest(name, known) == path for name, path in ELSEWHERE.items())
+    elsewhere = [(name, path) for path, field in known.items() for name in field.facts.elsewhere]
+    assert ("kl_coef", "beta") in elsewhere
+    assert len(dict(elsewhere)) == len(elsewhere)  # no name leads to two fields
+    assert not set(dict(elsewhere)) & set(known)
+    assert all(nearest(name, known) == path for name, path in elsewhere)
 
 
 def test_true_goes_without_saying() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import yaml
 
 from asyppo.compare.command import write
 from asyppo.compare.figure import draw, draw_diagnostics
-from asyppo.compare.grid import WHOLE, Grid, Run, load_grid, merged, parsed
+from asyppo.compare.grid import Grid, Run, load_grid
 from asyppo.compare.runner import check_runs, finished, last_step
 from asyppo.compare.summary import estimate, markdown, paired_difference, summarize
-from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config import ConfigError, load_config
 from asyppo.run.directory import RunDirectory
 
 TINY = {
@@ -48,34 +48,15 @@ def grid_file(directory: Path, **changes: Any) -> Path:
     return path
 
 
-def test_settings_merge_branch_by_branch() -> None:
-    base = {"a": 1, "b": {"c": 2, "d": 3}}
-    assert merged(base, {"b": {"c": 9}, "e": 4}) == {"a": 1, "b": {"c": 9, "d": 3}, "e": 4}
-    assert base == {"a": 1, "b": {"c": 2, "d": 3}}
-
-
-def test_a_setting_that_is_a_mapping_is_replaced() -> None:
-    base = {"data": {"task": {"name": "chain_sum", "params": {"min_terms": 3}}, "train_size": 9}}
-    assert merged(base, {"data": {"task": {"name": "gcd", "params": {"max_value": 99}}}}) == {
-        "data": {"task": {"name": "gcd", "params": {"max_value": 99}}, "train_size": 9}
-    }
-
-    def mappings(group: Any) -> set[str]:
-        """Names of the settings that are a mapping, not a group of settings."""
-        values = {f.name: getattr(group, f.name) for f in fields(group)}
-        inner = [mappings(value) for value in values.values() if is_dataclass(value)]
-        return set().union({name for name, value in values.items() if isinstance(value, dict)}, *inner)
-
-    assert mappings(AsyPPOConfig()) == WHOLE
-
-
 def test_a_grid_is_every_arm_with_every_seed(tmp_path: Path) -> None:
     grid = load_grid(grid_file(tmp_path, set={"critic": {"num_critics": 4}}))
     assert [run.name for run in grid.runs] == ["grpo-0", "mini-critics-0", "grpo-1", "mini-critics-1"]
     assert grid.reference == "grpo"
     assert grid.arms["grpo"]["algorithm"] == "grpo"
     assert grid.arms["mini critics"]["critic"] == {"num_critics": 4}
-    assert grid.arms["mini critics"]["max_steps"] == 2
+    assert grid.arms["mini critics"]["max_steps"] == grid.steps("mini critics") == 2
+    (tmp_path / "base.yaml").write_text("seed: 3")
+    assert load_grid(tmp_path / "grid.yaml").steps("grpo") == 100  # the setting's default
 
 
 @pytest.mark.parametrize(
@@ -87,9 +68,11 @@ def test_a_grid_is_every_arm_with_every_seed(tmp_path: Path) -> None:
         ({"arms": {}}, "arms: got {}, needs a mapping from names to settings"),
         ({"arms": {"a b": {}, "a-b": {}}}, "arms: got a b, a-b, needs names that differ"),
         ({"reference": "ppo"}, "reference: got 'ppo', needs one of the arms: grpo, mini critics"),
-        ({"config": "none.yaml"}, "none.yaml: cannot read it"),
+        ({"config": "none.yaml"}, "config: cannot read '.*/none.yaml': No such file or directory; needs a YAML file"),
         ({"arms": {"a": {"algorithm": "grpo", "num_generations": 1}}}, "arms: a: num_generations: got 1"),
-        ({"arms": {"a": {"algorithn": "grpo"}}}, "arms: a: .*algorithn"),
+        ({"arms": {"a": {"algorithn": "grpo"}}}, r"arms: a: algorithn: unknown key; did you mean algorithm\?"),
+        ({"arms": {"a": {"critic": {"lora_rank": 4}}}}, r"arms: a: critic\.lora_rank: .* is critic\.lora_r now"),
+        ({"set": {"max_steps": "many"}}, "arms: grpo: max_steps: got 'many', needs an integer of at least 1"),
     ],
 )
 def test_a_grid_that_cannot_run_is_refused_before_it_runs(tmp_path: Path, changes: dict, message: str) -> None:
@@ -213,7 +196,8 @@ def test_a_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     path = grid_file(tmp_path)
     grid = load_grid(path)
     check_runs(grid, tmp_path / "out")
-    config = replace(parsed(grid.arms["grpo"]), seed=1, run_name="grpo-1", output_dir=str(tmp_path / "out" / "runs"))
+    config = load_config(grid.arms["grpo"])
+    config = replace(config, seed=1, run_name="grpo-1", output_dir=str(tmp_path / "out" / "runs"))
     with RunDirectory(config):
         pass
     check_runs(grid, tmp_path / "out")

@@ -146,7 +146,7 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
     (pickle_weights, [], ["policy.model_name_or_path: 'policy'", "pickle", "needs safetensors"]),
     (a_run_of_that_name, ["--run_name", "mine"], ["run_name: ", "runs/mine exists", "--resume"]),
     (nothing, ["--output_dir", "rewards.py"], ["output_dir: cannot make rewards.py/", "rewards.py is no directory"]),
-    (nothing, ["--config", "yours.yaml"], ["--config: cannot read 'yours.yaml'", "needs a YAML file"]),
+    (nothing, ["--config", "yours.yaml"], ["config: cannot read 'yours.yaml'", "needs a YAML file"]),
     (nothing, ["--learning-rate", "1"], ["--learning-rate: unknown option; did you mean --learning_rate?"]),
     (nothing, ["--advantage_mask_fraction", "1"], ["advantage_mask_fraction: got 1.0, needs a fraction in [0, 1)"]),
     (nothing, ["--num_generations", "1"], ["num_generations: got 1, needs at least critic.num_critics = 2"]),

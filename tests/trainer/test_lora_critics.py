@@ -64,7 +64,7 @@ def save_base(path: Path, family: str = "qwen3", **changes: Any) -> Path:
 
 def load(path: Path | list[Path], num_critics: int = 2, **options: Any) -> LoraCritics:
     """Critics whose adapters do something: new ones start out as zero."""
-    critics = LoraCritics.from_pretrained(path, num_critics, rank=RANK, alpha=ALPHA, **options)
+    critics = LoraCritics.from_pretrained(path, num_critics, r=RANK, alpha=ALPHA, **options)
     if isinstance(path, Path):
         with torch.no_grad():
             for _, p in critics.trained_parameters():
@@ -199,7 +199,7 @@ def test_new_adapters_leave_the_backbone_as_it_is(tmp_path: Path) -> None:
     """B starts at zero, so critics differ by their heads; a causal language model will do."""
     fields = {"tie_word_embeddings": True}
     LlamaForCausalLM(LlamaConfig(**SHAPE, **fields)).save_pretrained(tmp_path)
-    config = CriticConfig(lora_rank=4)
+    config = CriticConfig(lora_r=4)
     critics = load_critics(str(tmp_path), 3, config, vocab_size=VOCAB, dtype=torch.float32, device=torch.device("cpu"))
     assert isinstance(critics, LoraCritics)
     assert critics.layers[0].mlp.up_proj.scale == 4.0
@@ -236,14 +236,14 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
     paths = [tmp_path / f"critic_{m}" for m in range(2)]
     with pytest.raises(ConfigError, match=r"got 2 adapters, needs critic\.num_critics = 3"):
         load(paths, 3)
-    with pytest.raises(ConfigError, match=r"\(rank, alpha\) \[\(3, 5\.0\)\], needs one base and .* = 4, 5\.0"):
-        LoraCritics.from_pretrained(paths, 2, rank=4, alpha=ALPHA)
+    with pytest.raises(ConfigError, match=r"\(r, alpha\) \[\(3, 5\.0\)\], needs one base and .* = 4, 5\.0"):
+        LoraCritics.from_pretrained(paths, 2, r=4, alpha=ALPHA)
     with pytest.raises(ConfigError, match=r"has no adapter_config\.json, needs that of an adapter"):
         load([tmp_path / "base"] * 2)
-    with pytest.raises(ConfigError, match=r"critic\.lora_rank: got 3, needs 0 for Llama.*: its activation is gelu"):
+    with pytest.raises(ConfigError, match=r"critic\.lora_r: got 3, needs 0 for Llama.*: its activation is gelu"):
         load(save_base(tmp_path / "gelu", "llama", hidden_act="gelu"))
-    with pytest.raises(ConfigError, match=r"critic\.lora_rank: got 2, needs 0 with critic\.stacked False"):
-        AsyPPOConfig(critic=CriticConfig(lora_rank=2, stacked=False)).validate()
+    with pytest.raises(ConfigError, match=r"critic\.lora_r: got 2, needs 0 with critic\.stacked False"):
+        AsyPPOConfig(critic=CriticConfig(lora_r=2, stacked=False)).validate()
     with pytest.raises(ConfigError, match=r"vocabulary of 19 tokens, needs the policy's 20"):
         load(tmp_path / "base", vocab_size=20)
 
@@ -253,11 +253,11 @@ def test_the_trainer(
 ) -> None:
     """The backbone stays, adapters and heads move, and training goes on from a checkpoint bit for bit."""
     base = save_base(tmp_path / "base")
-    config = tiny_config(critic={"lora_rank": RANK, "num_iterations": 2})
+    config = tiny_config(critic={"lora_r": RANK, "num_iterations": 2})
 
     def make() -> AsyPPOTrainer:
         torch.manual_seed(0)
-        critics = LoraCritics.from_pretrained(base, 2, rank=RANK, alpha=ALPHA)
+        critics = LoraCritics.from_pretrained(base, 2, r=RANK, alpha=ALPHA)
         return AsyPPOTrainer(
             policy=Policy(tiny_lm()),
             critics=critics,
@@ -274,7 +274,7 @@ def test_the_trainer(
     for name, p in first.critics.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
     checkpoint = first.save(run, 2)
-    saved = LoraCritics.from_pretrained([checkpoint / f"critic_{m}" for m in range(2)], 2, rank=RANK, alpha=ALPHA)
+    saved = LoraCritics.from_pretrained([checkpoint / f"critic_{m}" for m in range(2)], 2, r=RANK, alpha=ALPHA)
     second = make()
     load_checkpoint(checkpoint, second.trained())
     for critics in (saved, second.critics):

@@ -12,9 +12,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from asyppo.cli.build import build_trainer
-from asyppo.cli.main import READY_CONFIGS, main, parse
+from asyppo.cli.main import main, parse
 from asyppo.cli.plan import GIB, activations, describe, known_shape, make_plan
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
+from asyppo.config.files import READY_CONFIGS
 from asyppo.models.policy import Policy
 
 
@@ -71,11 +72,11 @@ def tiny_run(
     return make
 
 
-@pytest.mark.parametrize("lora_rank", [0, 3])
+@pytest.mark.parametrize("lora_r", [0, 3])
 def test_weights_gradients_and_moments_are_those_of_a_step(
-    tiny_run: Callable[..., AsyPPOConfig], tmp_path: Path, lora_rank: int
+    tiny_run: Callable[..., AsyPPOConfig], tmp_path: Path, lora_r: int
 ) -> None:
-    config = tiny_run(beta=0.1, critic={"lora_rank": lora_rank})
+    config = tiny_run(beta=0.1, critic={"lora_r": lora_r})
     config.data.dataset_name = str(tmp_path / "rows.jsonl")
     Path(config.data.dataset_name).write_text('{"prompt": "ab", "answer": "a"}\n{"prompt": "c", "answer": "d"}\n')
     phases = make_plan(config).phases

@@ -349,6 +349,19 @@ def test_a_setting_newer_than_the_run_had_its_default(resumed: Make, tiny_config
         resumed(beta=0.5)
 
 
+def test_a_setting_that_had_another_name_in_the_run(resumed: Make, tiny_config: Make) -> None:
+    file = Path(tiny_config().output_dir) / "run" / "config.yaml"
+    text = file.read_text()
+    assert text.count("\n  lora_r: 0\n") == 1
+    file.write_text(text.replace("\n  lora_r: 0\n", "\n  lora_rank: 0\n"))
+    run = resumed()
+    assert run.path.joinpath("config.yaml").read_text() == text.replace("resume: false", "resume: true")
+    run.close()
+    file.write_text(text.replace("\n  lora_r: 0\n", "\n  lora_rank: 4\n"))
+    with pytest.raises(ConfigError, match=r"critic\.lora_r is 4 there, got 0"):
+        resumed()
+
+
 def test_other_rows_are_not_gone_on_with(run: Make, prompts: list[dict[str, Any]]) -> None:
     rows = [row | {"answer": str(i), "of": {("a", "tuple"): object()}} for i, row in enumerate(prompts)]
     run("run", max_steps=2, trainer={"train_dataset": rows})

@@ -40,11 +40,11 @@ def load_critics(
     trust_remote_code: bool = False,
 ) -> Critics:
     """Load the critics that ``config`` asks for from the checkpoint ``path``. Raises ConfigError."""
-    if config.lora_rank:
+    if config.lora_r:
         return LoraCritics.from_pretrained(
             path,
             num_critics,
-            rank=config.lora_rank,
+            r=config.lora_r,
             alpha=config.lora_alpha,
             vocab_size=vocab_size,
             dtype=dtype,

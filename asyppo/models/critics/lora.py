@@ -25,13 +25,13 @@ PREFIX = "base_model.model."  # peft's, before the names of the value model
 class LoraLinear(nn.Module):
     """One frozen linear layer for all critics, and to each a low-rank product of its own (arXiv 2106.09685)."""
 
-    def __init__(self, module: nn.Linear, num_critics: int, rank: int, alpha: float):
+    def __init__(self, module: nn.Linear, num_critics: int, r: int, alpha: float):
         super().__init__()
-        self.weight, self.bias, self.scale = module.weight, module.bias, alpha / rank
+        self.weight, self.bias, self.scale = module.weight, module.bias, alpha / r
         out, inner = module.weight.shape
         device = module.weight.device
-        self.lora_A = nn.Parameter(torch.empty(num_critics, rank, inner, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(num_critics, out, rank, device=device))
+        self.lora_A = nn.Parameter(torch.empty(num_critics, r, inner, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(num_critics, out, r, device=device))
         for critic in self.lora_A:
             nn.init.kaiming_uniform_(critic, a=math.sqrt(5))  # as peft's
 
@@ -54,7 +54,7 @@ class LoraCritics(Stacked):
         model: Any,
         heads: Sequence[nn.Linear],
         *,
-        rank: int,
+        r: int,
         alpha: float,
         dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
@@ -64,15 +64,15 @@ class LoraCritics(Stacked):
         super().__init__()
         reason = why_not_stacked(model)
         if reason is not None:
-            raise ConfigError(f"critic.lora_rank: got {rank}, needs 0 for {type(model).__name__}: {reason}")
-        self.rank, self.alpha, self.base = rank, alpha, model.config._name_or_path
+            raise ConfigError(f"critic.lora_r: got {r}, needs 0 for {type(model).__name__}: {reason}")
+        self.r, self.alpha, self.base = r, alpha, model.config._name_or_path
         model.eval().requires_grad_(False)
         self.build(
             [model.base_model],
             heads,
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
-            linear=lambda modules: LoraLinear(modules[0], len(heads), rank, alpha),
+            linear=lambda modules: LoraLinear(modules[0], len(heads), r, alpha),
         )
         for name, p in self.named_parameters():
             p.requires_grad_("lora_" in name or name.startswith("score."))
@@ -87,7 +87,7 @@ class LoraCritics(Stacked):
         path_or_paths: str | Path | Sequence[str | Path],
         num_critics: int,
         *,
-        rank: int,
+        r: int,
         alpha: float,
         vocab_size: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -103,7 +103,7 @@ class LoraCritics(Stacked):
         base = path_or_paths
         if not isinstance(path_or_paths, str | Path):
             saved = [Path(path) for path in path_or_paths]
-            base = _common_base(saved, num_critics, rank, alpha)
+            base = _common_base(saved, num_critics, r, alpha)
         model, head_is_new = load_value_model(str(base), torch.device(device))
         check_vocabulary(model, str(base), vocab_size)
         heads = [cast(nn.Linear, model.score)]
@@ -114,7 +114,7 @@ class LoraCritics(Stacked):
         if head_is_new:
             for head in heads[1:]:
                 draw_head(head)
-        critics = cls(model, heads, rank=rank, alpha=alpha, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+        critics = cls(model, heads, r=r, alpha=alpha, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
         for m, path in enumerate(saved):
             weights = load_file(path / WEIGHTS, device=str(device))
             with torch.no_grad():
@@ -133,7 +133,7 @@ class LoraCritics(Stacked):
             "peft_type": "LORA",
             "task_type": "TOKEN_CLS",
             "base_model_name_or_path": self.base,
-            "r": self.rank,
+            "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
@@ -156,7 +156,7 @@ def _peft_name(name: str) -> str:
     return f"{PREFIX}model.{name}.weight"
 
 
-def _common_base(paths: Sequence[Path], num_critics: int, rank: int, alpha: float) -> str:
+def _common_base(paths: Sequence[Path], num_critics: int, r: int, alpha: float) -> str:
     """The base checkpoint of M saved critics. Raises ConfigError if they do not fit together."""
     if len(paths) != num_critics:
         raise ConfigError(
@@ -170,9 +170,9 @@ def _common_base(paths: Sequence[Path], num_critics: int, rank: int, alpha: floa
             raise ConfigError(f"critic.model_name_or_path: {path} has no {CONFIG}, needs that of an adapter") from error
     bases = {config["base_model_name_or_path"] for config in configs}
     shapes = {(config["r"], config["lora_alpha"]) for config in configs}
-    if len(bases) > 1 or shapes != {(rank, alpha)}:
+    if len(bases) > 1 or shapes != {(r, alpha)}:
         raise ConfigError(
-            f"critic.model_name_or_path: got adapters of {sorted(bases)} with (rank, alpha) {sorted(shapes)}, needs "
-            f"one base and critic.lora_rank, critic.lora_alpha = {rank}, {alpha}"
+            f"critic.model_name_or_path: got adapters of {sorted(bases)} with (r, alpha) {sorted(shapes)}, needs "
+            f"one base and critic.lora_r, critic.lora_alpha = {r}, {alpha}"
         )
     return bases.pop()
