@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -25,7 +24,7 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.prompts import Rows
 from asyppo.distributed.processes import first_of_ranks, from_main, rank
 from asyppo.evaluate import Evaluation, evaluate
-from asyppo.metrics import step as metrics
+from asyppo.metrics.step import summary
 from asyppo.models.critics import Critics
 from asyppo.models.policy import Policy
 from asyppo.report import report_at_the_end
@@ -58,8 +57,22 @@ class TrainResult:
     """The signal that ended it before ``max_steps``."""
 
 
-class TrainingLoop(ABC):
-    """Runs the steps of a trainer. What they learn is the trainer's; what is kept of them, and when, is here."""
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to. Nothing of it has been written yet."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    """Rows of ``samples.jsonl``."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether an update of it was left out, since its loss or gradient was not finite."""
+        return any(self.metrics.get(f"{of}/skipped_updates", 0) for of in ("actor", "critic"))
+
+
+class Trainer(Protocol):
+    """What the loop runs."""
 
     config: AsyPPOConfig
     policy: Policy
@@ -72,16 +85,27 @@ class TrainingLoop(ABC):
     rollout: Rollout
     callbacks: Sequence[TrainerCallback]
     policy_optimizer: Any
-    skipped_in_a_row: int
-    """Steps up to the last one whose loss or gradient was not finite."""
 
-    @abstractmethod
-    def step(self, step: int, run: RunDirectory) -> dict[str, float]:
-        """Do one step, counted from 1, and return its metrics."""
+    def step(self, step: int) -> StepResult:
+        """Do one step, counted from 1."""
+        ...
 
-    @abstractmethod
     def trained(self) -> Trained:
         """Return what a checkpoint saves beside the loop's own few numbers, by name."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Take note that the policy's weights are others now."""
+        ...
+
+
+class TrainingLoop:
+    """Runs the steps of a ``trainer``. What they learn is the trainer's; what is kept of them, and when, is here."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.config = trainer, trainer.config
+        self.skipped_in_a_row = 0
+        """Steps up to the last one whose loss or gradient was not finite."""
 
     def train(self) -> TrainResult:
         """Run until ``max_steps``, with ``config.resume`` from the run's last checkpoint on, and return what came of
@@ -91,11 +115,11 @@ class TrainingLoop(ABC):
         steps in a row were not finite, after saving a checkpoint, and when something cannot be written.
         """
         hooks = Callbacks(
-            self.callbacks,
+            self.trainer.callbacks,
             self.config,
-            model=self.policy.model,
-            processing_class=self.tokenizer,
-            optimizer=self.policy_optimizer,
+            model=self.trainer.policy.model,
+            processing_class=self.trainer.tokenizer,
+            optimizer=self.trainer.policy_optimizer,
         )
         with open_run(self.config) as run:
             try:
@@ -117,7 +141,10 @@ class TrainingLoop(ABC):
         with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
             for step in range(first, config.max_steps + 1):
                 hooks.begin_step()
-                row = self.step(step, run)
+                result = self.trainer.step(step)
+                run.log_samples(result.samples)
+                row = result.metrics
+                self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
                 hooks.end_step(step)
                 if hooks.control.should_evaluate or hooks.control.should_training_stop:
                     start = time.perf_counter()
@@ -132,7 +159,7 @@ class TrainingLoop(ABC):
                     checkpoint = self.save(run, step, row, hooks)
                 else:
                     run.log_metrics(row)
-                progress.advance(metrics.summary(row))
+                progress.advance(summary(row))
                 if stop:
                     break
         hooks("on_train_end")
@@ -157,7 +184,8 @@ class TrainingLoop(ABC):
         seed_everything(self.config.seed * 1_000_003)
         if checkpoint is not None:
             self._check_data(trainer_state(checkpoint)["data"])
-            state = load_checkpoint(checkpoint, self.trained())
+            state = load_checkpoint(checkpoint, self.trainer.trained())
+            self.trainer.weights_changed()
         self.skipped_in_a_row = state["skipped_in_a_row"]
         run.start(state["step"])
         hooks.resume(state["step"], from_main(run.rows), state["callbacks"])
@@ -165,10 +193,11 @@ class TrainingLoop(ABC):
 
     def evaluate(self, run: RunDirectory, step: int) -> Evaluation | None:
         """Evaluate on the held-out prompts and log the samples; None if there are no such prompts."""
-        if not self.eval_dataset:
+        trainer, rows = self.trainer, self.trainer.eval_dataset
+        if not rows:
             return None
-        prompts = self.rollout.tokenize([row["prompt"] for row in self.eval_dataset])
-        evaluation = evaluate(self.sampler, self.tokenizer, self.eval_dataset, prompts, self.reward_funcs, self.config)
+        prompts = trainer.rollout.tokenize([row["prompt"] for row in rows])
+        evaluation = evaluate(trainer.sampler, trainer.tokenizer, rows, prompts, trainer.reward_funcs, self.config)
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
         return evaluation
 
@@ -184,10 +213,11 @@ class TrainingLoop(ABC):
             "skipped_in_a_row": self.skipped_in_a_row,
             "accuracy": (row or {}).get("eval/accuracy"),
             "callbacks": {} if hooks is None else hooks.state_dict(),
-            "data": {"train_dataset": self.train_dataset.digest, "eval_dataset": self.eval_dataset.digest},
+            "data": {name: rows.digest for name, rows in self._data().items()},
         }
+        trainer = self.trainer
         partial = write_checkpoint(
-            run.path, step, self.policy, self.critics, self.tokenizer, self.trained(), remembered
+            run.path, step, trainer.policy, trainer.critics, trainer.tokenizer, trainer.trained(), remembered
         )
         if row is not None:
             row["timing_s/save_checkpoint"] = time.perf_counter() - start
@@ -198,8 +228,11 @@ class TrainingLoop(ABC):
             hooks.saved(checkpoint)
         return checkpoint
 
+    def _data(self) -> dict[str, Rows]:
+        return {"train_dataset": self.trainer.train_dataset, "eval_dataset": self.trainer.eval_dataset}
+
     def _check_data(self, digests: Mapping[str, str]) -> None:
-        for field, rows in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+        for field, rows in self._data().items():
             if rows.digest != digests[field]:
                 raise ConfigError(
                     f"resume: {field}: the rows of {rows.name} are not those that the run began with, needs the same; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -13,41 +14,57 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from asyppo.algorithm.advantage import (
-    LearningSignal,
-    ensemble_signal,
-    group_signal,
-    length_adaptive_lambda,
-    token_weights,
-)
+from asyppo.algorithm.options import AdvantageOptions, PolicyLossOptions, ShapingOptions
+from asyppo.algorithm.policy_losses import POLICY_LOSSES, PolicyLoss, PolicyTargets, importance_weights
 from asyppo.algorithm.schedules import learning_rate_factor, set_learning_rate
 from asyppo.algorithm.shaping import shape_rewards
-from asyppo.algorithm.value_losses import importance_weights, value_loss
+from asyppo.algorithm.signal import Advantage, LearningSignal, Outcome
+from asyppo.algorithm.split import split_responses
+from asyppo.algorithm.value_losses import value_loss
+from asyppo.algorithm.weights import token_weights
 from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, split_responses, token_imbalance
+from asyppo.config.references import check_parameters, load, resolve
+from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, token_imbalance
 from asyppo.data.prompts import Row, fitting
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
-from asyppo.loop import TrainingError, TrainingLoop, TrainResult
-from asyppo.metrics import diagnostics
-from asyppo.metrics import step as metrics
+from asyppo.loop import StepResult, TrainingError, TrainingLoop, TrainResult
+from asyppo.metrics.diagnostics import critic_diagnostics, masked_gradient_fractions
+from asyppo.metrics.record import StepRecord
 from asyppo.metrics.samples import sample_rows
+from asyppo.metrics.step import (
+    CriticUpdates,
+    PolicyUpdates,
+    batch_metrics,
+    importance_metrics,
+    reward_metrics,
+    time_metrics,
+)
 from asyppo.models.critics import CriticOptimizer, Critics
-from asyppo.models.loading import critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
-from asyppo.models.policy import Policy
-from asyppo.rewards.computing import RewardFunc, resolve_reward_funcs
-from asyppo.rollout.collecting import Rollout
-from asyppo.rollout.samplers import DividedSampler, Sampler
-from asyppo.run.directory import RunDirectory
+from asyppo.models.loading import critics_of, policy_of, prompt_limit
+from asyppo.models.policy import Objective, Policy, TokenStats
+from asyppo.models.tokenizer import load_tokenizer
+from asyppo.rewards.computing import RewardFunc, RewardFunction, resolve_reward_funcs
+from asyppo.rollout.collecting import Rollout, Sampled
+from asyppo.rollout.samplers import SAMPLERS, DividedSampler, HoldsWeights, Sampler, SentWeights, make_sampler
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
 from asyppo_kernels import ensemble_gae
 
-__all__ = ["AsyPPOTrainer", "TrainResult", "TrainingError"]
+__all__ = ["AsyPPOTrainer", "StepResult", "TrainResult", "TrainingError"]
 
 
-class AsyPPOTrainer(TrainingLoop):
+@dataclass(frozen=True)
+class PolicyUpdate:
+    """What an update of the policy came to."""
+
+    metrics: dict[str, float]
+    log_ratio: Tensor
+    """float32 [B, T]: log π/π_old of each token at its last visit."""
+
+
+class AsyPPOTrainer:
     """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
 
     ``policy`` is a causal language model or where to load one from, a directory or a hub name; ``critics`` is where all
@@ -73,6 +90,7 @@ class AsyPPOTrainer(TrainingLoop):
     ):
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
+        self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
         policy = policy_of(policy, config)
         critics = critics_of(critics, config, policy)
         tokenizer = tokenizer or load_tokenizer(policy.model.name_or_path, config.policy.trust_remote_code)
@@ -85,16 +103,15 @@ class AsyPPOTrainer(TrainingLoop):
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
-        self.reward_funcs = resolve_reward_funcs(reward_funcs, config.reward_timeout, config.reward_weights)
+        self.reward_funcs: Sequence[RewardFunction] = resolve_reward_funcs(
+            reward_funcs, config.reward_timeout, config.reward_weights
+        )
         limit = prompt_limit(config, policy, critics)
         self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
         self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
         self.callbacks = callbacks
         self.reference = policy.reference() if config.beta > 0 else None
-        if mesh is None:
-            self.sampler = sampler or make_sampler(policy, tokenizer, config)
-        else:
-            self.sampler = self._shard(mesh, sampler)
+        self.sampler = self._sampler_of(sampler, mesh)
         self.device = policy.device
         for func in self.reward_funcs:
             func.check_columns(self.train_dataset[0])
@@ -107,131 +124,121 @@ class AsyPPOTrainer(TrainingLoop):
             self.critic_optimizer = CriticOptimizer(
                 critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
             )
-        self.skipped_in_a_row = 0
 
-    def _shard(self, mesh: DeviceMesh, sampler: Sampler | None) -> Sampler:
-        """Shard the models over ``mesh``, and return a sampler of all ranks, whose model is whole while it samples."""
-        policy = self.policy
-        if sampler is None:
+    def _sampler_of(self, sampler: Sampler | None, mesh: DeviceMesh | None) -> Sampler:
+        """Return the sampler that is called: of all ranks where the models are sharded over a ``mesh``, which happens
+        here, and sent the weights where it holds some of its own."""
+        policy, engine = self.policy, sampler
+        if mesh is not None and engine is None and self.config.sampler in SAMPLERS:
+            # It decodes with whole weights, which are only there while it samples.
             whole = WholeCopy(policy, policy.dtype, torch.device(mesh.device_type))
             own = make_sampler(whole.module, self.tokenizer, self.config)
-            sampler = DividedSampler(own, partial(whole.of, policy))
+            called: Sampler = DividedSampler(own, partial(whole.of, policy))
         else:
-            sampler = DividedSampler(sampler)
-        policy.shard(mesh)
-        if isinstance(self.reference, Policy):
-            self.reference.shard(mesh)
-        if self.critics is not None:
-            self.critics.shard(mesh)
-        return sampler
+            engine = engine or make_sampler(policy, self.tokenizer, self.config)
+            called = engine if mesh is None else DividedSampler(engine)
+        if mesh is not None:
+            for model in (policy, self.reference, self.critics):
+                if isinstance(model, Policy | Critics):
+                    model.shard(mesh)
+        return SentWeights(called, engine, policy.weights) if isinstance(engine, HoldsWeights) else called
 
-    def step(self, step: int, run: RunDirectory) -> dict[str, float]:
-        """One step of the algorithm. Returns its metrics."""
+    def weights_changed(self) -> None:
+        """Let a sampler that holds weights of its own know that the policy's are others now."""
+        if isinstance(self.sampler, SentWeights):
+            self.sampler.stale = True
+
+    def train(self) -> TrainResult:
+        """Run until ``max_steps``, and return what came of it: see ``TrainingLoop.train``."""
+        return TrainingLoop(self).train()
+
+    def step(self, step: int, sampled: Sampled | None = None) -> StepResult:
+        """One step of the algorithm, counted from 1: on a batch of its own, or on one that was ``sampled`` before."""
         config, timer = self.config, Timer(self.device)
         # All randomness of a step follows from the seed and its number.
         seed_everything(config.seed * 1_000_003 + step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        row: dict[str, float] = {"step": step}
+        metrics: dict[str, float] = {"step": step}
         self._set_learning_rates(step)
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
-            batch, rewards, of_sampling = self.rollout(step, timer)
-            row |= of_sampling
-            score = batch.reward.sum(dim=1)
+            sampled = sampled or self.rollout(step, timer)
+            metrics |= sampled.metrics
+            batch = sampled.batch
 
-            # Log-probs of the policy that sampled, as the trainer computes them.
+            # Log-probs of the policy that sampled, as the trainer computes them, and of the reference.
             with timer.phase("old_log_prob"):
-                old_logprob, entropy = self.policy.logprobs(batch, self._micro_batches(batch))
+                old = self.policy.logprobs(batch, self._micro_batches(batch))
             ref_logprob = None
             if self.reference is not None:
                 with timer.phase("ref"):
-                    ref_logprob, _ = self.reference.logprobs(batch, self._micro_batches(batch))
-            # Rewards as the algorithm sees them, and which responses it learns from.
-            batch, penalties = shape_rewards(batch, old_logprob, ref_logprob, config)
-            row |= penalties
+                    ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
+            batch, penalties = self.shape_rewards(batch, old, ref_logprob)
+            metrics |= penalties
 
+            # 1 to 3. Split, critic update, values of all responses.
+            values, share = None, None
             if self.critics is not None:
-                # Split: each prompt's responses among the critics, disjointly.
-                share = None
-                if config.critic.share == "disjoint":
-                    share = split_responses(batch.group, len(self.critics), generator).to(self.device)
+                values, share, of_critics = self.learn_values(self.critics, batch, generator, timer)
+                metrics |= of_critics
 
-                if config.advantage_values == "before":
-                    with timer.phase("values"):
-                        value = self.critics.values(batch, config.max_tokens_per_micro_batch)
+            # 4 and 5. Advantage on the mean value; masks from the disagreement.
+            with timer.phase("adv"):
+                outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group, values, share)
+                signal = self.advantage(outcome, AdvantageOptions.of(config))
+                if not isinstance(signal, LearningSignal):
+                    got = type(signal).__name__
+                    raise ConfigError(f"algorithm: {config.algorithm} returned {got}, needs a LearningSignal")
+            metrics |= self._diagnose(step, batch, signal, old, timer)
 
-                # Critic update: each on its own share only.
-                with timer.phase("update_critic"):
-                    row |= self.update_critics(batch, share, generator)
-
-                # Value: all critics on all responses.
-                if config.advantage_values != "before":
-                    with timer.phase("values"):
-                        value = self.critics.values(batch, config.max_tokens_per_micro_batch)
-                row["critic/padding_frac"] = self.critics.padding_frac()
-
-                # Advantage on the mean value; masks from the disagreement.
-                with timer.phase("adv"):
-                    signal = self.ensemble_signal(batch, value, share)
-                row |= diagnostics.of_critics(signal, entropy, batch.mask)
-                if config.diagnostics_steps and step % config.diagnostics_steps == 0:
-                    with timer.phase("diagnostics"):
-                        row |= diagnostics.masked_gradient_shares(
-                            self.policy, batch, signal, old_logprob, list(self._micro_batches(batch)), config
-                        )
-            else:
-                with timer.phase("adv"):
-                    signal = group_signal(
-                        batch.reward, batch.mask, batch.group, learned=batch.learned, scale=config.scale_rewards
-                    )
-
-            # Policy update.
-            log_ratio = torch.zeros_like(old_logprob)
+            # 6. Policy update.
+            log_ratio = torch.zeros_like(old.logprob)
             if step > self.policy_warmup:
                 with timer.phase("update_actor"):
-                    row |= self.update_policy(batch, signal, old_logprob, ref_logprob, generator, log_ratio)
-        row |= metrics.of_batch(batch, signal, old_logprob, entropy) | metrics.of_rewards(rewards)
-        row |= metrics.of_time(batch, timer.seconds, self.device)
-        run.log_samples(
-            sample_rows(
-                step,
-                config.logging_samples,
-                batch,
-                score,
-                rewards.by_function,
-                signal,
-                old_logprob,
-                entropy,
-                log_ratio,
-                self.tokenizer,
-            )
-        )
-        skipped = row.get("actor/skipped_updates", 0) + row.get("critic/skipped_updates", 0)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        return row
+                    update = self.update_policy(batch, signal, old.logprob, ref_logprob, generator)
+                metrics |= update.metrics
+                log_ratio = update.log_ratio
+        record = StepRecord(step, batch, sampled.rewards, old, signal, log_ratio)
+        metrics |= batch_metrics(record) | reward_metrics(sampled.rewards)
+        metrics |= time_metrics(batch, timer.seconds, self.device)
+        return StepResult(metrics, sample_rows(record, config.logging_samples, self.tokenizer))
 
-    def ensemble_signal(self, batch: Batch, value: Tensor, share: Tensor | None) -> LearningSignal:
-        """Advantages and masks of the critics' values [M, B, T]; ``share`` int64 [B] is who learned from a response
-        (None: all)."""
-        config = self.config
-        lam: float | Tensor = config.lam
-        if config.length_adaptive_alpha is not None:
-            lam = length_adaptive_lambda(batch.response_length, config.length_adaptive_alpha)
-        return ensemble_signal(
-            value,
-            batch.reward,
-            batch.mask,
-            batch.group,
-            learned=batch.learned,
-            trained_by=share if config.advantage_values == "cross_fit" else None,
-            gamma=config.gamma,
-            lam=lam,
-            value_lambda=config.critic.value_lambda,
-            whitening=config.whiten,
-            advantage_fraction=config.advantage_mask_fraction,
-            entropy_fraction=config.entropy_filter_fraction,
-            quantile_scope=config.quantile_scope,
+    def shape_rewards(
+        self, batch: Batch, old: TokenStats, ref_logprob: Tensor | None
+    ) -> tuple[Batch, dict[str, float]]:
+        """Return ``batch`` with its rewards as the algorithm sees them, and with those responses ``ignored`` that it is
+        not to learn from; and the metrics of the penalties."""
+        reward, penalties = shape_rewards(
+            batch.reward, batch.mask, old.logprob, ref_logprob, ShapingOptions.of(self.config)
         )
+        ignored = batch.truncated if self.config.mask_truncated_completions else batch.ignored
+        return replace(batch, reward=reward, ignored=ignored), penalties
+
+    def learn_values(
+        self, critics: Critics, batch: Batch, generator: torch.Generator, timer: Timer
+    ) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+        """Train the critics, and return their values [M, B, T] of all responses, the critic that learned from each
+        (int64 [B]; None: all did), and metrics."""
+        config, max_tokens = self.config, self.config.max_tokens_per_micro_batch
+        # 1. Split: each prompt's responses among the critics, disjointly.
+        share = None
+        if config.critic.share == "disjoint":
+            share = split_responses(batch.group, len(critics), generator).to(self.device)
+
+        values = None
+        if config.advantage_values == "before":
+            with timer.phase("values"):
+                values = critics.values(batch, max_tokens)
+
+        # 2. Critic update: each on its own share only.
+        with timer.phase("update_critic"):
+            metrics = self.update_critics(batch, share, generator)
+
+        # 3. Value: all critics on all responses.
+        if values is None:
+            with timer.phase("values"):
+                values = critics.values(batch, max_tokens)
+        return values, share, metrics | {"critic/padding_frac": critics.padding_frac()}
 
     def update_critics(self, batch: Batch, share: Tensor | None, generator: torch.Generator) -> dict[str, float]:
         """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B]; None: on all)."""
@@ -243,7 +250,7 @@ class AsyPPOTrainer(TrainingLoop):
         returns, old_value = self._critic_targets(batch, own)
         # All chance before the first update, critic by critic.
         parts = [list(minibatches(rows, config.num_iterations, config.num_mini_batches, generator)) for rows in own]
-        updates = metrics.CriticUpdates(len(own))
+        updates = CriticUpdates(len(own))
         # Where a critic has fewer rows than minibatches are asked for, it sits out the last.
         for rows_of in zip_longest(*parts, fillvalue=own[0][:0]):
             weight = [token_weights(batch.learned, rows, "token-mean") for rows in rows_of]
@@ -265,63 +272,72 @@ class AsyPPOTrainer(TrainingLoop):
         old_logprob: Tensor,
         ref_logprob: Tensor | None,
         generator: torch.Generator,
-        log_ratio: Tensor | None = None,
-    ) -> dict[str, float]:
-        """Maximise the masked, clipped surrogate and the filtered entropy over the whole batch.
-
-        ``log_ratio`` [B, T], if given, is filled with log π/π_old of each token at its last visit.
-        """
-        config, updates = self.config, metrics.PolicyUpdates(config=self.config)
-        rollout_weight = None
-        if config.importance_sampling_clip_max is not None:
-            rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.importance_sampling_clip_max)
+    ) -> PolicyUpdate:
+        """Maximise the masked surrogate and the filtered entropy over the whole batch."""
+        config, updates = self.config, PolicyUpdates(PolicyLossOptions.of(self.config))
+        objective = self._objective(batch, signal, old_logprob, ref_logprob)
+        log_ratio = torch.zeros_like(old_logprob)
         everything = torch.arange(len(batch), device=self.device)
         parts = list(minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
         for rows in parts:
-            per_token: dict[str, Any] = {
-                "old_logprob": old_logprob,
-                "advantage": signal.advantage,
-                "token_weight": token_weights(batch.learned, rows, config.loss_aggregation),
-                "advantage_keep": signal.advantage_keep,
-                "entropy_keep": signal.entropy_keep,
-                "ref_logprob": ref_logprob if config.kl_in_loss else None,
-                "rollout_weight": rollout_weight,
-            }
+            weight = token_weights(batch.learned, rows, config.loss_aggregation)
+            weighted = replace(objective.targets, token_weight=weight)
             loss = torch.zeros((), device=self.device)
-            if log_ratio is not None:
-                log_ratio[rows] = 0.0  # another rank may have visited them before
+            log_ratio[rows] = 0.0  # another rank may have visited them before
             micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
             for micro in between_replicas_once(self.policy, micros):
-                arguments: dict[str, Any] = {n: x if x is None else x[micro.grid] for n, x in per_token.items()}
-                result = self.policy(
-                    micro,
-                    loss=arguments
-                    | {
-                        "clip_low": config.epsilon,
-                        "clip_high": config.epsilon_high,
-                        "dual_clip": config.delta,
-                        "entropy_coef": config.entropy_coef,
-                        "kl_coef": config.kl_in_loss,
-                    },
-                )
+                targets = weighted.at(micro.grid)
+                result = self.policy(micro, replace(objective, targets=targets))
                 result.loss.backward()
                 loss += result.loss.detach()
-                updates.add(result, arguments)
-                if log_ratio is not None:
-                    moved = result.logprob - old_logprob[micro.grid]
-                    log_ratio[micro.grid] = torch.where(arguments["token_weight"] != 0, moved, 0.0)
+                updates.add(result, targets)
+                moved = result.logprob - targets.old_logprob
+                log_ratio[micro.grid] = torch.where(targets.token_weight != 0, moved, 0.0)
             loss = sum_over_ranks(loss)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
-        if log_ratio is not None:
-            log_ratio.copy_(sum_over_ranks(log_ratio))
-        row = updates.row() | {
+        self.weights_changed()
+        metrics = updates.row() | {
             "actor/lr": self.policy_optimizer.param_groups[0]["lr"],
             "perf/token_imbalance": token_imbalance(batch, parts),
         }
-        if rollout_weight is not None:
-            row |= metrics.of_importance_weights(rollout_weight, batch.mask)
-        return row
+        if objective.targets.rollout_weight is not None:
+            metrics |= importance_metrics(objective.targets.rollout_weight, batch.mask)
+        return PolicyUpdate(metrics, sum_over_ranks(log_ratio))
+
+    def _objective(
+        self, batch: Batch, signal: LearningSignal, old_logprob: Tensor, ref_logprob: Tensor | None = None
+    ) -> Objective:
+        """What the policy maximises on ``batch``; the weights are those of one minibatch of all responses."""
+        config, rollout_weight = self.config, None
+        if config.importance_sampling_clip_max is not None:
+            rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.importance_sampling_clip_max)
+        everything = torch.arange(len(batch), device=self.device)
+        targets = PolicyTargets(
+            old_logprob=old_logprob,
+            advantage=signal.advantage,
+            token_weight=token_weights(batch.learned, everything, config.loss_aggregation),
+            advantage_keep=signal.advantage_keep,
+            entropy_keep=signal.entropy_keep,
+            ref_logprob=ref_logprob if config.kl_in_loss else None,
+            rollout_weight=rollout_weight,
+        )
+        return Objective(targets, PolicyLossOptions.of(config), self.surrogate)
+
+    def _diagnose(
+        self, step: int, batch: Batch, signal: LearningSignal, old: TokenStats, timer: Timer
+    ) -> dict[str, float]:
+        """What disagreement goes along with, and every ``diagnostics_steps`` what the masks remove of the gradient;
+        nothing without critics."""
+        if self.critics is None:
+            return {}
+        metrics = critic_diagnostics(signal, old.entropy, batch.mask)
+        if self.config.diagnostics_steps and step % self.config.diagnostics_steps == 0:
+            with timer.phase("diagnostics"):
+                micros = list(self._micro_batches(batch))
+                objective = self._objective(batch, signal, old.logprob)
+                metrics |= masked_gradient_fractions(self.policy, objective, batch, micros)
+        return metrics
 
     def trained(self) -> Trained:
         """Return what a checkpoint saves beside the loop's own few numbers, by name."""
@@ -363,6 +379,22 @@ class AsyPPOTrainer(TrainingLoop):
             value.flatten(0, 1)[None], reward, mask, gamma=self.config.gamma, value_lam=config.value_lambda
         )
         return gae.returns.view_as(value), value
+
+
+def advantage_of(config: AsyPPOConfig) -> Advantage:
+    """Return the function by which the configured algorithm makes its learning signal. Raises ConfigError."""
+    advantage = config.resolved_algorithm.advantage
+    found = load("algorithm", advantage) if isinstance(advantage, str) else advantage
+    check_parameters("algorithm", config.algorithm, found, "outcome", "options")
+    return found
+
+
+def surrogate_of(config: AsyPPOConfig) -> PolicyLoss | None:
+    """Return the configured policy loss; None is PPO's, in the fused op. Raises ConfigError."""
+    found = resolve("policy_loss", config.policy_loss, POLICY_LOSSES)
+    if found is not None:
+        check_parameters("policy_loss", config.policy_loss, found, "tokens")
+    return found
 
 
 def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

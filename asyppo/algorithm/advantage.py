@@ -1,8 +1,8 @@
-"""From values and rewards to what the policy learns from: advantages, and which tokens count."""
+"""Steps 4 and 5 of AsyPPO: from values to advantages, and which tokens count. And what others do instead."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -10,90 +10,141 @@ import torch
 from torch import Tensor
 
 from asyppo.algorithm.masked import masked_moments
+from asyppo.algorithm.options import AdvantageOptions
+from asyppo.algorithm.signal import LearningSignal, Outcome
 from asyppo_kernels import agreement_masks, ensemble_gae
 
 
-@dataclass
-class LearningSignal:
-    """What the policy update reads; everything on the response grid [B, T]."""
+def critics_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+    """AsyPPO's and PPO's: GAE on the mean of M critics, whitened, and the two masks from their disagreement.
 
-    advantage: Tensor
-    """float32 [B, T]: whitened, not masked."""
-    advantage_keep: Tensor
-    """bool [B, T]: I^A, False on padding."""
-    entropy_keep: Tensor
-    """bool [B, T]: I^H, False on padding."""
-    raw_advantage: Tensor
-    """float32 [B, T]: before whitening."""
-    returns: Tensor
-    """float32 [B, T]: the λ-return that critics learn; of the mean value where λ < 1."""
-    value: Tensor
-    """float32 [B, T]: V̄, the mean over critics."""
-    values: Tensor
-    """float32 [M, B, T]: each critic's own."""
-    std: Tensor
-    """float32 [B, T]: σ, the population standard deviation over critics."""
-    low: Tensor
-    """float32 scalar: advantages of tokens with a σ below it are masked."""
-    high: Tensor
-    """float32 scalar: tokens with a σ above it get no entropy bonus."""
-
-
-def ensemble_signal(
-    value: Tensor,
-    reward: Tensor,
-    mask: Tensor,
-    group: Tensor,
-    *,
-    learned: Tensor | None = None,
-    trained_by: Tensor | None = None,
-    gamma: float,
-    lam: float | Tensor,
-    value_lambda: float,
-    whitening: Literal["none", "batch", "group"],
-    advantage_fraction: float,
-    entropy_fraction: float,
-    quantile_scope: Literal["batch", "sequence"],
-) -> LearningSignal:
-    """Mean and disagreement of M critics, GAE on the mean, whitening, and AsyPPO's two masks.
-
-    ``value`` [M, B, T], ``reward`` [B, T], ``mask`` bool [B, T], ``group`` int64 [B]. ``learned`` bool [B, T], the
-    tokens that losses count, are those that are whitened and ranked (None: ``mask``). ``trained_by`` int64 [B], the
-    critic trained on each response, leaves that critic out of the response's mean value (cross-fitting, as in
-    arXiv 1608.00060); σ is over all critics. ``lam`` may be float32 [B]. Fractions are the paper's k and h. σ is ranked
-    as ``coarse`` has it. (AsyPPO, arXiv 2510.01656; GAE, arXiv 1506.02438.)
+    With ``cross_fit`` a response's mean value leaves out the critic that learned from it (as in arXiv 1608.00060); σ is
+    over all critics. Only tokens that losses count are whitened and ranked. σ is ranked as ``coarse`` has it.
+    (AsyPPO, arXiv 2510.01656; GAE, arXiv 1506.02438.) Raises ValueError without critics.
     """
-    learned = mask if learned is None else learned
-    fitted = value if trained_by is None else without_own_critic(value, trained_by)
-    gae = ensemble_gae(fitted, reward, mask, gamma=gamma, lam=lam, value_lam=value_lambda)
-    std = gae.std if trained_by is None else torch.where(mask, value.std(dim=0, correction=0), 0.0)
-    masks = partial(agreement_masks, advantage_fraction=advantage_fraction, entropy_fraction=entropy_fraction)
-    if quantile_scope == "batch":
-        advantage_keep, entropy_keep, low, high = masks(coarse(std), learned)
-    else:
-        rows = [masks(of_row, valid) for of_row, valid in zip(coarse(std), learned, strict=True)]
-        advantage_keep = torch.stack([row.advantage_keep for row in rows])
-        entropy_keep = torch.stack([row.entropy_keep for row in rows])
-        low = torch.stack([row.low for row in rows]).mean()
-        high = torch.stack([row.high for row in rows]).mean()
+    if outcome.values is None:
+        raise ValueError("values: got None, needs the values [M, B, T] of critics")
+    values, mask, learned = outcome.values, outcome.mask, outcome.learned
+    unseen = options.advantage_values == "cross_fit" and outcome.share is not None
+    fitted = without_own_critic(values, outcome.share) if unseen and outcome.share is not None else values
+    lam: float | Tensor = options.lam
+    if options.length_adaptive_alpha is not None:
+        lam = length_adaptive_lambda(mask.sum(dim=1), options.length_adaptive_alpha)
+    gae = ensemble_gae(fitted, outcome.reward, mask, gamma=options.gamma, lam=lam, value_lam=options.value_lambda)
+    std = torch.where(mask, values.std(dim=0, correction=0), 0.0) if unseen else gae.std
+    advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options)
     return LearningSignal(
-        advantage=whiten(gae.advantage, learned, group, whitening),
+        advantage=whiten(gae.advantage, learned, outcome.group, options.whiten),
         advantage_keep=advantage_keep,
         entropy_keep=entropy_keep,
         raw_advantage=gae.advantage,
         returns=gae.returns,
         value=gae.mean,
-        values=value,
+        values=values,
         std=std,
         low=low,
         high=high,
     )
 
 
+def disagreement_masks(
+    std: Tensor, learned: Tensor, options: AdvantageOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return I^A and I^H, bool [B, T], and the thresholds of σ = ``std`` [B, T] that they come from, 0-d.
+
+    k and h of the paper, ``advantage_mask_fraction`` and ``entropy_filter_fraction``, are of the tokens in ``learned``
+    of the batch or of each response.
+    """
+    masks = partial(
+        agreement_masks,
+        advantage_fraction=options.advantage_mask_fraction,
+        entropy_fraction=options.entropy_filter_fraction,
+    )
+    if options.quantile_scope == "batch":
+        return masks(coarse(std), learned)
+    rows = [masks(of_row, valid) for of_row, valid in zip(coarse(std), learned, strict=True)]
+    advantage_keep = torch.stack([row.advantage_keep for row in rows])
+    entropy_keep = torch.stack([row.entropy_keep for row in rows])
+    low = torch.stack([row.low for row in rows]).mean()
+    high = torch.stack([row.high for row in rows]).mean()
+    return advantage_keep, entropy_keep, low, high
+
+
+def group_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+    """GRPO's (arXiv 2402.03300): a response's reward less its group's mean, on each token.
+
+    It is divided by the rewards' standard deviation in the group or in the batch, or, as Dr. GRPO has it
+    (arXiv 2503.20783), by nothing: ``scale_rewards``. As in TRL: the sample standard deviation, plus 1e-4. A group of
+    one, or of equal rewards, gets 0. Tokens that losses do not count are not kept; their response's reward still counts
+    in its group.
+    """
+    score, count, mean = _of_groups(outcome)
+    advantage = score - mean
+    if options.scale_rewards == "group":
+        variance = _sum_by_group(advantage.square(), outcome.group) / (count - 1).clamp(min=1)
+        advantage /= variance.sqrt() + 1e-4
+    elif options.scale_rewards == "batch":
+        everyone = torch.ones_like(score, dtype=torch.bool)
+        size = everyone.sum()
+        advantage /= (masked_moments(score, everyone)[1] * size / (size - 1).clamp(min=1)).sqrt() + 1e-4
+    return unmasked_signal(outcome, torch.where(outcome.mask, advantage[:, None], 0.0), baseline=mean)
+
+
+def leave_one_out_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+    """RLOO's (arXiv 2402.14740): a response's reward less the mean reward of its group's others, on each token.
+
+    It is not normalised. A group of one gets its reward.
+    """
+    score, count, mean = _of_groups(outcome)
+    others = (count * mean - score) / (count - 1).clamp(min=1)
+    return unmasked_signal(outcome, torch.where(outcome.mask, (score - others)[:, None], 0.0), baseline=others)
+
+
+def reward_to_go_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+    """REINFORCE++'s (arXiv 2501.03262): the discounted rewards from a token on, normalised over the batch.
+
+    It has no baseline but the batch's mean, which ``whiten`` takes; penalties in the rewards (``use_kl_in_reward``) are
+    counted from their own token on.
+    """
+    nothing = torch.zeros_like(outcome.reward)[None]
+    returns = ensemble_gae(nothing, outcome.reward, outcome.mask, gamma=options.gamma, lam=1.0).advantage
+    signal = unmasked_signal(outcome, returns)
+    return replace(signal, advantage=whiten(returns, outcome.learned, outcome.group, options.whiten), returns=returns)
+
+
+def _of_groups(outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each response, float32 [B]: its score, how many its group has, and their mean score."""
+    score = outcome.reward.sum(dim=1)
+    count = _sum_by_group(torch.ones_like(score), outcome.group)
+    return score, count, _sum_by_group(score, outcome.group) / count
+
+
+def unmasked_signal(outcome: Outcome, advantage: Tensor, *, baseline: Tensor | None = None) -> LearningSignal:
+    """Return the signal of an ``advantage`` float32 [B, T] that was made without critics: nothing is masked.
+
+    ``baseline`` float32 [B] stands where critics have their value; None: 0. It is reported, and changes nothing.
+    """
+    zero = torch.zeros((), device=advantage.device)
+    baseline = torch.zeros_like(advantage[:, 0]) if baseline is None else baseline
+    score = outcome.reward.sum(dim=1)
+    return LearningSignal(
+        advantage=advantage,
+        advantage_keep=outcome.learned,
+        entropy_keep=outcome.learned,
+        raw_advantage=advantage,
+        returns=torch.where(outcome.mask, score[:, None], 0.0),
+        value=torch.where(outcome.mask, baseline[:, None], 0.0),
+        values=advantage.new_zeros(0, *advantage.shape),
+        std=torch.zeros_like(advantage),
+        low=zero,
+        high=zero,
+    )
+
+
 def coarse(std: Tensor) -> Tensor:
     """Round float32 ``std`` >= 0 to 12 bits after the leading one, half a part in 4,096.
 
-    All responses to a prompt share their first state, so ties in σ are many, and the last bits of a model's outputs
+    All responses to a prompt have the same first state, so ties in σ are many, and the last bits of a model's outputs
     depend on what else is in the micro-batch. Ranked as they are, those bits would decide which of the tied tokens a
     mask drops.
     """
@@ -114,48 +165,6 @@ def without_own_critic(value: Tensor, trained_by: Tensor) -> Tensor:
     critics is the others'. ``value`` [M, B, T] with M >= 2, ``trained_by`` int64 [B]; returns [M, B, T]."""
     own = torch.arange(len(value), device=value.device)[:, None, None] == trained_by[:, None]
     return torch.where(own, torch.where(own, 0.0, value).sum(dim=0) / (len(value) - 1), value)
-
-
-def group_signal(
-    reward: Tensor,
-    mask: Tensor,
-    group: Tensor,
-    *,
-    learned: Tensor | None = None,
-    scale: Literal["group", "batch", "none"] = "group",
-) -> LearningSignal:
-    """GRPO's advantage (arXiv 2402.03300): a response's reward less its group's mean, on each token.
-
-    It is divided by the rewards' standard deviation in the group or in the batch, or, as Dr. GRPO has it
-    (arXiv 2503.20783), by nothing. As in TRL: the sample standard deviation, plus 1e-4. A group of one, or of equal
-    rewards, gets 0. Tokens outside ``learned`` bool [B, T] (None: ``mask``) are not kept; their response's reward
-    still counts in its group.
-    """
-    learned = mask if learned is None else learned
-    score = reward.sum(dim=1)
-    count = _sum_by_group(torch.ones_like(score), group)
-    mean = _sum_by_group(score, group) / count
-    advantage = score - mean
-    if scale == "group":
-        advantage /= (_sum_by_group(advantage.square(), group) / (count - 1).clamp(min=1)).sqrt() + 1e-4
-    elif scale == "batch":
-        everyone = torch.ones_like(score, dtype=torch.bool)
-        size = everyone.sum()
-        advantage /= (masked_moments(score, everyone)[1] * size / (size - 1).clamp(min=1)).sqrt() + 1e-4
-    advantage = torch.where(mask, advantage[:, None], 0.0)
-    zero = torch.zeros((), device=reward.device)
-    return LearningSignal(
-        advantage=advantage,
-        advantage_keep=learned,
-        entropy_keep=learned,
-        raw_advantage=advantage,
-        returns=torch.where(mask, score[:, None], 0.0),
-        value=torch.where(mask, mean[:, None], 0.0),
-        values=reward.new_zeros(0, *reward.shape),
-        std=torch.zeros_like(reward),
-        low=zero,
-        high=zero,
-    )
 
 
 def whiten(advantage: Tensor, mask: Tensor, group: Tensor, scope: Literal["none", "batch", "group"]) -> Tensor:
@@ -180,18 +189,3 @@ def _sum_by_group(value: Tensor, group: Tensor) -> Tensor:
     """Sum of ``value`` [B] over each row's group, at each row."""
     total = torch.zeros(len(group), dtype=value.dtype, device=value.device)
     return total.index_add_(0, group, value)[group]
-
-
-def token_weights(mask: Tensor, rows: Tensor, aggregation: Literal["sequence-mean", "token-mean"]) -> Tensor:
-    """Weight [B, T] of each token of ``mask`` in the loss of the minibatch ``rows`` (int64 [b]), 0 elsewhere.
-
-    Every normalisation is in it, so the losses and gradients of micro-batches add up to those of the minibatch. A
-    token that an agreement mask drops still counts in it, and so does, in ``sequence-mean``, a row without tokens.
-    """
-    chosen = torch.zeros_like(mask)
-    chosen[rows] = mask[rows]
-    if aggregation == "sequence-mean":
-        weight = 1.0 / (mask.sum(dim=1, keepdim=True).clamp(min=1) * len(rows))
-    else:
-        weight = 1.0 / chosen.sum().clamp(min=1)
-    return torch.where(chosen, weight, 0.0)

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from asyppo.algorithm.masked import masked_mean
-from asyppo.config import AsyPPOConfig
-from asyppo.data.batch import Batch
+from asyppo.algorithm.options import ShapingOptions
 
 
 def shape_rewards(
-    batch: Batch, old_logprob: Tensor, ref_logprob: Tensor | None, config: AsyPPOConfig
-) -> tuple[Batch, dict[str, float]]:
-    """Return ``batch`` with the penalties on length and on distance from the reference in its ``reward``, and with
-    truncated responses ``ignored``, as far as ``config`` asks for them; and their metrics. Log-probs are float32
-    [B, T], in nats."""
-    reward, row = batch.reward.clone(), {}
-    if config.overlong_buffer_len:
-        limit = config.max_completion_length - config.overlong_buffer_len
-        penalty = config.overlong_penalty_factor * overlong_fraction(
-            batch.response_length, limit, config.overlong_buffer_len
-        )
-        rows = torch.arange(len(batch), device=reward.device)
-        reward[rows, batch.response_length - 1] -= penalty
-        row["critic/overlong_penalty/mean"] = float(masked_mean(penalty, torch.ones_like(batch.truncated)))
-    if config.use_kl_in_reward:
+    reward: Tensor, mask: Tensor, old_logprob: Tensor, ref_logprob: Tensor | None, options: ShapingOptions
+) -> tuple[Tensor, dict[str, float]]:
+    """Return ``reward`` [B, T] less the penalties on length and on distance from the reference, as far as ``options``
+    ask for them, and their metrics. ``mask`` bool [B, T] is the response tokens; log-probs are float32 [B, T], in
+    nats."""
+    reward, metrics = reward.clone(), {}
+    if options.overlong_buffer_len:
+        limit = options.max_completion_length - options.overlong_buffer_len
+        length = mask.sum(dim=1)
+        penalty = options.overlong_penalty_factor * overlong_fraction(length, limit, options.overlong_buffer_len)
+        reward[torch.arange(len(reward), device=reward.device), length - 1] -= penalty
+        everyone = torch.ones_like(length, dtype=torch.bool)
+        metrics["critic/overlong_penalty/mean"] = float(masked_mean(penalty, everyone))
+    if options.use_kl_in_reward:
         assert ref_logprob is not None
         kl = old_logprob - ref_logprob
-        reward -= torch.where(batch.mask, config.beta * kl, 0.0)
-        row["actor/reward_kl_penalty"] = float(masked_mean(kl, batch.mask))
-        row["actor/reward_kl_penalty_coeff"] = config.beta
-    ignored = batch.truncated if config.mask_truncated_completions else batch.ignored
-    return replace(batch, reward=reward, ignored=ignored), row
+        reward -= torch.where(mask, options.beta * kl, 0.0)
+        metrics["actor/reward_kl_penalty"] = float(masked_mean(kl, mask))
+        metrics["actor/reward_kl_penalty_coeff"] = options.beta
+    return reward, metrics
 
 
 def overlong_fraction(length: Tensor, limit: int, buffer_len: int) -> Tensor:

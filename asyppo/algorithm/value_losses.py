@@ -1,4 +1,4 @@
-"""Small pieces of the losses: the critics' error, and the weight of a token that another program sampled."""
+"""Step 2 of AsyPPO: what a critic minimises."""
 
 from __future__ import annotations
 
@@ -20,12 +20,3 @@ def value_loss(
         clipped = old_value + (value - old_value).clamp(-cliprange, cliprange)
         error = torch.maximum(error, (clipped - returns).square())
     return (weight * error).sum()
-
-
-def importance_weights(old_logprob: Tensor, sampler_logprob: Tensor, clip_max: float) -> Tensor:
-    """Return π_old / π_sampler of each token, at most ``clip_max``; log-probs float32, in nats, of one shape.
-
-    Truncated importance sampling per token (TRL's mode ``token_truncate``): a batch is drawn from what the sampler
-    computes, which differs from what the trainer computes for the same weights.
-    """
-    return (old_logprob - sampler_logprob).clamp(-20, 20).exp().clamp(max=clip_max)

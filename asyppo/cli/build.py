@@ -14,12 +14,14 @@ from asyppo.data.prompts import Row, fitting, load_eval_rows, load_train_rows, p
 from asyppo.distributed.processes import agreed, from_main, make_mesh
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.models import warm_start
-from asyppo.models.loading import choose_device, critics_of, load_tokenizer, make_sampler, policy_of, prompt_limit
+from asyppo.models.loading import choose_device, critics_of, policy_of, prompt_limit
+from asyppo.models.tokenizer import load_tokenizer
 from asyppo.rewards.computing import resolve_reward_funcs
+from asyppo.rollout.samplers import make_sampler, sampler_factory
 from asyppo.run.directory import run_path
 from asyppo.run.progress import ProgressDisplay
 from asyppo.run.writers import check_writers
-from asyppo.trainer import AsyPPOTrainer
+from asyppo.trainer import AsyPPOTrainer, advantage_of, surrogate_of
 
 
 def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
@@ -45,7 +47,7 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         made = from_main(lambda: warm_start.build(shapes, data, rows, device))
         policy_path, critic_path = str(made[0]), str(made[1])
     assert policy_path is not None
-    if config.algorithm == "ppo" or critic_path is None:
+    if config.resolved_algorithm.critics == "policy" or critic_path is None:
         critic_path = policy_path
     mesh = make_mesh(config.distributed, device)
 
@@ -70,6 +72,7 @@ def _checked(config: AsyPPOConfig) -> tuple[torch.device, Sequence[Row], Sequenc
     run_path(config)
     check_writers(config)
     resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
+    advantage_of(config), surrogate_of(config), sampler_factory(config)
     device = choose_device(config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
     return device, load_train_rows(config.data, eval_rows), eval_rows

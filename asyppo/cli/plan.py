@@ -253,7 +253,7 @@ def _policy_config(config: AsyPPOConfig) -> tuple[str, str, PreTrainedConfig]:
 def _critic_config(config: AsyPPOConfig) -> tuple[str, str, PreTrainedConfig]:
     name = config.critic.model_name_or_path
     label = f"each of {config.num_critics} critics" if config.num_critics > 1 else "critic"
-    if config.algorithm == "ppo" or (config.warm_start is None and name is None):
+    if config.resolved_algorithm.critics == "policy" or (config.warm_start is None and name is None):
         _, source, found = _policy_config(config)
         return f"{label} as the policy", source, copy.deepcopy(found)
     if config.warm_start is not None:

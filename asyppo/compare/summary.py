@@ -25,8 +25,8 @@ DIAGNOSTICS = {
     "σ, edge of the entropy filter": r"critic/std/high",
     "corr(σ, error of V̄)": r"critic/std/corr_abs_error",
     "corr(σ, entropy)": r"critic/std/corr_entropy",
-    "gradient masked (advantage)": r"actor/adv_mask_grad_share",
-    "gradient filtered (entropy)": r"actor/entropy_filter_grad_share",
+    "gradient masked (advantage)": r"actor/adv_mask_grad_frac",
+    "gradient filtered (entropy)": r"actor/entropy_filter_grad_frac",
     "entropy": r"actor/entropy",
 }
 """Column of the diagnostics table, and a pattern of the metrics averaged in it."""

@@ -1,5 +1,6 @@
 """Settings: what they are, and where they come from."""
 
+from asyppo.config.errors import ConfigError
 from asyppo.config.files import load_config
 from asyppo.config.schema import (
     AsyPPOConfig,
@@ -12,7 +13,6 @@ from asyppo.config.schema import (
     TaskConfig,
     WarmStartConfig,
 )
-from asyppo.config.setting import ConfigError
 
 __all__ = [
     "AsyPPOConfig",

@@ -15,7 +15,8 @@ from typing import Any, get_args, get_origin
 
 import docstring_parser
 
-from asyppo.config.setting import ConfigError, Facts, alternatives, facts_of, hints, in_words
+from asyppo.config.errors import ConfigError
+from asyppo.config.setting import Facts, alternatives, facts_of, hints, in_words
 
 
 @dataclass(frozen=True)

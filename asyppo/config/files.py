@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from asyppo.config.errors import ConfigError
 from asyppo.config.fields import by_path, check_names, did_you_mean
 from asyppo.config.schema import AsyPPOConfig
-from asyppo.config.setting import ConfigError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from asyppo.algorithm.algorithms import ALGORITHMS, Algorithm
+from asyppo.config.references import resolve
 from asyppo.config.setting import check, need, setting
 
 
@@ -96,7 +98,7 @@ class TaskConfig:
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the task's generator, such as ``{min_terms: 3}``."""
     weight: float = setting(1.0, above=0, below=float("inf"))
-    """Share of the rows in a mixture, in proportion to the other tasks' weights."""
+    """How many rows of a mixture are of this task, in proportion to the other tasks' weights."""
 
 
 @dataclass
@@ -226,9 +228,11 @@ class DistributedConfig:
 class AsyPPOConfig:
     """A training run."""
 
-    algorithm: Literal["asyppo", "ppo", "grpo"] = "asyppo"
-    """``asyppo``: mini-critics on disjoint shares. ``ppo``: one critic of the policy's size. ``grpo``: no critic, the
-    reward normalised within each prompt's group."""
+    algorithm: str = "asyppo"
+    """``asyppo``: mini-critics on disjoint shares. ``ppo``: one critic of the policy's size. Without a critic:
+    ``grpo``, the reward normalised within each prompt's group; ``rloo``, less the mean of the group's others;
+    ``reinforce++``, normalised over the batch. Or one's own, ``module:name`` or ``path.py:name``: a function from
+    ``Outcome`` and ``AdvantageOptions`` to a ``LearningSignal``, or an ``Algorithm``, which may have critics."""
     seed: int = 0
     """Seed of everything random in training. Evaluation has its own."""
     max_steps: int = setting(100, at_least=1, may_change=True, elsewhere=("num_train_epochs", "total_training_steps"))
@@ -250,7 +254,7 @@ class AsyPPOConfig:
     """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
     log-probs of each token."""
     diagnostics_steps: int = setting(0, at_least=0, may_change=True)
-    """Every n steps also measure what share of the policy gradient's norm each mask removes, by four more backward
+    """Every n steps also measure what fraction of the policy gradient's norm each mask removes, by four more backward
     passes; 0: never. Our choice."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
         factory=lambda: ["tensorboard"], may_change=True
@@ -298,10 +302,12 @@ class AsyPPOConfig:
     ``dynamic_sampling_max_batches`` allows (DAPO, arXiv 2503.14476). Dropped ones fill what is missing then."""
     dynamic_sampling_max_batches: int = setting(10, at_least=1)
     """Times a step may sample, its own prompts included. DAPO's scripts set 10."""
-    sampler: Literal["auto", "generate", "continuous"] = "auto"
+    sampler: str = "auto"
     """What generates responses: transformers' ``generate``, or its continuous batching, which is at its best with
     ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``. ``auto``: continuous on a GPU, generate on a CPU. In
-    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter."""
+    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter. Or one's own,
+    ``module:factory`` or ``path.py:factory``: called with the policy, the tokenizer and the configuration, it returns a
+    ``Sampler``."""
     generation_batch_size: int = setting(512, at_least=1, may_change=True)
     """Sequences generated side by side; bounds the memory of the key-value cache."""
 
@@ -331,6 +337,10 @@ class AsyPPOConfig:
     loss_aggregation: Literal["sequence-mean", "token-mean"] = setting("sequence-mean", elsewhere=("loss_agg_mode",))
     """``sequence-mean``: mean over responses of the mean over tokens (the paper's 1/|o|). ``token-mean``: mean over
     tokens. A token dropped by a mask stays in the denominator (our choice)."""
+    policy_loss: str = "ppo"
+    """What the policy maximises at each token: ``ppo``, the clipped surrogate (the paper's, in one fused op); ``cispo``
+    (arXiv 2506.13585); ``gspo``, one ratio a response (arXiv 2507.18071). Or one's own, ``module:function`` or
+    ``path.py:function``, from ``PolicyTokens`` to a ``Surrogate``."""
     epsilon: float = setting(0.2, at_least=0, below=1, elsewhere=("clip_ratio", "cliprange", "eps_clip"))
     """Lower clip: the ratio is clipped below at 1 - epsilon. Our choice."""
     epsilon_high: float = setting(0.28, at_least=0, elsewhere=("clip_ratio_high",))
@@ -378,11 +388,11 @@ class AsyPPOConfig:
     ``before``: of the critics before it, which have not seen these responses. ``cross_fit``: after it, but a
     response's mean value leaves out the critic trained on it; σ is over all critics."""
     advantage_mask_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
-    """k: share of tokens, those where critics agree most, whose advantage is masked. The paper's."""
+    """k: fraction of tokens, those where critics agree most, whose advantage is masked. The paper's."""
     entropy_filter_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
-    """h: share of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
+    """h: fraction of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
     quantile_scope: Literal["batch", "sequence"] = "batch"
-    """Whether k and h are shares of the batch's response tokens or of each response's. Our choice."""
+    """Whether k and h are fractions of the batch's response tokens or of each response's. Our choice."""
 
     @property
     def kl_in_loss(self) -> float:
@@ -390,14 +400,23 @@ class AsyPPOConfig:
         return 0.0 if self.use_kl_in_reward else self.beta
 
     @property
+    def resolved_algorithm(self) -> Algorithm:
+        """The entry that ``algorithm`` names. Raises ConfigError."""
+        found = resolve(
+            "algorithm", self.algorithm, ALGORITHMS, lambda found: callable(found) or isinstance(found, Algorithm)
+        )
+        return found if isinstance(found, Algorithm) else Algorithm(found)
+
+    @property
     def num_critics(self) -> int:
         """M of the chosen algorithm."""
-        return {"asyppo": self.critic.num_critics, "ppo": 1, "grpo": 0}[self.algorithm]
+        return self.resolved_algorithm.num_critics(self.critic.num_critics)
 
     def validate(self) -> None:
         """Raise ConfigError naming the first setting that cannot work: by itself, as its field declares, or beside
         others."""
         check(self)
+        algorithm = self.resolved_algorithm
         need(
             self.critic.lora_r == 0 or self.critic.stacked,
             "critic.lora_r",
@@ -423,16 +442,16 @@ class AsyPPOConfig:
             f"less than max_completion_length = {self.max_completion_length}",
         )
         need(
-            self.scale_rewards == "group" or self.algorithm == "grpo",
+            self.scale_rewards == "group" or algorithm.scales_rewards,
             "scale_rewards",
             self.scale_rewards,
-            f"algorithm grpo; {self.algorithm} has whiten for its advantages",
+            f"an algorithm that scales rewards, such as grpo; {self.algorithm} does not",
         )
         need(
             self.length_adaptive_alpha is None or self.num_critics > 0,
             "length_adaptive_alpha",
             self.length_adaptive_alpha,
-            "a critic, algorithm grpo has none",
+            f"a critic, algorithm {self.algorithm} has none",
         )
         need(
             self.advantage_values == "after"
@@ -457,10 +476,10 @@ class AsyPPOConfig:
             f"at least critic.num_critics = {self.num_critics}, so that every critic sees every prompt",
         )
         need(
-            self.algorithm != "grpo" or self.num_generations >= 2,
+            self.num_generations >= 2 or not algorithm.compares_group,
             "num_generations",
             self.num_generations,
-            "at least 2 for algorithm grpo, which compares the responses of one prompt",
+            f"at least 2 for algorithm {self.algorithm}, which compares the responses of one prompt",
         )
         need(
             self.num_generations >= 2 or not self.dynamic_sampling,

@@ -15,12 +15,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work. The message names the field, what it got and what it needs."""
-
-    exit_status = 2
-    """What the command line returns for it, after one line; errors without this attribute show their traceback."""
+from asyppo.config.errors import ConfigError
 
 
 @dataclass(frozen=True)

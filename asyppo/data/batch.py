@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from asyppo.distributed.processes import rank, share
+from asyppo.distributed.processes import divide_rows, rank
 
 T = TypeVar("T")
 
@@ -126,6 +126,11 @@ class MicroBatch:
         return self.input_ids[row, column + 1]
 
     @property
+    def response(self) -> Tensor:
+        """int64 [N], in 0 … b - 1: which of ``rows`` each response token belongs to."""
+        return self.predicts[0]
+
+    @property
     def flat_predicts(self) -> Tensor:
         """int64 [N]: ``predicts`` as one number, row * s + column."""
         row, column = self.predicts
@@ -160,10 +165,10 @@ def empty_micro_batch(batch: Batch) -> MicroBatch:
 
 
 def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1) -> Iterator[MicroBatch]:
-    """Cut this rank's share of ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, and at
+    """Cut this rank's part of ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, and at
     least ``at_least`` of them where there are that many rows. Rows of like length go together, so that padding is
     small. Every rank gets the same number, some of them empty if need be."""
-    pieces = [list(_pieces(batch, own, max_tokens, at_least)) for own in share(rows, batch.length)]
+    pieces = [list(_pieces(batch, own, max_tokens, at_least)) for own in divide_rows(rows, batch.length)]
     for own in _in_step(pieces):
         yield empty_micro_batch(batch) if own is None else micro_batch(batch, own)
 
@@ -185,7 +190,7 @@ def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int)
     """Cut this rank's part of M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a
     share, that have at most ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run
     out has no rows. Every rank gets the same number."""
-    of_ranks = zip(*(share(rows, batch.length) for rows in shares), strict=True)
+    of_ranks = zip(*(divide_rows(rows, batch.length) for rows in shares), strict=True)
     pieces = [list(_pieces_side_by_side(batch, of_rank, max_tokens)) for of_rank in of_ranks]
     for own in _in_step(pieces):
         if own is None:
@@ -221,7 +226,7 @@ def token_imbalance(batch: Batch, passes: Sequence[Tensor]) -> float:
     [b]) of each; 1 is even."""
     busiest = everyone = 0.0
     for rows in passes:
-        loads = [float(batch.length[own].sum()) for own in share(rows, batch.length)]
+        loads = [float(batch.length[own].sum()) for own in divide_rows(rows, batch.length)]
         busiest, everyone = busiest + max(loads) * len(loads), everyone + sum(loads)
     return busiest / everyone
 
@@ -232,19 +237,3 @@ def _in_step(of_ranks: Sequence[list[T]]) -> Iterator[T | None]:
     own = of_ranks[rank()]
     for i in range(max(map(len, of_ranks))):
         yield own[i] if i < len(own) else None
-
-
-def split_responses(group: Tensor, num_critics: int, generator: torch.Generator) -> Tensor:
-    """Assign each response to one critic: int64 [B] in 0 … M-1 (AsyPPO, group-level non-overlapping split).
-
-    Each prompt's responses are dealt out at random, evenly and disjointly; where G is no multiple of M, the critics
-    that get one more change from prompt to prompt.
-    """
-    group = group.cpu()
-    shuffled = torch.randperm(len(group), generator=generator)
-    by_group = shuffled[torch.argsort(group[shuffled], stable=True)]
-    # Dealing goes on from prompt to prompt without starting again at critic 0, which rotates the remainder.
-    first = int(torch.randint(num_critics, (), generator=generator))
-    assignment = torch.empty(len(group), dtype=torch.int64)
-    assignment[by_group] = (torch.arange(len(group)) + first) % num_critics
-    return assignment

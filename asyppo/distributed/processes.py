@@ -4,11 +4,11 @@ Every rank holds the whole batch, so the batch's statistics (token weights, whit
 global batch without communication, and the same on every rank. What ranks divide is
 
 - sampling and rewarding, in whole groups: ``divided``;
-- forward and backward passes, in rows balanced by tokens: ``share``, which become micro-batches;
+- forward and backward passes, in rows balanced by tokens: ``divide_rows``, which become micro-batches;
   what a rank computes reaches the others by ``sum_over_ranks``;
 - weights, gradients and optimizer state: ``asyppo.distributed.sharding``.
 
-A single process is the same program: every share is the whole there, and every sum the value itself.
+A single process is the same program: every part is the whole there, and every sum the value itself.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _result(outcome: T | Exception) -> T:
     return outcome
 
 
-def share(rows: Tensor, tokens: Tensor) -> list[Tensor]:
+def divide_rows(rows: Tensor, tokens: Tensor) -> list[Tensor]:
     """Divide ``rows`` (int64 [b]) among the ranks so that each has about the same number of ``tokens`` (int64 [B], of
     each row of the batch), and return the rows of every rank, in their order.
 

@@ -114,6 +114,22 @@ def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
+@torch.no_grad()
+def whole_weights(module: nn.Module, *, tied: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of ``module`` by name, whole, one part after another: one all-gather a layer where they are
+    sharded, by all ranks. Each is only good until the next. ``tied``: weights that are one tensor come under each of
+    their names."""
+    parts = fsdp_modules(module)
+    if not parts:
+        yield from ((name, p.detach()) for name, p in module.named_parameters(remove_duplicate=not tied))
+    for part in parts:
+        part.unshard()
+        for name, parameter in module.named_parameters(remove_duplicate=not tied):
+            if not isinstance(parameter, DTensor):  # of this part
+                yield name, parameter.detach()
+        part.reshard()
+
+
 class WholeCopy:
     """A copy of ``module`` that computes in ``dtype`` and holds memory only while it is filled.
 
@@ -136,12 +152,8 @@ class WholeCopy:
         own = dict(self.module.named_parameters())
         for parameter in own.values():
             parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
-        for part in fsdp_modules(source):
-            part.unshard()
-            for name, parameter in source.named_parameters():
-                if not isinstance(parameter, DTensor):  # of this part
-                    own[name].copy_(parameter)
-            part.reshard()
+        for name, weight in whole_weights(source, tied=False):
+            own[name].copy_(weight)
 
     def empty(self) -> None:
         """Give the memory of the weights back."""

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from asyppo.algorithm.advantage import LearningSignal, token_weights
 from asyppo.algorithm.masked import masked_mean, masked_moments
-from asyppo.config import AsyPPOConfig
+from asyppo.algorithm.signal import LearningSignal
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.sharding import between_replicas_once, total_norms
-from asyppo.models.policy import Policy
+from asyppo.models.policy import Objective, Policy
 
 Row = dict[str, float]
 
 
-def of_critics(signal: LearningSignal, entropy: Tensor, mask: Tensor) -> Row:
+def critic_diagnostics(signal: LearningSignal, entropy: Tensor, mask: Tensor) -> Row:
     """Explained variance of each critic, and Pearson's correlation of the disagreement σ with the error |V̄ - R| and
     with the policy's ``entropy`` [B, T], over the tokens in ``mask`` bool [B, T]. NaN where something does not vary.
     """
@@ -46,47 +45,34 @@ def correlation(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((x - mean_x) * (y - mean_y), mask) / torch.where(spread > 1e-12, spread, torch.nan)
 
 
-def masked_gradient_shares(
-    policy: Policy,
-    batch: Batch,
-    signal: LearningSignal,
-    old_logprob: Tensor,
-    micros: Sequence[MicroBatch],
-    config: AsyPPOConfig,
-) -> Row:
+def masked_gradient_fractions(policy: Policy, objective: Objective, batch: Batch, micros: Sequence[MicroBatch]) -> Row:
     """Norm of the part of the policy's gradient that each mask removes, over the norm of the whole, at ρ = 1.
 
-    ``actor/adv_mask_grad_share``: of the gradient of the surrogate, what tokens outside I^A would add;
-    ``actor/entropy_filter_grad_share``: of the gradient of the entropy bonus, what tokens outside I^H would add. Takes
-    four backward passes over ``batch`` and leaves no gradient behind. NaN where the whole is 0.
+    ``actor/adv_mask_grad_frac``: of the gradient of the surrogate, what tokens outside I^A would add;
+    ``actor/entropy_filter_grad_frac``: of the gradient of the entropy bonus, what tokens outside I^H would add. Takes
+    four backward passes over ``batch``, whose targets [B, T] are the ``objective``'s, and leaves no gradient behind.
+    NaN where the whole is 0.
     """
-    weight = token_weights(batch.learned, torch.arange(len(batch), device=batch.tokens.device), config.loss_aggregation)
-    everything = batch.learned
-    advantage_only: dict[str, Any] = {"advantage": signal.advantage, "entropy_coef": 0.0}
-    entropy_only: dict[str, Any] = {"advantage": torch.zeros_like(signal.advantage), "entropy_coef": 1.0}
+    targets, everything = objective.targets, batch.learned
+    plain = replace(targets, ref_logprob=None, rollout_weight=None)
+    options = replace(objective.options, kl_coef=0.0, delta=None)
+    surrogate = replace(objective, targets=plain, options=replace(options, entropy_coef=0.0))
+    no_advantage = replace(plain, advantage=torch.zeros_like(targets.advantage))
+    entropy = Objective(no_advantage, replace(options, entropy_coef=1.0))
 
-    def norm(part: dict[str, Any], keep: Tensor) -> Tensor:
+    def norm(part: Objective, keep: Tensor) -> Tensor:
+        masked = replace(part.targets, advantage_keep=keep, entropy_keep=keep)
         policy.zero_grad(set_to_none=True)
         for micro in between_replicas_once(policy, micros):
-            policy(
-                micro,
-                loss={
-                    "old_logprob": old_logprob[micro.grid],
-                    "advantage": part["advantage"][micro.grid],
-                    "token_weight": weight[micro.grid],
-                    "advantage_keep": keep[micro.grid],
-                    "entropy_keep": keep[micro.grid],
-                    "entropy_coef": part["entropy_coef"],
-                },
-            ).loss.backward()
+            policy(micro, replace(part, targets=masked.at(micro.grid))).loss.backward()
         [result] = total_norms([[p.grad for p in policy.parameters() if p.grad is not None]])
         policy.zero_grad(set_to_none=True)
         return result
 
     row = {}
     for name, part, keep in (
-        ("actor/adv_mask_grad_share", advantage_only, signal.advantage_keep),
-        ("actor/entropy_filter_grad_share", entropy_only, signal.entropy_keep),
+        ("actor/adv_mask_grad_frac", surrogate, targets.advantage_keep),
+        ("actor/entropy_filter_grad_frac", entropy, targets.entropy_keep),
     ):
         whole = norm(part, everything)
         row[name] = float(norm(part, everything & ~keep) / torch.where(whole > 0, whole, torch.nan))

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from asyppo.algorithm.advantage import LearningSignal
-from asyppo.data.batch import Batch
+from asyppo.metrics.record import StepRecord
 
 
-def sample_rows(
-    step: int,
-    count: int,
-    batch: Batch,
-    score: Tensor,
-    rewards: Mapping[str, list[float | None]],
-    signal: LearningSignal,
-    old_logprob: Tensor,
-    entropy: Tensor,
-    log_ratio: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[dict[str, Any]]:
+def sample_rows(record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Return rows of ``count`` responses, spread evenly over the batch: of different prompts as far as there are
-    enough.
-
-    ``score`` [B] is the reward and ``rewards`` its parts by function, B each. What lies on the grid [B, T] becomes a
-    number, or a bool, for each token of a response.
-    """
+    enough. What lies on the grid [B, T] becomes a number, or a bool, for each token of a response."""
+    batch, signal = record.batch, record.signal
     columns = {
-        "logprob": old_logprob,
+        "logprob": record.old.logprob,
         "sampler_logprob": batch.sampler_logprob,
-        "entropy": entropy,
-        "log_ratio": log_ratio,
+        "entropy": record.old.entropy,
+        "log_ratio": record.log_ratio,
         "value": signal.value,
         "std": signal.std,
         "advantage": signal.advantage,
@@ -55,13 +38,13 @@ def sample_rows(
         response = tokens[prompt : prompt + length]
         rows.append(
             {
-                "step": step,
+                "step": record.number,
                 "split": "train",
                 "group": int(batch.group[b]),
                 "prompt": tokenizer.decode(tokens[:prompt]),
                 "completion": tokenizer.decode(response, skip_special_tokens=True),
-                "reward": rounded(float(score[b])),
-                "rewards": {name: rounded(of_function[b]) for name, of_function in rewards.items()},
+                "reward": rounded(float(batch.score[b])),
+                "rewards": {name: rounded(of_function[b]) for name, of_function in record.rewards.by_function.items()},
                 "truncated": bool(batch.truncated[b]),
                 "tokens": pieces(tokenizer, response),
                 **{name: [rounded(x) for x in grid[b, :length].tolist()] for name, grid in columns.items()},

@@ -9,27 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asyppo.algorithm.advantage import LearningSignal
 from asyppo.algorithm.masked import masked_extremes, masked_mean, masked_moments
-from asyppo.config import AsyPPOConfig
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import PolicyTargets
 from asyppo.data.batch import Batch
 from asyppo.distributed.processes import sum_over_ranks, world_size
 from asyppo.metrics.diagnostics import explained_variance
+from asyppo.metrics.record import StepRecord
 from asyppo.rewards.computing import Rewards
 from asyppo_kernels import LinearPPOLoss
 
 Row = dict[str, float]
 
 
-def of_batch(batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy: Tensor) -> Row:
+def batch_metrics(record: StepRecord) -> Row:
     """Metrics of the sampled batch and of what the critics say of it."""
+    batch, signal, old = record.batch, record.signal, record.old
     mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
     length = batch.response_length.float()
-    gap = (old_logprob - batch.sampler_logprob).abs()
+    gap = (old.logprob - batch.sampler_logprob).abs()
     row: dict[str, Any] = {
         "response_length/clip_ratio": masked_mean(batch.truncated, everyone),
         "prompt_length/mean": masked_mean(batch.prompt_length, everyone),
-        "actor/entropy": masked_mean(entropy, mask),
+        "actor/entropy": masked_mean(old.entropy, mask),
         "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, batch.learned),
         "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, batch.learned),
         "critic/vf_explained_var": explained_variance(signal.value, signal.returns, mask),
@@ -52,7 +54,7 @@ def of_batch(batch: Batch, signal: LearningSignal, old_logprob: Tensor, entropy:
     return {key: float(value) for key, value in row.items()}
 
 
-def of_importance_weights(weight: Tensor, mask: Tensor) -> Row:
+def importance_metrics(weight: Tensor, mask: Tensor) -> Row:
     """Metrics of the tokens' importance weights, under TRL's names."""
     low, high = masked_extremes(weight, mask)
     return {
@@ -62,7 +64,7 @@ def of_importance_weights(weight: Tensor, mask: Tensor) -> Row:
     }
 
 
-def of_rewards(rewards: Rewards) -> Row:
+def reward_metrics(rewards: Rewards) -> Row:
     """Mean and standard deviation of each reward function over the samples that are its own, and its timeouts."""
     row: Row = {}
     for name, of_function in rewards.by_function.items():
@@ -72,7 +74,7 @@ def of_rewards(rewards: Rewards) -> Row:
     return row | {f"rewards/{name}/timeouts": float(count) for name, count in rewards.timeouts.items()}
 
 
-def of_time(batch: Batch, seconds: Row, device: torch.device) -> Row:
+def time_metrics(batch: Batch, seconds: Row, device: torch.device) -> Row:
     """Seconds of each phase, and tokens a second and process."""
     tokens = float(batch.length.sum())
     step = seconds["timing_s/step"]
@@ -89,19 +91,19 @@ def of_time(batch: Batch, seconds: Row, device: torch.device) -> Row:
 class PolicyUpdates:
     """Gathers the statistics of the policy's optimizer steps of one training step."""
 
-    def __init__(self, config: AsyPPOConfig):
-        self.config = config
+    def __init__(self, options: PolicyLossOptions):
+        self.options = options
         self.sums: list[Tensor] = []
         self.losses: list[float] = []
         self.norms: list[float | None] = []
 
-    def add(self, result: LinearPPOLoss, arguments: dict[str, Any]) -> None:
-        """Count one micro-batch, given the loss's result and arguments on its N tokens."""
-        weight, keep = arguments["token_weight"], arguments["entropy_keep"]
+    def add(self, result: LinearPPOLoss, targets: PolicyTargets) -> None:
+        """Count one micro-batch, given the loss's result and what its N tokens learned from."""
+        weight, keep = targets.token_weight, targets.entropy_keep
         counts = weight != 0
         kl = torch.zeros_like(result.logprob)
-        if arguments["ref_logprob"] is not None:
-            difference = (arguments["ref_logprob"] - result.logprob).clamp(-20, 20)
+        if targets.ref_logprob is not None:
+            difference = (targets.ref_logprob - result.logprob).clamp(-20, 20)
             kl = difference.exp() - difference - 1
         # Left on the device: reading them here would make the host wait for every micro-batch.
         self.sums.append(
@@ -109,7 +111,7 @@ class PolicyUpdates:
                 [
                     (weight * torch.where(keep, result.entropy, 0.0)).sum(),
                     (weight * kl).sum(),
-                    torch.where(counts, arguments["old_logprob"] - result.logprob, 0.0).sum(),
+                    torch.where(counts, targets.old_logprob - result.logprob, 0.0).sum(),
                     (result.clipped & counts).sum(),
                     counts.sum(),
                 ]
@@ -129,14 +131,14 @@ class PolicyUpdates:
         norms = [norm for norm in self.norms if norm is not None]
         row = {
             "actor/loss": loss,
-            "actor/pg_loss": loss + self.config.entropy_coef * entropy - self.config.kl_in_loss * kl,
+            "actor/pg_loss": loss + self.options.entropy_coef * entropy - self.options.kl_coef * kl,
             "actor/entropy_loss": entropy,
             "actor/ppo_kl": log_ratio / max(tokens, 1),
             "actor/pg_clipfrac": clipped / max(tokens, 1),
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "actor/skipped_updates": float(steps - len(norms)),
         }
-        return row | ({"actor/kl_loss": kl} if self.config.kl_in_loss > 0 else {})
+        return row | ({"actor/kl_loss": kl} if self.options.kl_coef > 0 else {})
 
 
 class CriticUpdates:

@@ -1,4 +1,4 @@
-"""From what a user gives (a path, a model, nothing) and a configuration to policy, critics and tokenizer."""
+"""From what a user gives (a path, a model, nothing) and a configuration to policy and critics."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.distributed.processes import world_size
 from asyppo.models.critics import Critics, load_critics
 from asyppo.models.policy import Policy, compute_dtype
-from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Sampler
 
 
 def choose_device(config: AsyPPOConfig) -> torch.device:
@@ -59,19 +58,6 @@ def critics_of(critics: Critics | str | None, config: AsyPPOConfig, policy: Poli
         return load_critics(critics, config.num_critics, config.critic, vocab_size=vocab_size, **options)
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Raises ConfigError if there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"policy.model_name_or_path: {path!r} has no tokenizer: {' '.join(str(error).split())}"
-        ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one up
-        raise ConfigError(f"policy.model_name_or_path: {path!r} has no tokenizer, needs one beside the model")
-    return tokenizer
-
-
 def _shared(config: AsyPPOConfig) -> dict[str, Any]:
     device = choose_device(config)
     return {
@@ -81,25 +67,6 @@ def _shared(config: AsyPPOConfig) -> dict[str, Any]:
         "attn_implementation": config.policy.attn_implementation,
         "trust_remote_code": config.policy.trust_remote_code,
     }
-
-
-def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
-    """Return the sampler that ``config`` asks for."""
-    continuous = config.sampler == "continuous" or (config.sampler == "auto" and policy.device.type == "cuda")
-    return (ContinuousBatchingSampler if continuous else GenerateSampler)(
-        policy.model,
-        eos_token_ids=eos_token_ids(policy, tokenizer),
-        pad_token_id=pad_token_id(tokenizer),
-        batch_size=config.generation_batch_size,
-        dtype=policy.dtype,
-    )
-
-
-def eos_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends a response: the generation config's, and the tokenizer's."""
-    configured = policy.model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)
 
 
 def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
@@ -112,8 +79,3 @@ def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) 
             "positions of the models, so that a prompt fits, too"
         )
     return min(positions) - config.max_completion_length
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the padding token, or the end-of-sequence token where there is none; lengths say what is padding."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

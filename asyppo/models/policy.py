@@ -5,20 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import PolicyLoss, PolicyTargets, policy_loss
 from asyppo.config import ConfigError
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.processes import sum_over_ranks
-from asyppo.distributed.sharding import decoder_layers, release, shard
-from asyppo.models.adapters import add_lora, base_of_adapter, has_adapters
+from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
+from asyppo.models.adapters import add_lora, has_adapters
+from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo_kernels import LinearLogprob, LinearPPOLoss, linear_logprob, linear_ppo_loss
 
 
@@ -29,69 +31,36 @@ def compute_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.d
     return getattr(torch, dtype)
 
 
-def load_pretrained(
-    auto_class: Any,
-    path: str,
-    device: torch.device,
-    *,
-    trust_remote_code: bool = False,
-    config_attributes: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """``from_pretrained`` in float32 (masters of whatever is computed in), from safetensors, with Liger's kernels
-    where the model is on a GPU and Liger knows it; and its report of missing weights. ``config_attributes`` are set on
-    the model's config, ``kwargs`` go to its ``from_pretrained``. Raises ConfigError with the path."""
-    field = f"{'policy' if auto_class is AutoModelForCausalLM else 'critic'}.model_name_or_path"
-    if path.startswith((".", "/", "~")) and not Path(path).exists():  # no name on the hub
-        raise ConfigError(f"{field}: cannot load {path!r}: there is no such directory")
-    if list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
-        raise ConfigError(
-            f"{field}: {path!r} has its weights as pickle files, which can run code when they are loaded; "
-            "needs safetensors, as save_pretrained writes them"
-        )
-    try:
-        base = base_of_adapter(path)
-        if base is not None and auto_class is not AutoModelForCausalLM:
-            raise ConfigError(f"{field}: {path!r} holds an adapter, a critic needs a model")
-        config = AutoConfig.from_pretrained(base or path, trust_remote_code=trust_remote_code, **kwargs)
-        for name, value in (config_attributes or {}).items():
-            setattr(config, name, value)
-        model, report = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{field}: cannot load {path!r}: {' '.join(str(error).split())}") from error
-    model = model.to(device)
-    if device.type == "cuda":
-        use_liger_kernels(model)
-    return model, report
+class TokenStats(NamedTuple):
+    """What a policy says of every response token of a batch, in nats."""
+
+    logprob: Tensor
+    """float32 [B, T]."""
+    entropy: Tensor
+    """float32 [B, T]."""
 
 
-def use_liger_kernels(model: PreTrainedModel) -> None:
-    """Replace parts of ``model`` by Liger's where it knows the architecture; they run on GPUs only."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+@dataclass(frozen=True)
+class Objective:
+    """What a pass over a micro-batch maximises."""
 
-    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        _apply_liger_kernel_to_instance(model=model)
+    targets: PolicyTargets
+    """Of its N response tokens, [N]."""
+    options: PolicyLossOptions
+    surrogate: PolicyLoss | None = None
+    """None: PPO's, in the fused op."""
 
 
 class Reference(Protocol):
     """A policy that stays as it is."""
 
-    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> TokenStats:
         """As ``Policy.logprobs``."""
         ...
 
 
 class Policy(nn.Module):
-    """``policy(micro_batch)`` gives log-prob and entropy of its response tokens; with ``loss``, AsyPPO's loss on them.
+    """``policy(micro_batch)`` gives log-prob and entropy of its response tokens; with an ``Objective``, its loss.
 
     Weights that are trained are float32, frozen ones in ``dtype``. The body runs in ``dtype`` under autocast, and
     hidden states and the head's weight are cast to it before the op.
@@ -141,6 +110,7 @@ class Policy(nn.Module):
             AutoModelForCausalLM,
             path,
             device,
+            setting="policy.model_name_or_path",
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
@@ -165,33 +135,61 @@ class Policy(nn.Module):
         """Return the context in which the model computes in ``dtype``."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
 
-    def forward(self, micro: MicroBatch, loss: dict[str, Any] | None = None) -> LinearLogprob | LinearPPOLoss:
-        """Return the op's result on the N response tokens of ``micro``: ``linear_logprob``, or, given its remaining
-        arguments in ``loss``, ``linear_ppo_loss``. Both in one method, so that a sharded root module gathers the
-        head's weight around either."""
+    def forward(self, micro: MicroBatch, objective: Objective | None = None) -> LinearLogprob | LinearPPOLoss:
+        """Return what is known of the N response tokens of ``micro``: log-prob and entropy, or, given an ``objective``,
+        its loss and statistics. Both in one method, so that a sharded root module gathers the head's weight around
+        either."""
         with self.autocast(), self._checkpointing():
             hidden = self.model.get_decoder()(
                 input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
             ).last_hidden_state
         hidden = micro.select(hidden).to(self.dtype)
-        head = self.model.get_output_embeddings()
-        bias = None if head.bias is None else head.bias.to(self.dtype)
-        op: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "softcap": self.softcap}
-        weight = head.weight.to(self.dtype)
-        if loss is None:
-            return linear_logprob(hidden, weight, micro.targets, **op)
-        return linear_ppo_loss(hidden, weight, micro.targets, **loss, **op)
+        output = self.model.get_output_embeddings()
+        bias = None if output.bias is None else output.bias.to(self.dtype)
+        head: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "softcap": self.softcap}
+        weight = output.weight.to(self.dtype)
+        if objective is None:
+            return linear_logprob(hidden, weight, micro.targets, **head)
+        targets, options = objective.targets, objective.options
+        if objective.surrogate is not None:
+            read = micro.targets.where(targets.token_weight != 0, -100)
+            found = linear_logprob(hidden, weight, read, **head)
+            assert found.entropy is not None
+            return policy_loss(objective.surrogate, found.logprob, found.entropy, targets, micro.response, options)
+        return linear_ppo_loss(
+            hidden,
+            weight,
+            micro.targets,
+            targets.old_logprob,
+            targets.advantage,
+            targets.token_weight,
+            advantage_keep=targets.advantage_keep,
+            entropy_keep=targets.entropy_keep,
+            ref_logprob=targets.ref_logprob,
+            rollout_weight=targets.rollout_weight,
+            clip_low=options.epsilon,
+            clip_high=options.epsilon_high,
+            dual_clip=options.delta,
+            entropy_coef=options.entropy_coef,
+            kl_coef=options.kl_coef,
+            **head,
+        )
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Return log-prob and entropy in nats, float32 [B, T] each, of the response tokens; 0 on padding."""
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> TokenStats:
+        """Return log-prob and entropy of the response tokens; 0 on padding."""
         logprob, entropy = torch.zeros_like(batch.reward), torch.zeros_like(batch.reward)
         for micro in micros:
             result = self(micro)
             logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
         release(self)
         logprob, entropy = sum_over_ranks(torch.stack([logprob, entropy])).unbind()
-        return logprob, entropy
+        return TokenStats(logprob, entropy)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's weights by the names of its ``state_dict``, whole: see ``whole_weights``."""
+        for name, weight in whole_weights(self):
+            yield name.removeprefix("model."), weight
 
     def reference(self) -> Reference:
         """Return the policy as it is now, to stay as it is: a copy, or, of one with adapters, the model under them."""
@@ -253,7 +251,7 @@ class WithoutAdapters:
     def __init__(self, policy: Policy):
         self.policy = policy
 
-    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> TokenStats:
         """As ``Policy.logprobs``."""
         model = self.policy.model
         model.disable_adapters()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from asyppo.config import ConfigError
+from asyppo.config.references import resolve
 from asyppo.data.prompts import Row, prompt_text
 from asyppo.distributed.processes import divided
 from asyppo.rewards.built_in import BUILT_IN, Reward, RewardFunc
@@ -31,7 +32,6 @@ from asyppo.rewards.worker import (
     RewardProcess,
     TimedOut,
     call,
-    load_function,
     name_of,
     reference_of,
     run_coroutine,
@@ -160,12 +160,7 @@ def resolve_reward_funcs(
             resolved.append(func)
             continue
         if isinstance(func, str):
-            if func not in BUILT_IN and ":" not in func:
-                raise ConfigError(
-                    f"reward_funcs: got {func!r}, needs one of {', '.join(BUILT_IN)}, or one of your own as "
-                    "module:function or path.py:function"
-                )
-            func = BUILT_IN[func] if func in BUILT_IN else load_function(func)
+            func = resolve("reward_funcs", func, BUILT_IN)
         name, taken = name_of(func), [other.name for other in resolved]
         count = sum(other.partition("#")[0] == name for other in taken)
         resolved.append(RewardFunction(func, f"{name}#{count + 1}" if count else name, timeout))

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import os
 import subprocess
@@ -23,87 +20,21 @@ import weakref
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from asyppo.config import ConfigError
-
-_OF_A_FILE = "_reward_file_"  # begins the names of modules that were loaded by their file's path
-
-
-def load_function(reference: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` or ``path.py:function`` names. Raises ConfigError.
-
-    Modules are looked for in the working directory, too, and a file's neighbours can be imported by it.
-    """
-    place, _, name = reference.rpartition(":")
-    try:
-        module = _load_file(Path(place).expanduser()) if place.endswith(".py") else _load_module(place)
-    except FileNotFoundError as error:
-        raise ConfigError(f"reward_funcs: got {reference!r}, but {error}") from error
-    except Exception as error:  # whatever the user's module does when it is imported
-        where = "; ".join(f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-1:])
-        raise ConfigError(
-            f"reward_funcs: got {reference!r}, whose import failed: {type(error).__name__}: {_line(error)} ({where})"
-        ) from error
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
-        raise ConfigError(
-            f"reward_funcs: got {reference!r}, but {place} has no function {name!r}; "
-            f"it has {', '.join(functions) or 'none'}"
-        )
-    return found
-
-
-def _load_module(name: str) -> ModuleType:
-    _importable(Path.cwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise FileNotFoundError(f"there is no module {error.name!r}") from error
-        raise
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path.absolute()}")
-    path = path.resolve()
-    name = f"{_OF_A_FILE}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    _importable(path.parent)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses look themselves up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _importable(directory: Path) -> None:
-    if str(directory) not in sys.path:
-        sys.path.append(str(directory))  # behind everything, so that it shadows nothing
+from asyppo.config.references import OF_A_FILE, in_one_line, load
 
 
 def reference_of(func: Callable[..., Any]) -> str:
-    """Return what ``load_function`` finds ``func`` by in another process. Raises ConfigError if nothing does."""
+    """Return what ``load`` finds ``func`` by in another process. Raises ConfigError if nothing does."""
     module, name = sys.modules.get(getattr(func, "__module__", "")), getattr(func, "__qualname__", "<none>")
     if module is None or module.__name__ == "__main__" or "<" in name:  # as in <locals> and <lambda>
         raise ConfigError(
             f"reward_timeout: reward function {name_of(func)} cannot run in a process of its own, which a limit takes; "
             "needs a function at the top of a module that can be imported"
         )
-    return f"{module.__file__ if module.__name__.startswith(_OF_A_FILE) else module.__name__}:{name}"
+    return f"{module.__file__ if module.__name__.startswith(OF_A_FILE) else module.__name__}:{name}"
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -154,11 +85,7 @@ class Failure(Exception):
         code = getattr(inspect.unwrap(func), "__code__", None)
         own = [f for f in frames if code is not None and f.filename == code.co_filename]
         where = "".join(f" ({f.filename}:{f.lineno})" for f in (own or frames)[-1:])
-        return cls(f"raised {type(error).__name__}: {_line(error)}{where}")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+        return cls(f"raised {type(error).__name__}: {in_one_line(error)}{where}")
 
 
 class TimedOut(Exception):
@@ -229,7 +156,7 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
 def _serve(connection: Connection, reference: str) -> None:
     parent = os.getppid()
     threading.Thread(target=_leave_without, args=[parent], daemon=True).start()
-    func = load_function(reference)
+    func = load("reward_funcs", reference)
     connection.send("ready")
     while True:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from asyppo.config import AsyPPOConfig
 from asyppo.data.batch import Batch, make_batch
 from asyppo.data.prompts import Prompt, PromptSchedule, Row, prompt_tokens
-from asyppo.models.loading import pad_token_id
+from asyppo.models.tokenizer import pad_token_id
 from asyppo.rewards.computing import RewardFunction, Rewards, compute_rewards
 from asyppo.rollout.samplers import Response, Sampler
 from asyppo.run.progress import Timer
@@ -37,6 +37,15 @@ class Sample:
     def score(self) -> float:
         """The weighted sum over functions and tokens."""
         return float(self.total.sum()) if isinstance(self.total, Tensor) else self.total
+
+
+@dataclass
+class Sampled:
+    """What a step learns from: a batch, its rewards by function, and metrics of the sampling."""
+
+    batch: Batch
+    rewards: Rewards
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 Group = list[Sample]
@@ -68,7 +77,7 @@ def keep_unequal(
 
 
 class Rollout:
-    """``rollout(step, timer)``: G responses to each prompt of a step, rewarded, as a Batch."""
+    """``rollout(step, timer)``: G responses to each prompt of a step, rewarded, as ``Sampled``."""
 
     def __init__(
         self,
@@ -85,14 +94,13 @@ class Rollout:
         # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
         self.further_schedule = PromptSchedule(len(dataset), config.prompts_per_step, config.seed + 1_000_000)
 
-    def __call__(self, step: int, timer: Timer) -> tuple[Batch, Rewards, dict[str, float]]:
-        """Sample G responses for each prompt of ``step`` and reward them. Returns rewards by function and metrics,
-        too."""
+    def __call__(self, step: int, timer: Timer) -> Sampled:
+        """Sample G responses for each prompt of ``step`` and reward them."""
         config = self.config
-        of_sampling: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         timeouts: dict[str, int] = {}
         if config.dynamic_sampling:
-            groups, of_sampling = keep_unequal(
+            groups, metrics = keep_unequal(
                 lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], step, timer, timeouts),
                 config.prompts_per_step,
                 config.dynamic_sampling_max_batches,
@@ -111,7 +119,7 @@ class Rollout:
             device=self.device,
         )
         by_function = {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}
-        return batch, Rewards(by_function, [s.total for s in samples], timeouts), of_sampling
+        return Sampled(batch, Rewards(by_function, [s.total for s in samples], timeouts), metrics)
 
     def _rows_of_batch(self, step: int, batch: int) -> list[int]:
         """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""

@@ -28,7 +28,8 @@ def run_path(config: AsyPPOConfig) -> Path:
     the run to resume had other settings."""
     if config.resume and config.run_name is None:
         raise ConfigError("run_name: got None, needs the name of the run that --resume goes on with")
-    name = config.run_name or f"{config.algorithm}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    algorithm = config.algorithm.rpartition(":")[2]  # of one's own, the name alone
+    name = config.run_name or f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     path = Path(config.output_dir).expanduser() / name
     if path.exists() and not config.resume:
         raise ConfigError(f"run_name: {path} exists, needs a new name, or --resume to go on with that run")

@@ -28,6 +28,7 @@ from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
 from asyppo.distributed.processes import leave, make_mesh, processes, rank
+from asyppo.loop import TrainingLoop
 from asyppo.models.adapters import add_lora
 from asyppo.models.critics import Critics, LoraCritics, make_critics
 from asyppo.models.policy import Policy
@@ -187,13 +188,6 @@ def weights(trainer: AsyPPOTrainer) -> dict[str, Tensor]:
     return found
 
 
-class NoRun:
-    """Takes what a step logs."""
-
-    def log_samples(self, rows: list) -> None:
-        """Forget it."""
-
-
 def train(config: AsyPPOConfig, mesh: DeviceMesh | None, steps: int = 2, **kw: Any) -> dict[str, Any]:
     """Metrics of ``steps`` steps, signals, and weights after them."""
     trainer = make_trainer(config, mesh, sampler=Scripted(config.max_completion_length), **kw)
@@ -205,7 +199,7 @@ def train(config: AsyPPOConfig, mesh: DeviceMesh | None, steps: int = 2, **kw: A
         return update(batch, signal, *rest)
 
     trainer.update_policy = spy  # type: ignore[method-assign]
-    rows = [trainer.step(step, NoRun()) for step in range(1, steps + 1)]  # type: ignore[arg-type]
+    rows = [trainer.step(step).metrics for step in range(1, steps + 1)]
     return {"rows": rows, "signals": [vars(s) for s in signals], "weights": weights(trainer)}
 
 
@@ -225,7 +219,7 @@ class Collectives(TorchDispatchMode):
 def collectives(mesh: DeviceMesh | None) -> dict[str, Any]:
     """How many collectives each phase of a step takes."""
     trainer = make_trainer(make_config(beta=0.1, max_tokens_per_micro_batch=10_000), mesh)
-    trainer.step(1, NoRun())  # type: ignore[arg-type]
+    trainer.step(1)
     counts: dict[str, Counter[str]] = {}
 
     class CountingTimer(Timer):
@@ -237,7 +231,7 @@ def collectives(mesh: DeviceMesh | None) -> dict[str, Any]:
 
     asyppo.trainer.Timer = CountingTimer  # type: ignore[misc]
     with suppress(KeyError):  # it has counted no time
-        trainer.step(2, NoRun())  # type: ignore[arg-type]
+        trainer.step(2)
     asyppo.trainer.Timer = Timer  # type: ignore[misc]
     return counts
 
@@ -245,7 +239,7 @@ def collectives(mesh: DeviceMesh | None) -> dict[str, Any]:
 def generate(mesh: DeviceMesh | None) -> list[dict[str, float]]:
     """Metrics of two steps on responses that the policy samples; every rank's are of lengths of their own."""
     trainer = make_trainer(make_config(max_completion_length=20), mesh)
-    return [trainer.step(step, NoRun()) for step in (1, 2)]  # type: ignore[arg-type]
+    return [trainer.step(step).metrics for step in (1, 2)]
 
 
 def save(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
@@ -254,10 +248,10 @@ def save(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
     trainer = make_trainer(config, mesh, sampler=Scripted(12), policy={"tie_word_embeddings": True})
     with open_run(config) as run:
         run.start(0)
-        trainer.step(1, run)
+        trainer.step(1)
         saved = weights(trainer)
-        trainer.save(run, 1)
-    row = trainer.step(2, NoRun())  # type: ignore[arg-type]
+        TrainingLoop(trainer).save(run, 1)
+    row = trainer.step(2).metrics
     return {"rows": [row], "signals": [], "weights": weights(trainer), "saved": saved}
 
 
@@ -265,7 +259,7 @@ def load(mesh: DeviceMesh | None, checkpoint: Path) -> dict[str, Any]:
     """Go on from a checkpoint of ``save``."""
     trainer = make_trainer(make_config(), mesh, sampler=Scripted(12), policy={"tie_word_embeddings": True})
     assert load_checkpoint(checkpoint, trainer.trained())["step"] == 1
-    row = trainer.step(2, NoRun())  # type: ignore[arg-type]
+    row = trainer.step(2).metrics
     return {"rows": [row], "signals": [], "weights": weights(trainer)}
 
 

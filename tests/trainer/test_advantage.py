@@ -9,29 +9,33 @@ from typing import Any
 import pytest
 import torch
 
-from asyppo.algorithm.advantage import LearningSignal, ensemble_signal, group_signal, token_weights, whiten
+from asyppo.algorithm.advantage import critics_advantage, group_advantage, whiten
+from asyppo.algorithm.options import AdvantageOptions
+from asyppo.algorithm.signal import LearningSignal, Outcome
+from asyppo.algorithm.weights import token_weights
 from asyppo.data.batch import Batch
 
 SETTINGS: dict[str, Any] = {
     "gamma": 1.0,
     "lam": 1.0,
     "value_lambda": 1.0,
-    "whitening": "none",
-    "advantage_fraction": 0.0,
-    "entropy_fraction": 0.0,
+    "whiten": "none",
+    "advantage_mask_fraction": 0.0,
+    "entropy_filter_fraction": 0.0,
     "quantile_scope": "batch",
 }
 
 
 def signal(value: list, reward: list, mask: list, group: list | None = None, **settings: Any) -> LearningSignal:
-    """``ensemble_signal`` of nested lists."""
-    return ensemble_signal(
-        torch.tensor(value),
-        torch.tensor(reward),
-        torch.tensor(mask),
-        torch.tensor(group or [0] * len(mask)),
-        **(SETTINGS | settings),
-    )
+    """``critics_advantage`` of nested lists."""
+    valid, groups = torch.tensor(mask), torch.tensor(group or [0] * len(mask))
+    outcome = Outcome(torch.tensor(reward), valid, valid, groups, torch.tensor(value))
+    return critics_advantage(outcome, AdvantageOptions(**(SETTINGS | settings)))
+
+
+def group_signal(reward: torch.Tensor, mask: torch.Tensor, group: torch.Tensor) -> LearningSignal:
+    """``group_advantage`` with the defaults."""
+    return group_advantage(Outcome(reward, mask, mask, group), AdvantageOptions())
 
 
 def test_whiten_none() -> None:
@@ -99,7 +103,7 @@ ZEROS = [[0.0] * 5] * 2
 
 
 def test_quantiles_over_the_batch() -> None:
-    out = signal(VALUES, ZEROS, VALID, advantage_fraction=0.25, entropy_fraction=0.34)  # of 9 tokens: 2 and 3
+    out = signal(VALUES, ZEROS, VALID, advantage_mask_fraction=0.25, entropy_filter_fraction=0.34)
     assert out.advantage_keep.tolist() == [[False, False, True, True, True], [True] * 4 + [False]]
     assert out.entropy_keep.tolist() == [[True] * 5, [False, False, False, True, False]]
     assert (float(out.low), float(out.high)) == (3, 6)
@@ -107,7 +111,7 @@ def test_quantiles_over_the_batch() -> None:
 
 def test_quantiles_over_each_sequence() -> None:
     out = signal(
-        VALUES, ZEROS, VALID, advantage_fraction=0.25, entropy_fraction=0.5, quantile_scope="sequence"
+        VALUES, ZEROS, VALID, advantage_mask_fraction=0.25, entropy_filter_fraction=0.5, quantile_scope="sequence"
     )  # of 5 tokens: 1 and 2; of 4: 1 and 2
     assert out.advantage_keep.tolist() == [[False, True, True, True, True], [True, True, True, False, False]]
     assert out.entropy_keep.tolist() == [[True, True, True, False, False], [False, False, True, True, False]]
@@ -117,7 +121,7 @@ def test_quantiles_over_each_sequence() -> None:
 def test_advantages_are_whitened_before_they_are_masked() -> None:
     value = torch.stack([DEVIATIONS, -DEVIATIONS])
     value[:, 0, 0] += 50  # the token that the mask drops is the one with the outlying advantage
-    out = signal(value.tolist(), ZEROS, VALID, advantage_fraction=0.2, whitening="batch")
+    out = signal(value.tolist(), ZEROS, VALID, advantage_mask_fraction=0.2, whiten="batch")
     assert not out.advantage_keep[0, 0]
     chosen = out.advantage[torch.tensor(VALID)]
     torch.testing.assert_close(chosen.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
@@ -126,7 +130,7 @@ def test_advantages_are_whitened_before_they_are_masked() -> None:
 
 
 def test_one_critic_masks_nothing() -> None:
-    out = signal([DEVIATIONS.tolist()], ZEROS, VALID, advantage_fraction=0.2, entropy_fraction=0.2)
+    out = signal([DEVIATIONS.tolist()], ZEROS, VALID, advantage_mask_fraction=0.2, entropy_filter_fraction=0.2)
     assert out.advantage_keep.tolist() == out.entropy_keep.tolist() == VALID
 
 

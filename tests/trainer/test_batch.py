@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from asyppo.data.batch import Batch, make_batch, micro_batch, micro_batches, minibatches, split_responses
+from asyppo.algorithm.split import split_responses
+from asyppo.data.batch import Batch, make_batch, micro_batch, micro_batches, minibatches
 
 PAD, EOS = 0, 1
 

@@ -10,6 +10,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from asyppo.checkpoint import checkpoints
+from asyppo.loop import TrainingLoop
 from asyppo.run.directory import read_jsonl
 
 Make = Callable[..., Any]
@@ -109,7 +110,7 @@ def test_the_best_accuracy(
     accuracy, diary = [0.1, 0.3, 0.3, 0.2], Diary()
     config = tiny_config(max_steps=3, save_steps=1, evaluation={"every": 1})
     trainer = tiny_trainer(config, score, callbacks=[diary])
-    monkeypatch.setattr(trainer, "evaluate", lambda run, step: scripted_evaluation(accuracy[step]))
+    monkeypatch.setattr(TrainingLoop, "evaluate", lambda self, run, step: scripted_evaluation(accuracy[step]))
     run = trainer.train().run
     state = diary.told[-1]["state"]
     assert (state.best_metric, state.best_global_step) == (0.3, 1)

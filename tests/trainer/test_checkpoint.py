@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from asyppo.checkpoint import load_checkpoint
+from asyppo.loop import TrainingLoop
 from asyppo.models.policy import Policy
 from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
@@ -49,8 +50,8 @@ def state_of(trainer: AsyPPOTrainer) -> dict[str, Any]:
 def test_what_a_checkpoint_holds(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config()
     trainer, run = tiny_trainer(config, score), RunDirectory(config)
-    trainer.step(1, run)
-    checkpoint = trainer.save(run, 1)
+    trainer.step(1)
+    checkpoint = TrainingLoop(trainer).save(run, 1)
     assert checkpoint == run.path / "checkpoint-1"
     assert {path.name for path in checkpoint.iterdir()} == {
         "policy",
@@ -82,13 +83,13 @@ def test_training_goes_on_from_a_checkpoint(tiny_config: Make, tiny_trainer: Mak
     config = tiny_config(algorithm=algorithm)
     first, run = tiny_trainer(config, score), RunDirectory(config)
     for step in (1, 2):
-        first.step(step, run)
-    checkpoint = first.save(run, 2)
+        first.step(step)
+    checkpoint = TrainingLoop(first).save(run, 2)
     second = tiny_trainer(config, score)
     assert load_checkpoint(checkpoint, second.trained())["step"] == 2
     assert_same(state_of(second), state_of(first))
     for trainer in (first, second):
-        trainer.step(3, run)
+        trainer.step(3)
     assert_same(state_of(second), state_of(first))
 
 
@@ -97,9 +98,9 @@ def test_a_checkpoint_before_the_first_update(tiny_config: Make, tiny_trainer: M
     config = tiny_config()
     plain, saved, loaded = (tiny_trainer(config, score) for _ in range(3))
     run = RunDirectory(config)
-    load_checkpoint(saved.save(run, 0), loaded.trained())
+    load_checkpoint(TrainingLoop(saved).save(run, 0), loaded.trained())
     for trainer in (plain, saved, loaded):
-        trainer.step(1, run)
+        trainer.step(1)
     assert_same(state_of(saved), state_of(plain))
     assert_same(state_of(loaded), state_of(plain))
 
@@ -109,7 +110,7 @@ def test_a_checkpoint_replaces_one_of_the_same_step(tiny_config: Make, tiny_trai
     trainer, run = tiny_trainer(config, score), RunDirectory(config)
     (run.path / ".checkpoint-1.partial" / "junk").mkdir(parents=True)  # of a run that was killed
     (run.path / "checkpoint-1" / "old").mkdir(parents=True)
-    checkpoint = trainer.save(run, 1)
+    checkpoint = TrainingLoop(trainer).save(run, 1)
     assert not (checkpoint / "junk").exists()
     assert not (checkpoint / "old").exists()
 
@@ -124,7 +125,7 @@ def test_a_policy_with_contradictory_generation_settings_is_saved(
     policy = Policy.from_pretrained(str(tmp_path), temperature=1.0, dtype=torch.float32, device=torch.device("cpu"))
     config = tiny_config()
     trainer = tiny_trainer(config, score, policy=policy)
-    checkpoint = trainer.save(RunDirectory(config), 1)
+    checkpoint = TrainingLoop(trainer).save(RunDirectory(config), 1)
     saved = AutoModelForCausalLM.from_pretrained(checkpoint / "policy").generation_config
     assert (saved.eos_token_id, saved.temperature, saved.top_p) == ([1, 4], 0.6, 0.9)
     assert trainer.sampler.eos_token_ids == [1, 4]

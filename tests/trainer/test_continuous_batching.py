@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from asyppo.models.policy import Policy
-from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Response, WorkingWeights
-from asyppo.run.directory import RunDirectory
+from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Response
+from asyppo.rollout.samplers.base import WorkingWeights
 
 PAD, EOS, OTHER_EOS = 0, 1, 5
 PROMPTS = [torch.tensor(p) for p in ([3, 4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])] * 3
@@ -112,7 +112,7 @@ def test_in_the_loop(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config(sampler="continuous")
     trainer = tiny_trainer(config, likes_a)
     assert isinstance(trainer.sampler, ContinuousBatchingSampler)
-    row = trainer.step(1, RunDirectory(config))
+    row = trainer.step(1).metrics
     assert row["sampling/sampling_logp_difference/max"] < 1e-4
     assert isinstance(tiny_trainer(tiny_config(), likes_a).sampler, GenerateSampler)  # on a CPU
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from asyppo.algorithm.advantage import LearningSignal
-from asyppo.metrics.diagnostics import correlation, explained_variance, masked_gradient_shares, of_critics
-from asyppo.run.directory import RunDirectory
+from asyppo.metrics.diagnostics import correlation, critic_diagnostics, explained_variance, masked_gradient_fractions
 
 Make = Callable[..., Any]
 
@@ -58,37 +57,37 @@ def test_disagreement_that_is_the_error(ragged_batch: Make) -> None:
     error = torch.rand_like(returns)
     values = torch.stack([returns + error, returns - error, returns + error])
     signal = signal_of(batch, returns=returns, value=returns + error, values=values, std=2 * error)
-    row = of_critics(signal, -error, batch.mask)
+    row = critic_diagnostics(signal, -error, batch.mask)
     assert row["critic/std/corr_abs_error"] == pytest.approx(1.0, abs=1e-4)
     assert row["critic/std/corr_entropy"] == pytest.approx(-1.0, abs=1e-4)
     assert row["critic/0/vf_explained_var"] == row["critic/2/vf_explained_var"]
     assert set(row) >= {f"critic/{m}/vf_explained_var" for m in range(3)}
 
 
-def test_the_share_of_the_gradient_that_a_mask_removes(
+def test_the_part_of_the_gradient_that_a_mask_removes(
     tiny_trainer: Make, tiny_config: Make, ragged_batch: Make
 ) -> None:
     config = tiny_config()
     trainer, batch = tiny_trainer(config, lambda completions, **_: [0.0] * len(completions)), ragged_batch()
     policy = trainer.policy
 
-    def shares(signal: LearningSignal) -> dict[str, float]:
+    def fractions(signal: LearningSignal) -> dict[str, float]:
         micros = list(trainer._micro_batches(batch))
         old, _ = policy.logprobs(batch, micros)
-        return masked_gradient_shares(policy, batch, signal, old, micros, config)
+        return masked_gradient_fractions(policy, trainer._objective(batch, signal, old), batch, micros)
 
     nothing, first = torch.zeros_like(batch.mask), batch.mask.clone()
     first[3:] = False
-    none = shares(signal_of(batch))
-    assert none == {"actor/adv_mask_grad_share": 0.0, "actor/entropy_filter_grad_share": 0.0}
-    everything = shares(signal_of(batch, advantage_keep=nothing, entropy_keep=nothing))
-    assert everything["actor/adv_mask_grad_share"] == pytest.approx(1.0)
-    assert everything["actor/entropy_filter_grad_share"] == pytest.approx(1.0)
+    none = fractions(signal_of(batch))
+    assert none == {"actor/adv_mask_grad_frac": 0.0, "actor/entropy_filter_grad_frac": 0.0}
+    everything = fractions(signal_of(batch, advantage_keep=nothing, entropy_keep=nothing))
+    assert everything["actor/adv_mask_grad_frac"] == pytest.approx(1.0)
+    assert everything["actor/entropy_filter_grad_frac"] == pytest.approx(1.0)
     assert all(p.grad is None for p in policy.parameters())
 
     # By hand, at ratio 1: the gradient of -A log π over the tokens left out, and over all of them.
     advantage = torch.randn_like(batch.reward)
-    got = shares(signal_of(batch, advantage=advantage, advantage_keep=batch.mask & ~first, entropy_keep=batch.mask))
+    got = fractions(signal_of(batch, advantage=advantage, advantage_keep=batch.mask & ~first, entropy_keep=batch.mask))
     norms = []
     for chosen in (first, batch.mask):
         loss = torch.zeros(())
@@ -101,8 +100,8 @@ def test_the_share_of_the_gradient_that_a_mask_removes(
         policy.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None]))
-    assert got["actor/adv_mask_grad_share"] == pytest.approx(float(norms[0] / norms[1]), rel=1e-4)
-    assert got["actor/entropy_filter_grad_share"] == 0.0
+    assert got["actor/adv_mask_grad_frac"] == pytest.approx(float(norms[0] / norms[1]), rel=1e-4)
+    assert got["actor/entropy_filter_grad_frac"] == 0.0
 
 
 def test_in_a_run(tiny_trainer: Make, tiny_config: Make) -> None:
@@ -111,9 +110,8 @@ def test_in_a_run(tiny_trainer: Make, tiny_config: Make) -> None:
     for every in (0, 2):
         config = tiny_config(max_steps=2, diagnostics_steps=every, run_name=f"run-{every}")
         trainer = tiny_trainer(config, lambda completions, **_: [float(c.count("a")) for c in completions])
-        with RunDirectory(config) as run:
-            rows.append([trainer.step(step, run) for step in (1, 2)])
-    assert "actor/adv_mask_grad_share" not in rows[1][0]
-    assert 0 <= rows[1][1]["actor/adv_mask_grad_share"] <= 2
+        rows.append([trainer.step(step).metrics for step in (1, 2)])
+    assert "actor/adv_mask_grad_frac" not in rows[1][0]
+    assert 0 <= rows[1][1]["actor/adv_mask_grad_frac"] <= 2
     for name in ("actor/pg_loss", "actor/grad_norm", "critic/vf_loss"):
         assert rows[0][1][name] == rows[1][1][name]

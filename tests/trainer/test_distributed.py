@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 import asyppo.data.batch
 import asyppo.distributed.processes
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import POLICY_LOSSES, PolicyTargets
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 from asyppo.data.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
-from asyppo.distributed.processes import divided, make_mesh, own_part, processes, share
+from asyppo.distributed.processes import divide_rows, divided, make_mesh, own_part, processes
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.models.critics import OneByOneCritics, StackedCritics
-from asyppo.models.policy import Policy
+from asyppo.models.policy import Objective, Policy
 
 Make = Callable[..., Any]
 
@@ -45,7 +47,7 @@ def test_rows_are_shared_evenly(tokens: list[int], size: int) -> None:
     rows = torch.arange(1, len(tokens) + 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyppo.distributed.processes, "world_size", lambda: size)
-        parts = share(rows, torch.tensor([0, *tokens]))
+        parts = divide_rows(rows, torch.tensor([0, *tokens]))
     assert len(parts) == size
     assert torch.equal(torch.cat(parts).sort().values, rows)
     assert all(torch.equal(part, part.sort().values) for part in parts)
@@ -116,7 +118,7 @@ def test_imbalance_is_the_busiest_rank_over_the_mean(ranks: Make, ragged_batch: 
     ranks(0, 2)
     one, other = rows[:1], rows[1:]  # a single row keeps one of the ranks idle
     ideal = float(batch.length.sum()) / 2
-    parts = [float(batch.length[part].sum()) for part in share(other, batch.length)]
+    parts = [float(batch.length[part].sum()) for part in divide_rows(other, batch.length)]
     got = token_imbalance(batch, [one, other])
     assert got == pytest.approx((float(batch.length[0]) + max(parts)) / ideal)
     assert got > 1
@@ -127,13 +129,16 @@ def zero_gradients(module: nn.Module) -> bool:
     return all(p.grad is not None and not p.grad.any() for p in module.parameters())
 
 
-def test_a_pass_over_nothing_reaches_every_weight(tiny_lm: Make, tiny_critic: Make, ragged_batch: Make) -> None:
+@pytest.mark.parametrize("loss", list(POLICY_LOSSES))
+def test_a_pass_over_nothing_reaches_every_weight(
+    loss: str, tiny_lm: Make, tiny_critic: Make, ragged_batch: Make
+) -> None:
     batch: Batch = ragged_batch()
     micro = empty_micro_batch(batch)
-    none = torch.zeros(0)
-    arguments = {"old_logprob": none, "advantage": none, "token_weight": none, "entropy_coef": 0.1}
+    none, nobody = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+    targets = PolicyTargets(none, none, none, nobody, nobody)
     policy = Policy(tiny_lm())
-    result = policy(micro, loss=arguments)
+    result = policy(micro, Objective(targets, PolicyLossOptions(entropy_coef=0.1), POLICY_LOSSES[loss]))
     result.loss.backward()
     assert result.loss == 0
     assert result.logprob.shape == (0,)

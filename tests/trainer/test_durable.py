@@ -14,6 +14,7 @@ import pytest
 
 from asyppo.checkpoint import CheckpointError, checkpoints, last_valid_checkpoint
 from asyppo.config import ConfigError
+from asyppo.loop import TrainingLoop
 from asyppo.run.directory import RunDirectory, durable, read_jsonl
 from asyppo.trainer import TrainingError
 
@@ -143,22 +144,21 @@ def test_the_last_and_the_best_are_kept(
     accuracy = {0: 0.9, 1: 0.1, 2: 0.5, 3: 0.5, 4: 0.2, 5: 0.3, 6: 0.4}
     config = tiny_config(max_steps=6, save_steps=1, save_total_limit=2, evaluation={"every": 1})
     trainer, kept = tiny_trainer(config, score), []
-    monkeypatch.setattr(trainer, "evaluate", lambda run, step: scripted_evaluation(accuracy[step]))
-    save = trainer.save
+    monkeypatch.setattr(TrainingLoop, "evaluate", lambda self, run, step: scripted_evaluation(accuracy[step]))
+    save = TrainingLoop.save
 
-    def look(run: Any, *arguments: Any) -> Path:
-        path = save(run, *arguments)
+    def look(self: TrainingLoop, run: Any, *arguments: Any) -> Path:
+        path = save(self, run, *arguments)
         kept.append([int(p.name.split("-")[1]) for p in checkpoints(run.path)])
         return path
 
-    monkeypatch.setattr(trainer, "save", look)
+    monkeypatch.setattr(TrainingLoop, "save", look)
     run = trainer.train().run.path
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
     assert not list(run.glob(".checkpoint-*"))
     # A run that goes on knows the best one of before.
     os.truncate(run / "checkpoint-6" / "rng.json", 9)
     trainer = tiny_trainer(tiny_config(**(vars(config) | {"max_steps": 6, "resume": True, "critic": {}})), score)
-    monkeypatch.setattr(trainer, "evaluate", lambda run, step: scripted_evaluation(accuracy[step]))
     with pytest.warns(UserWarning, match="passed over"):
         trainer.train()
     assert [int(p.name.split("-")[1]) for p in checkpoints(run)] == [2, 5, 6]

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from asyppo.run.directory import RunDirectory
-
 Make = Callable[..., Any]
 
 
@@ -28,8 +26,8 @@ def test_a_bandit(tiny_config: Make, tiny_trainer: Make, algorithm: Any, seed: i
     config = tiny_config(
         algorithm=algorithm, seed=seed, num_generations=8, max_completion_length=2, num_mini_batches=2, max_steps=25
     )
-    trainer, run = tiny_trainer(config, is_a), RunDirectory(config)
-    scores = [trainer.step(step, run)["critic/score/mean"] for step in range(1, config.max_steps + 1)]
+    trainer = tiny_trainer(config, is_a)
+    scores = [trainer.step(step).metrics["critic/score/mean"] for step in range(1, config.max_steps + 1)]
     assert sum(scores[:2]) / 2 < 0.3, scores
     assert sum(scores[-5:]) / 5 > 0.8, scores
 
@@ -60,8 +58,8 @@ def test_critics_learn_the_value(tiny_config: Make, tiny_trainer: Make) -> None:
         return [float(len(p) > 3) for p in prompts]
 
     config = tiny_config(learning_rate=1e-9, prompts_per_step=8, critic={"num_mini_batches": 4})
-    trainer, run = tiny_trainer(config, reward), RunDirectory(config)
-    rows = [trainer.step(step, run) for step in range(1, 16)]
+    trainer = tiny_trainer(config, reward)
+    rows = [trainer.step(step).metrics for step in range(1, 16)]
     assert rows[0]["critic/vf_explained_var"] < 0.7
     assert rows[-1]["critic/vf_explained_var"] > 0.9
     assert rows[-1]["critic/vf_loss"] < 0.1 * rows[0]["critic/vf_loss"]

@@ -13,14 +13,15 @@ from peft import AutoPeftModelForCausalLM
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import PolicyTargets
 from asyppo.checkpoint import load_checkpoint, publish_checkpoint, write_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.adapters import add_lora, has_adapters
 from asyppo.models.critics import StackedCritics
-from asyppo.models.policy import Policy, WithoutAdapters
+from asyppo.models.policy import Objective, Policy, WithoutAdapters
 from asyppo.rollout.samplers import GenerateSampler
-from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(
     assert len(trained) == 2 * 2 * 7  # A and B in two layers of seven projections
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     config = tiny_config()
-    row = tiny_trainer(config, likes_a, policy=policy).step(1, RunDirectory(config))
+    row = tiny_trainer(config, likes_a, policy=policy).step(1).metrics
     moved = {name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in trained if "lora_B" in name}  # A's gradient is 0 as long as B is
     assert row["actor/grad_norm"] > 0
@@ -80,8 +81,8 @@ def test_gradients_are_those_of_full_logits(adapted: Make, ragged_batch: Make) -
     other = copy.deepcopy(policy.model)
     old, weight = logprobs(policy, batch), torch.rand_like(batch.reward)
     for micro in micro_batches(batch, torch.arange(len(batch)), 30):
-        arguments = {"old_logprob": old, "advantage": torch.ones_like(old), "token_weight": weight}
-        policy(micro, {k: v[micro.grid] for k, v in arguments.items()}).loss.backward()
+        targets = PolicyTargets(old, torch.ones_like(old), weight, batch.mask, batch.mask).at(micro.grid)
+        policy(micro, Objective(targets, PolicyLossOptions())).loss.backward()
     loss = torch.zeros(())
     for b in range(len(batch)):
         start, end = int(batch.prompt_length[b]), int(batch.length[b])
@@ -106,8 +107,8 @@ def test_the_reference_is_the_model_under_the_adapters(
     assert torch.equal(logprobs(policy, batch), own)  # they are back
     assert not torch.allclose(own, logprobs(plain, batch), atol=1e-2)
     config = tiny_config(beta=0.1)
-    trainer, run = tiny_trainer(config, likes_a, policy=adapted()), RunDirectory(config)
-    rows = [trainer.step(step, run) for step in (1, 2)]
+    trainer = tiny_trainer(config, likes_a, policy=adapted())
+    rows = [trainer.step(step).metrics for step in (1, 2)]
     assert rows[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-6)
     assert rows[1]["actor/kl_loss"] > 1e-6
     assert trainer.reference.policy is trainer.policy
@@ -132,7 +133,7 @@ def test_checkpoints_hold_the_adapters(
     config, batch = tiny_config(), ragged_batch()
     trainer = tiny_trainer(config, likes_a, policy=adapted())
     for step in (1, 2):
-        trainer.step(step, RunDirectory(tiny_config(run_name=f"run-{step}")))
+        trainer.step(step)
     own = logprobs(trainer.policy, batch)
     state = trainer.trained()
     path = publish_checkpoint(

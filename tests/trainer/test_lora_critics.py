@@ -24,6 +24,7 @@ from transformers import (
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
 from asyppo.data.batch import Batch
+from asyppo.loop import TrainingLoop
 from asyppo.models.critics import CriticOptimizer, LoraCritics, StackedCritics, load_critics
 from asyppo.models.policy import Policy
 from asyppo.run.directory import RunDirectory
@@ -269,16 +270,16 @@ def test_the_trainer(
 
     first, run = make(), RunDirectory(config)
     before = {name: p.detach().clone() for name, p in first.critics.named_parameters()}
-    losses = [first.step(step, run)["critic/vf_loss"] for step in (1, 2)]
+    losses = [first.step(step).metrics["critic/vf_loss"] for step in (1, 2)]
     assert all(0 < loss < 100 for loss in losses)
     for name, p in first.critics.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
-    checkpoint = first.save(run, 2)
+    checkpoint = TrainingLoop(first).save(run, 2)
     saved = LoraCritics.from_pretrained([checkpoint / f"critic_{m}" for m in range(2)], 2, r=RANK, alpha=ALPHA)
     second = make()
     load_checkpoint(checkpoint, second.trained())
     for critics in (saved, second.critics):
         assert all(torch.equal(p, q) for p, q in zip(first.critics.parameters(), critics.parameters(), strict=True))
     for trainer in (first, second):
-        trainer.step(3, run)
+        trainer.step(3)
     assert all(torch.equal(p, q) for p, q in zip(first.critics.parameters(), second.critics.parameters(), strict=True))

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from asyppo.algorithm.value_losses import importance_weights, value_loss
+from asyppo.algorithm.policy_losses import importance_weights
+from asyppo.algorithm.value_losses import value_loss
 
 
 def test_value_loss_without_clipping() -> None:

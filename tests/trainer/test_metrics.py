@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 
-from asyppo.algorithm.advantage import LearningSignal
 from asyppo.algorithm.masked import masked_extremes, masked_mean, masked_moments, masked_sum
-from asyppo.config import AsyPPOConfig
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import PolicyTargets
+from asyppo.algorithm.signal import LearningSignal
 from asyppo.data.batch import Batch, make_batch
 from asyppo.metrics import step as metrics
+from asyppo.metrics.record import StepRecord
+from asyppo.models.policy import TokenStats
 from asyppo.rewards.computing import Rewards
 from asyppo_kernels import LinearPPOLoss
 
@@ -48,11 +51,16 @@ def signal(returns: list, value: list) -> LearningSignal:
     )
 
 
-def test_of_batch() -> None:
+def record(of: LearningSignal, logprob: torch.Tensor, entropy: torch.Tensor) -> StepRecord:
+    """What a step that sampled ``batch`` leaves behind."""
+    return StepRecord(1, batch(), Rewards({}, [], {}), TokenStats(logprob, entropy), of, torch.zeros(2, 2))
+
+
+def test_batch_metrics() -> None:
     entropy = torch.tensor([[0.5, 1.0], [3.0, math.nan]])
     old = torch.tensor([[-1.5, -2.0], [-4.0, math.nan]])
     returns, value = [[1.0, 3.0], [5.0, math.nan]], [[1.0, 2.0], [6.0, math.nan]]
-    row = metrics.of_batch(batch(), signal(returns, value), old, entropy)
+    row = metrics.batch_metrics(record(signal(returns, value), old, entropy))
     expected = {
         "actor/entropy": 1.5,
         "actor/adv_mask_frac": 1 / 3,
@@ -80,10 +88,10 @@ def test_of_batch() -> None:
     assert {key: row[key] for key in expected} == pytest.approx(expected)
 
 
-def test_of_rewards() -> None:
+def test_reward_metrics() -> None:
     """None is in no mean; a function that has no reward for anything has zeros."""
     rewards = Rewards({"f": [1.0, 2.0, 6.0], "g": [None, -2.5, 0.5], "h": [None] * 3}, [0.0] * 3, {"g": 1})
-    assert metrics.of_rewards(rewards) == pytest.approx(
+    assert metrics.reward_metrics(rewards) == pytest.approx(
         {
             "rewards/f/mean": 3.0,
             "rewards/f/std": (14 / 3) ** 0.5,
@@ -100,7 +108,7 @@ def test_explained_variance_of_returns_that_do_not_vary() -> None:
     """It is not defined; a huge negative number would hide the rest of the curve."""
     returns, value = [[1.0, 1.0], [1.0, 0.0]], [[1.0, 2.0], [6.0, 0.0]]
     zeros = torch.zeros(2, 2)
-    row = metrics.of_batch(batch(), signal(returns, value), zeros, zeros)
+    row = metrics.batch_metrics(record(signal(returns, value), zeros, zeros))
     assert math.isnan(row["critic/vf_explained_var"])
 
 
@@ -111,16 +119,18 @@ def update(loss: float, logprob: list, entropy: list, clipped: list) -> LinearPP
 
 
 def test_policy_updates() -> None:
-    updates = metrics.PolicyUpdates(AsyPPOConfig(entropy_coef=0.1, beta=0.2))
-    arguments = {
-        "old_logprob": torch.tensor([-1.0, -2.0, -9.0]),
-        "ref_logprob": torch.tensor([-1.0, -2.0, -9.0]),
-        "token_weight": torch.tensor([0.5, 0.25, 0.0]),
-        "entropy_keep": torch.tensor([True, False, True]),
-    }
-    updates.add(update(0.0, [-1.5, -2.0, 0.0], [2.0, 3.0, 0.0], [True, False, False]), arguments)
+    updates = metrics.PolicyUpdates(PolicyLossOptions(entropy_coef=0.1, kl_coef=0.2))
+    targets = PolicyTargets(
+        old_logprob=torch.tensor([-1.0, -2.0, -9.0]),
+        advantage=torch.zeros(3),
+        token_weight=torch.tensor([0.5, 0.25, 0.0]),
+        advantage_keep=torch.ones(3, dtype=torch.bool),
+        entropy_keep=torch.tensor([True, False, True]),
+        ref_logprob=torch.tensor([-1.0, -2.0, -9.0]),
+    )
+    updates.add(update(0.0, [-1.5, -2.0, 0.0], [2.0, 3.0, 0.0], [True, False, False]), targets)
     updates.stepped(0.7, 3.0)
-    updates.add(update(0.0, [-1.0, -2.5, 0.0], [1.0, 1.0, 0.0], [False, False, False]), arguments)
+    updates.add(update(0.0, [-1.0, -2.5, 0.0], [1.0, 1.0, 0.0], [False, False, False]), targets)
     updates.stepped(0.5, None)
     row = updates.row()
     k3 = math.exp(0.5) - 1.5
@@ -139,8 +149,8 @@ def test_policy_updates() -> None:
     assert {key: row[key] for key in expected} == pytest.approx(expected)
 
 
-def test_of_time() -> None:
-    row = metrics.of_time(batch(), {"timing_s/step": 2.0}, torch.device("cpu"))
+def test_time_metrics() -> None:
+    row = metrics.time_metrics(batch(), {"timing_s/step": 2.0}, torch.device("cpu"))
     assert row == {
         "timing_s/step": 2.0,
         "perf/total_num_tokens": 6.0,

@@ -15,19 +15,19 @@ from torch import Tensor
 import asyppo.models.policy
 import asyppo.trainer
 from asyppo.algorithm.advantage import (
-    LearningSignal,
     coarse,
-    ensemble_signal,
-    group_signal,
+    critics_advantage,
+    group_advantage,
     length_adaptive_lambda,
-    token_weights,
     without_own_critic,
 )
+from asyppo.algorithm.options import AdvantageOptions, ShapingOptions
 from asyppo.algorithm.shaping import shape_rewards
+from asyppo.algorithm.signal import LearningSignal, Outcome
+from asyppo.algorithm.weights import token_weights
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
 from asyppo.data.batch import Batch, make_batch, micro_batches
 from asyppo.models.critics import StackedCritics
-from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 
@@ -52,19 +52,24 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments and result of every advantage computation of the trainer."""
     seen: list[dict[str, Any]] = []
 
-    def spy(name: str) -> None:
-        original = getattr(asyppo.trainer, name)
+    advantage_of = asyppo.trainer.advantage_of
 
-        def call(*arguments: Any, **options: Any) -> LearningSignal:
-            result = original(*arguments, **options)
-            seen.append({"arguments": arguments, **options, "result": result})
+    def spied(config: AsyPPOConfig) -> Any:
+        def call(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+            result = advantage_of(config)(outcome, options)
+            seen.append({"outcome": outcome, "result": result})
             return result
 
-        monkeypatch.setattr(asyppo.trainer, name, call)
+        return call
 
-    spy("ensemble_signal")
-    spy("group_signal")
+    monkeypatch.setattr(asyppo.trainer, "advantage_of", spied)
     return seen
+
+
+def group_signal(batch: Batch, **options: Any) -> LearningSignal:
+    """GRPO's signal of a batch."""
+    outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group)
+    return group_advantage(outcome, AdvantageOptions(**options))
 
 
 @pytest.fixture
@@ -75,7 +80,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def spy(*arguments: Any, **options: Any) -> Any:
         result = op(*arguments, **options)
-        seen.append({**options, "result": result})
+        seen.append({**options, "token_weight": arguments[5], "result": result})
         return result
 
     monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
@@ -147,7 +152,7 @@ def test_critics_that_start_alike_stay_alike_on_all_responses(
         with torch.no_grad():
             for p, q in zip(*(model.parameters() for model in trainer.critics.models), strict=True):
                 q.copy_(p)
-        row = trainer.step(1, RunDirectory(config))
+        row = trainer.step(1).metrics
         assert (row["critic/0/vf_loss"] == pytest.approx(row["critic/1/vf_loss"])) == (share == "all")
         spread[share] = float(signals[-1]["result"].std.max())
     assert spread["all"] < 1e-5 < 1e-3 < spread["disjoint"]
@@ -162,10 +167,10 @@ def test_advantages_from_values_before_the_update(tiny_config: Make, tiny_traine
         batches: list[Batch] = []
         original = trainer.update_critics
         trainer.update_critics = lambda batch, *a, to=original, into=batches: (into.append(batch), to(batch, *a))[1]
-        trainer.step(1, RunDirectory(config))
+        trainer.step(1)
         of_start, of_end = (c.values(batches[0], 1_000) for c in (critics, trainer.critics))
         assert not torch.allclose(of_start, of_end, atol=1e-3)
-        seen[choice] = signals[-1]["arguments"][0]
+        seen[choice] = signals[-1]["outcome"].values
         torch.testing.assert_close(seen[choice], of_start if choice == "before" else of_end)
 
 
@@ -175,20 +180,15 @@ def test_cross_fitting_by_hand() -> None:
     # Row 0: mean of critics 1 and 2; row 1: of critics 0 and 1.
     assert without_own_critic(value, trained_by).mean(dim=0).tolist() == [[4.0, 3.5], [6.0, 0.0]]
     mask = torch.tensor([[True, True], [True, False]])
-    out = ensemble_signal(
-        value,
-        torch.tensor([[0.0, 1.0], [2.0, 0.0]]),
-        mask,
-        torch.tensor([0, 0]),
-        trained_by=trained_by,
-        gamma=1.0,
+    reward, group = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([0, 0])
+    options = AdvantageOptions(
         lam=0.0,
-        value_lambda=1.0,
-        whitening="none",
-        advantage_fraction=0.0,
-        entropy_fraction=0.0,
-        quantile_scope="batch",
+        whiten="none",
+        advantage_values="cross_fit",
+        advantage_mask_fraction=0.0,
+        entropy_filter_fraction=0.0,
     )
+    out = critics_advantage(Outcome(reward, mask, mask, group, value, trained_by), options)
     assert out.value.tolist() == [[4.0, 3.5], [6.0, 0.0]]
     assert out.raw_advantage.tolist() == [[3.5 - 4.0, 1 - 3.5], [2.0 - 6.0, 0.0]]
     assert out.returns.tolist() == [[1.0, 1.0], [2.0, 0.0]]
@@ -201,8 +201,8 @@ def test_cross_fitting_in_the_loop(tiny_config: Make, tiny_trainer: Make, signal
     shares = []
     original = trainer.update_critics
     trainer.update_critics = lambda batch, share, *a: (shares.append(share), original(batch, share, *a))[1]
-    trainer.step(1, RunDirectory(config))
-    value, signal = signals[0]["arguments"][0], signals[0]["result"]
+    trainer.step(1)
+    value, signal = signals[0]["outcome"].values, signals[0]["result"]
     for row, own in enumerate(shares[0].tolist()):
         torch.testing.assert_close(signal.value[row], value[1 - own, row])  # of two critics, the other one
 
@@ -211,8 +211,8 @@ def test_critics_have_a_schedule_of_their_own(tiny_config: Make, tiny_trainer: M
     config = tiny_config(
         max_steps=4, lr_scheduler_type="linear", critic={"lr_scheduler_type": "cosine", "warmup_steps": 1}
     )
-    trainer, run = tiny_trainer(config, likes_a), RunDirectory(config)
-    rows = [trainer.step(step, run) for step in range(1, 5)]
+    trainer = tiny_trainer(config, likes_a)
+    rows = [trainer.step(step).metrics for step in range(1, 5)]
     # The policy's first of three steps is the second.
     assert [row.get("actor/lr") for row in rows] == [None, *(pytest.approx(1e-2 * f) for f in (1, 2 / 3, 1 / 3))]
     expected = [0.5e-2 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
@@ -229,14 +229,13 @@ def test_kl_in_the_reward_by_hand(tiny_config: Make, ragged_batch: Make) -> None
     old = torch.where(batch.mask, -torch.rand_like(batch.reward), 0.0)
     ref = torch.where(batch.mask, old - 0.5, math.nan)
     ref[0, 0] = old[0, 0] + 2
-    shaped, row = shape_rewards(batch, old, ref, tiny_config(beta=0.1, use_kl_in_reward=True))
+    options = ShapingOptions.of(tiny_config(beta=0.1, use_kl_in_reward=True))
+    shaped, row = shape_rewards(batch.reward, batch.mask, old, ref, options)
     expected = batch.reward - 0.05 * batch.mask
     expected[0, 0] += 0.05 + 0.2
-    torch.testing.assert_close(shaped.reward, expected)
+    torch.testing.assert_close(shaped, expected)
     tokens = int(batch.mask.sum())
     assert row["actor/reward_kl_penalty"] == pytest.approx((0.5 * (tokens - 1) - 2) / tokens)
-    assert torch.equal(shaped.score, batch.score)
-    assert torch.equal(shaped.learned, batch.mask)
 
 
 @pytest.mark.parametrize("algorithm", ["asyppo", "grpo"])
@@ -244,12 +243,12 @@ def test_kl_in_the_reward_in_the_loop(
     tiny_config: Make, tiny_trainer: Make, signals: list, losses: list, algorithm: Any
 ) -> None:
     config = tiny_config(algorithm=algorithm, beta=0.5, use_kl_in_reward=True)
-    trainer, run = tiny_trainer(config, likes_a), RunDirectory(config)
-    first, second = (trainer.step(step, run) for step in (1, 2))
+    trainer = tiny_trainer(config, likes_a)
+    first, second = (trainer.step(step).metrics for step in (1, 2))
     assert first["actor/reward_kl_penalty"] == 0
     assert abs(second["actor/reward_kl_penalty"]) > 1e-4
     # Both critics and advantages see it; the score stays the reward functions'.
-    reward = signals[1]["arguments"][1 if algorithm == "asyppo" else 0]
+    reward = signals[1]["outcome"].reward
     assert float(reward.sum(dim=1).mean()) == pytest.approx(second["critic/rewards/mean"], abs=1e-6)
     assert second["critic/rewards/mean"] != pytest.approx(second["critic/score/mean"], abs=1e-4)
     assert all(call["kl_coef"] == 0 and call["ref_logprob"] is None for call in losses)
@@ -264,12 +263,12 @@ def test_there_is_a_reference_only_where_it_is_used(tiny_config: Make, tiny_trai
 def test_soft_overlong_punishment_by_hand(tiny_config: Make, ragged_batch: Make) -> None:
     batch: Batch = ragged_batch(longest=6)
     config = tiny_config(max_completion_length=6, overlong_buffer_len=4, overlong_penalty_factor=0.8)
-    shaped, row = shape_rewards(batch, batch.reward, None, config)
+    shaped, row = shape_rewards(batch.reward, batch.mask, batch.reward, None, ShapingOptions.of(config))
     penalty = {1: 0.0, 2: 0.0, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8}
     expected = [penalty[n] for n in batch.response_length.tolist()]
     assert len(set(expected)) > 3
     for b, length in enumerate(batch.response_length.tolist()):
-        difference = (batch.reward - shaped.reward)[b]
+        difference = (batch.reward - shaped)[b]
         assert float(difference[length - 1]) == pytest.approx(expected[b], abs=1e-6)
         assert float(difference.abs().sum()) == pytest.approx(expected[b], abs=1e-6)
     assert row["critic/overlong_penalty/mean"] == pytest.approx(sum(expected) / len(expected))
@@ -278,7 +277,7 @@ def test_soft_overlong_punishment_by_hand(tiny_config: Make, ragged_batch: Make)
 def test_soft_overlong_punishment_in_the_loop(tiny_config: Make, tiny_trainer: Make, scripted_sampler: Make) -> None:
     config = tiny_config(overlong_buffer_len=2)
     trainer = tiny_trainer(config, likes_a, sampler=scripted_sampler([[3, 3, 3, 1], [3, 3, 1]]))
-    row = trainer.step(1, RunDirectory(config))
+    row = trainer.step(1).metrics
     assert (row["critic/score/mean"], row["critic/rewards/mean"]) == (1.0, 0.75)
 
 
@@ -297,7 +296,7 @@ def test_truncated_responses_weigh_nothing(
     if algorithm == "asyppo":
         original = trainer.update_critics
         trainer.update_critics = lambda batch, *a: (seen.append(batch), original(batch, *a))[1]
-    row = trainer.step(1, RunDirectory(config))
+    row = trainer.step(1).metrics
     weights = torch.cat([call["token_weight"] for call in losses]).tolist()
     # Nine responses in all, three of each kind: 1/9 of a response, spread over its tokens.
     counted = sorted(w for w in weights if w)
@@ -331,7 +330,7 @@ def test_a_batch_of_truncated_responses_only(tiny_config: Make, tiny_trainer: Ma
     config = tiny_config(mask_truncated_completions=True)
     trainer = tiny_trainer(config, likes_a, sampler=scripted_sampler([[3, 4, 5, 6, 7]]))
     before = [p.detach().clone() for p in trainer.policy.parameters()]
-    row = trainer.step(1, RunDirectory(config))
+    row = trainer.step(1).metrics
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True))
     assert row["actor/skipped_updates"] == row["critic/skipped_updates"] == 0
     assert row["actor/loss"] == 0
@@ -341,12 +340,12 @@ def test_dual_clip_bounds_the_ratio_where_the_advantage_is_negative(
     tiny_config: Make, tiny_trainer: Make, ragged_batch: Make, losses: list
 ) -> None:
     batch: Batch = ragged_batch()
-    signal = replace(group_signal(batch.reward, batch.mask, batch.group), advantage=torch.full_like(batch.reward, -1.0))
+    signal = replace(group_signal(batch), advantage=torch.full_like(batch.reward, -1.0))
     rows = []
     for delta in (None, 3.0):
         trainer = tiny_trainer(tiny_config(delta=delta, entropy_coef=0.0), likes_a)
         logprob, _ = trainer.policy.logprobs(batch, everything(batch))
-        rows.append(trainer.update_policy(batch, signal, logprob - math.log(5), None, generator()))
+        rows.append(trainer.update_policy(batch, signal, logprob - math.log(5), None, generator()).metrics)
     assert [call["dual_clip"] for call in losses] == [None, 3.0]
     assert [row["actor/pg_loss"] for row in rows] == pytest.approx([5.0, 3.0], rel=1e-4)
     assert [row["actor/pg_clipfrac"] for row in rows] == [0, 1]
@@ -354,7 +353,7 @@ def test_dual_clip_bounds_the_ratio_where_the_advantage_is_negative(
 
 def test_truncated_importance_sampling(tiny_config: Make, tiny_trainer: Make, ragged_batch: Make, losses: list) -> None:
     batch: Batch = ragged_batch()
-    signal = replace(group_signal(batch.reward, batch.mask, batch.group), advantage=torch.ones_like(batch.reward))
+    signal = replace(group_signal(batch), advantage=torch.ones_like(batch.reward))
     trainer = tiny_trainer(tiny_config(importance_sampling_clip_max=2.0, entropy_coef=0.0), likes_a)
     old, _ = trainer.policy.logprobs(batch, everything(batch))
     # The trainer's probability is half the sampler's, and 1.5 and 4 times it at one token each.
@@ -363,7 +362,7 @@ def test_truncated_importance_sampling(tiny_config: Make, tiny_trainer: Make, ra
     ratio = torch.full_like(batch.reward, 0.5)
     ratio[0, 0], ratio[1, 0] = 1.5, 2.0
     batch = replace(batch, sampler_logprob=torch.where(batch.mask, old - gap, 0.0))
-    row = trainer.update_policy(batch, signal, old, None, generator())
+    row = trainer.update_policy(batch, signal, old, None, generator()).metrics
     weight = token_weights(batch.mask, torch.arange(len(batch)), "sequence-mean")
     assert row["actor/pg_loss"] == pytest.approx(-float((weight * ratio).sum()), rel=1e-4)
     prefix = "sampling/importance_sampling_ratio"
@@ -382,14 +381,15 @@ def test_truncated_importance_sampling(tiny_config: Make, tiny_trainer: Make, ra
 )
 def test_scale_rewards(scale: Any, expected: list[float]) -> None:
     reward, group = torch.tensor([[1.0], [3.0], [0.0], [8.0]]), torch.tensor([0, 0, 1, 1])
-    out = group_signal(reward, torch.ones(4, 1, dtype=torch.bool), group, scale=scale)
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    out = group_advantage(Outcome(reward, mask, mask, group), AdvantageOptions(scale_rewards=scale))
     torch.testing.assert_close(out.advantage[:, 0], torch.tensor(expected, dtype=torch.float32), atol=2e-4, rtol=0)
 
 
 def test_scale_rewards_in_the_loop(tiny_config: Make, tiny_trainer: Make, signals: list) -> None:
     config = tiny_config(algorithm="grpo", scale_rewards="none")
-    tiny_trainer(config, likes_a).step(1, RunDirectory(config))
-    reward, signal = signals[0]["arguments"][0].sum(dim=1), signals[0]["result"]
+    tiny_trainer(config, likes_a).step(1)
+    reward, signal = signals[0]["outcome"].reward.sum(dim=1), signals[0]["result"]
     mean: Tensor = reward.view(3, 4).mean(dim=1).repeat_interleave(4)
     torch.testing.assert_close(signal.advantage[:, 0], reward - mean)
 
@@ -407,8 +407,8 @@ def test_length_adaptive_lambda_in_the_loop(
 ) -> None:
     config = tiny_config(length_adaptive_alpha=0.5)
     trainer = tiny_trainer(config, likes_a, sampler=scripted_sampler([[3, 4, 5, 6, 1], [3, 4, 1]]))
-    trainer.step(1, RunDirectory(config))
-    signal, reward = signals[0]["result"], signals[0]["arguments"][1]
+    trainer.step(1)
+    signal, reward = signals[0]["result"], signals[0]["outcome"].reward
     for row, (length, lam) in enumerate([(5, 1 - 1 / 2.5), (3, 1 - 1 / 1.5)]):
         value, advantage = [*signal.value[row, :length].tolist(), 0.0], 0.0
         for t in reversed(range(length)):
@@ -448,19 +448,8 @@ def test_masks_do_not_depend_on_micro_batches(tiny_critic: Make, seed: int) -> N
     masks = []
     for budget in (10, 40, 10_000):
         value = critics.values(batch, 2 * budget)
-        signal = ensemble_signal(
-            value,
-            batch.reward,
-            batch.mask,
-            batch.group,
-            gamma=1.0,
-            lam=0.95,
-            value_lambda=1.0,
-            whitening="none",
-            advantage_fraction=0.2,
-            entropy_fraction=0.2,
-            quantile_scope="batch",
-        )
+        outcome = Outcome(batch.reward, batch.mask, batch.mask, batch.group, value)
+        signal = critics_advantage(outcome, AdvantageOptions(whiten="none"))
         masks.append((signal.advantage_keep, signal.entropy_keep))
     for advantage_keep, entropy_keep in masks[1:]:
         assert torch.equal(advantage_keep, masks[0][0])
@@ -480,7 +469,10 @@ def test_masks_do_not_depend_on_micro_batches(tiny_critic: Make, seed: int) -> N
         ({"overlong_buffer_len": -1}, "overlong_buffer_len: got -1, needs an integer of at least 0"),
         ({"overlong_penalty_factor": -0.5}, r"overlong_penalty_factor: got -0\.5, needs a number of at least 0"),
         ({"importance_sampling_clip_max": 0.0}, r"importance_sampling_clip_max: got 0\.0, needs a positive number"),
-        ({"scale_rewards": "none"}, "scale_rewards: got 'none', needs algorithm grpo; asyppo has whiten"),
+        (
+            {"scale_rewards": "none"},
+            "scale_rewards: got 'none', needs an algorithm that scales rewards, such as grpo; asyppo does not",
+        ),
         ({"algorithm": "grpo", "advantage_values": "before"}, "advantage_values: got 'before', needs a critic"),
         ({"algorithm": "ppo", "advantage_values": "cross_fit"}, "advantage_values: got 'cross_fit', needs two critics"),
         (

@@ -24,10 +24,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from asyppo.algorithm.options import PolicyLossOptions
+from asyppo.algorithm.policy_losses import PolicyTargets
 from asyppo.config import ConfigError
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.adapters import add_lora
-from asyppo.models.policy import Policy, compute_dtype
+from asyppo.models.policy import Objective, Policy, compute_dtype
 
 CPU = torch.device("cpu")
 TinyLM = Callable[..., Qwen3ForCausalLM]
@@ -115,8 +117,8 @@ def test_gradient_of_the_loss_is_that_of_the_full_logits(tiny_lm: TinyLM, ragged
     old, _ = policy.logprobs(batch, micro_batches(batch, torch.arange(len(batch)), 1000))
     advantage, weight = torch.randn_like(batch.reward), torch.rand_like(batch.reward)
     for micro in micro_batches(batch, torch.arange(len(batch)), 30):
-        arguments = {"old_logprob": old, "advantage": advantage, "token_weight": weight}
-        policy(micro, {k: v[micro.grid] for k, v in arguments.items()} | {"entropy_coef": 0.3}).loss.backward()
+        targets = PolicyTargets(old, advantage, weight, batch.mask, batch.mask).at(micro.grid)
+        policy(micro, Objective(targets, PolicyLossOptions(entropy_coef=0.3))).loss.backward()
     logprob, entropy = naive(other, batch, 0.9)
     (-(weight * (advantage * logprob + 0.3 * entropy))[batch.mask].sum()).backward()
     for (name, one), (_, two) in zip(policy.model.named_parameters(), other.named_parameters(), strict=True):

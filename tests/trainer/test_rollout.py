@@ -13,7 +13,6 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.prompts import Row
 from asyppo.rollout.collecting import Group, Sample, keep_unequal
 from asyppo.rollout.samplers import Response
-from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 
@@ -86,7 +85,6 @@ def test_in_the_loop_and_from_any_step(tiny_config: Make, tiny_trainer: Make, al
     for start in (1, 2):
         config = tiny_config(algorithm=algorithm, dynamic_sampling=True, run_name=f"run-{start}", learning_rate=1e-12)
         trainer = tiny_trainer(config, hard_ones_differ, train_dataset=ROWS)
-        run = RunDirectory(config)
         for step in range(start, 3):
             asked: list[Tensor] = []
             sample = trainer.sampler.sample
@@ -96,7 +94,7 @@ def test_in_the_loop_and_from_any_step(tiny_config: Make, tiny_trainer: Make, al
                 return to(prompts, **options)
 
             trainer.sampler.sample = spy
-            row = trainer.step(step, run)
+            row = trainer.step(step).metrics
             trainer.sampler.sample = sample
         seen.append(asked)
         assert row["sampling/num_gen_batches"] > 1
@@ -122,7 +120,7 @@ def test_further_prompts_leave_those_of_the_steps_alone(tiny_config: Make, tiny_
 def test_rewards_that_are_always_equal(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config(dynamic_sampling=True, dynamic_sampling_max_batches=3)
     trainer = tiny_trainer(config, lambda completions, **_: [1.0] * len(completions))
-    row = trainer.step(1, RunDirectory(config))
+    row = trainer.step(1).metrics
     assert (row["sampling/num_gen_batches"], row["sampling/filled_groups"]) == (3, 3)
 
 

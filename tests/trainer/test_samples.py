@@ -13,9 +13,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import asyppo.models.policy
-from asyppo.algorithm.advantage import group_signal
+from asyppo.algorithm.advantage import group_advantage
+from asyppo.algorithm.options import AdvantageOptions
+from asyppo.algorithm.signal import Outcome
+from asyppo.metrics.record import StepRecord
 from asyppo.metrics.samples import pieces, rounded, sample_rows
-from asyppo.run.directory import RunDirectory, read_jsonl
+from asyppo.models.policy import TokenStats
+from asyppo.rewards.computing import Rewards
+from asyppo.run.directory import RunDirectory
 
 Make = Callable[..., Any]
 COLUMNS = (
@@ -50,10 +55,8 @@ def test_what_a_training_step_logs(
     config = tiny_config(algorithm=algorithm, logging_samples=5, num_iterations=2, num_mini_batches=2)
     trainer = tiny_trainer(config, score)
     keep("rollout")
-    with RunDirectory(config) as run:
-        trainer.step(1, run)
-    batch, _, _ = seen["rollout"]
-    samples = read_jsonl(run.samples)
+    samples = trainer.step(1).samples
+    batch = seen["rollout"].batch
     assert [row["group"] for row in samples] == [0, 0, 1, 1, 2]  # responses 0, 2, 4, 7, 9 of 12
     for index, row in zip([0, 2, 4, 7, 9], samples, strict=True):
         length = int(batch.response_length[index])
@@ -84,34 +87,30 @@ def test_the_log_ratio_is_that_of_the_last_visit(
     visits: list[list[float]] = []
     op = asyppo.models.policy.linear_ppo_loss
 
-    def spy(*arguments: Any, old_logprob: torch.Tensor, **options: Any) -> Any:
-        result = op(*arguments, old_logprob=old_logprob, **options)
-        visits.append([rounded(x) for x in (result.logprob - old_logprob).tolist()])
+    def spy(*arguments: Any, **options: Any) -> Any:
+        result = op(*arguments, **options)
+        visits.append([rounded(x) for x in (result.logprob - arguments[3]).tolist()])
         return result
 
     monkeypatch.setattr(asyppo.models.policy, "linear_ppo_loss", spy)
     config = tiny_config(num_iterations=3, logging_samples=12)
-    run = RunDirectory(config)
-    tiny_trainer(config, score).step(1, run)
-    logged = sorted(x for row in read_jsonl(run.samples) for x in row["log_ratio"])
+    logged = sorted(x for row in tiny_trainer(config, score).step(1).samples for x in row["log_ratio"])
     assert max(map(abs, visits[0])) < 1e-4  # the policy that sampled
     assert logged == sorted(visits[2]) != sorted(visits[1])
 
 
 def test_without_a_policy_update_the_ratio_is_one(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config(critic={"warmup_steps": 1})
-    run = RunDirectory(config)
-    tiny_trainer(config, score).step(1, run)
-    assert {x for row in read_jsonl(run.samples) for x in row["log_ratio"]} == {0.0}
+    assert {x for row in tiny_trainer(config, score).step(1).samples for x in row["log_ratio"]} == {0.0}
 
 
 @pytest.mark.parametrize(("count", "groups"), [(0, []), (1, [0]), (3, [0, 1, 2]), (6, [0, 0, 1, 1, 2, 2]), (99, None)])
 def test_samples_are_spread_over_prompts(ragged_batch: Make, tokenizer: Any, count: int, groups: Any) -> None:
     batch = ragged_batch()
-    nothing = group_signal(batch.reward, batch.mask, batch.group)
-    rows = sample_rows(
-        1, count, batch, batch.reward.sum(dim=1), {}, nothing, batch.reward, batch.reward, batch.reward, tokenizer
-    )
+    nothing = group_advantage(Outcome(batch.reward, batch.mask, batch.mask, batch.group), AdvantageOptions())
+    zeros = torch.zeros_like(batch.reward)
+    record = StepRecord(1, batch, Rewards({}, [], {}), TokenStats(zeros, zeros), nothing, zeros)
+    rows = sample_rows(record, count, tokenizer)
     assert [row["group"] for row in rows] == (groups if groups is not None else batch.group.tolist())
 
 
@@ -119,9 +118,8 @@ def test_numbers_are_short_and_json(tiny_config: Make, tiny_trainer: Make) -> No
     assert rounded(1 / 3) == 0.333333
     assert rounded(123456789.0) == 123457000.0
     assert (rounded(math.nan), rounded(-math.inf), rounded(True), rounded(0)) == (None, None, True, 0)
-    trainer, config = tiny_trainer(tiny_config(), score), tiny_config()
-    run = RunDirectory(config)
-    trainer.step(1, run)
+    run = RunDirectory(tiny_config())
+    run.log_samples(tiny_trainer(tiny_config(), score).step(1).samples)
     for line in run.samples.read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
 

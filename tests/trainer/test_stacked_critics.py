@@ -25,11 +25,12 @@ from transformers import (
     Qwen3ForTokenClassification,
 )
 
-import asyppo.trainer
+import asyppo.algorithm.advantage
 from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.batch import Batch, share_micro_batches
+from asyppo.loop import TrainingLoop
 from asyppo.models.critics import CriticOptimizer, OneByOneCritics, StackedCritics, make_critics
 from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
@@ -616,13 +617,13 @@ def test_both_kinds_give_the_same_metrics(
 ) -> None:
     """And drop the same tokens: all responses to a prompt begin in one state, and rounding must not choose among
     equals."""
-    rows, kept, compute = [], [], asyppo.trainer.ensemble_signal
+    rows, kept, compute = [], [], asyppo.algorithm.advantage.critics_advantage
 
     def remember(*arguments: Any, **options: Any) -> LearningSignal:
         kept[-1].append(signal := compute(*arguments, **options))
         return signal
 
-    monkeypatch.setattr(asyppo.trainer, "ensemble_signal", remember)
+    monkeypatch.setattr(asyppo.algorithm.advantage, "critics_advantage", remember)
     for stack in (True, False):
         critic = {"num_critics": num_critics, "stacked": stack, "num_iterations": 2, "num_mini_batches": 2}
         config = tiny_config(
@@ -636,9 +637,8 @@ def test_both_kinds_give_the_same_metrics(
         trainer = tiny_trainer(config, lambda completions, **_: [float(c.count("a")) for c in completions])
         if stack and packed:
             trainer.critics.varlen = reference_varlen
-        run = RunDirectory(config)
         kept.append([])
-        rows.append([trainer.step(step, run) for step in (1, 2, 3)])
+        rows.append([trainer.step(step).metrics for step in (1, 2, 3)])
     for one, other in zip(*rows, strict=True):
         assert one.keys() == other.keys()
         for key in one:
@@ -665,11 +665,11 @@ def test_a_checkpoint_of_either_kind_is_one_of_the_other(
         first, second = (tiny_trainer(config, reward) for config in configs)
         run = RunDirectory(configs[0])
         handle = next(first.critics.parameters()).register_hook(lambda g: g * torch.nan)
-        assert first.step(1, run)["critic/skipped_updates"] == (2 if stacked else 1)
+        assert first.step(1).metrics["critic/skipped_updates"] == (2 if stacked else 1)
         handle.remove()
         if not stacked:
-            assert first.step(2, run)["critic/skipped_updates"] == 0
-        checkpoint = first.save(run, 2)
+            assert first.step(2).metrics["critic/skipped_updates"] == 0
+        checkpoint = TrainingLoop(first).save(run, 2)
         load_checkpoint(checkpoint, second.trained())
         (one, adam), (other, other_adam) = (trainer.trained()["critics"] for trainer in (first, second))
         for p, q in zip(one.parameters(), other.parameters(), strict=True):

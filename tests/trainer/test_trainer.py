@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+import asyppo.algorithm.advantage
 import asyppo.models.policy
 import asyppo.trainer
-from asyppo.algorithm.advantage import group_signal
+from asyppo.algorithm.advantage import critics_advantage, group_advantage
+from asyppo.algorithm.options import AdvantageOptions
+from asyppo.algorithm.signal import LearningSignal, Outcome
 from asyppo.config import AsyPPOConfig, ConfigError, DataConfig
 from asyppo.data.batch import Batch
 from asyppo.models.critics import CriticOptimizer, Critics, StackedCritics
 from asyppo.models.policy import Policy
-from asyppo.run.directory import RunDirectory, read_jsonl
+from asyppo.run.directory import read_jsonl
 from asyppo.trainer import AsyPPOTrainer, TrainingError
 
 Make = Callable[..., Any]
@@ -74,7 +77,7 @@ def test_policy_gradient_does_not_depend_on_micro_batches(
     batch: Batch = ragged_batch()
     random = torch.rand_like(batch.reward)
     signal = replace(
-        group_signal(batch.reward, batch.mask, batch.group),
+        group_advantage(Outcome(batch.reward, batch.mask, batch.mask, batch.group), AdvantageOptions()),
         advantage=torch.randn_like(batch.reward),
         advantage_keep=batch.mask & (random > 0.2),
         entropy_keep=batch.mask & (random < 0.8),
@@ -133,7 +136,7 @@ def test_ratio_is_one_at_the_first_update(
         algorithm=algorithm, temperature=temperature, max_tokens_per_micro_batch=60, generation_batch_size=5
     )
     trainer = tiny_trainer(config, likes_a)
-    row = trainer.step(1, RunDirectory(config))
+    row = trainer.step(1).metrics
     assert len(results) > 1
     for result in results:
         torch.testing.assert_close(result.ratio, torch.ones_like(result.ratio), atol=1e-4, rtol=0)
@@ -146,36 +149,36 @@ def test_the_gap_to_the_sampler_is_seen(tiny_config: Make, tiny_trainer: Make, s
     """The scripted sampler claims a log-prob of -1 for each token."""
     config = tiny_config()
     trainer = tiny_trainer(config, likes_a, sampler=scripted_sampler([[3, 4, 1]]))
-    row = trainer.step(1, RunDirectory(config))
+    row = trainer.step(1).metrics
     assert row["sampling/sampling_logp_difference/mean"] > 0.1
 
 
 def test_warm_up_trains_the_critics_only(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config(critic={"warmup_steps": 1}, warmup_steps=2)
-    trainer, run = tiny_trainer(config, likes_a), RunDirectory(config)
+    trainer = tiny_trainer(config, likes_a)
     policy, critics = weights(trainer.policy), weights(trainer.critics)
-    row = trainer.step(1, run)
+    row = trainer.step(1).metrics
     assert same(weights(trainer.policy), policy)
     assert not same(weights(trainer.critics), critics)
     assert "actor/pg_loss" not in row
     assert "critic/vf_loss" in row
-    rates = [trainer.step(step, run)["actor/lr"] for step in (2, 3, 4)]
+    rates = [trainer.step(step).metrics["actor/lr"] for step in (2, 3, 4)]
     assert rates == [0.5e-2, 1e-2, 1e-2]  # the rise is counted from the policy's first step
     assert not same(weights(trainer.policy), policy)
 
 
 def test_grpo_has_no_warm_up(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config(algorithm="grpo", critic={"warmup_steps": 5})
-    row = tiny_trainer(config, likes_a).step(1, RunDirectory(config))
+    row = tiny_trainer(config, likes_a).step(1).metrics
     assert "actor/pg_loss" in row
     assert "critic/vf_loss" not in row
 
 
 def test_the_reference_stays_where_it_is(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config(beta=0.1)
-    trainer, run = tiny_trainer(config, likes_a), RunDirectory(config)
+    trainer = tiny_trainer(config, likes_a)
     before = weights(trainer.reference)
-    first, second = (trainer.step(step, run) for step in (1, 2))
+    first, second = (trainer.step(step).metrics for step in (1, 2))
     assert same(weights(trainer.reference), before)
     assert first["actor/kl_loss"] == pytest.approx(0, abs=1e-6)
     assert second["actor/kl_loss"] > 1e-5
@@ -231,7 +234,7 @@ def test_masters_are_float32_so_that_small_updates_count(tiny_config: Make, tiny
     trainer = tiny_trainer(config, likes_a, dtype=torch.bfloat16)
     models = (trainer.policy, *trainer.critics.models)
     before = [weights(model) for model in models]
-    trainer.step(1, RunDirectory(config))
+    trainer.step(1)
     for old, new in zip(before, map(weights, models), strict=True):
         large = [(a, b) for a, b in zip(old, new, strict=True) if a.dim() == 2]
         moved = sum(int((a != b).sum()) for a, b in large) / sum(a.numel() for a, _ in large)
@@ -268,12 +271,12 @@ def test_a_gradient_that_is_not_finite_skips_that_update(
     now = {"step": 0}
     original = trainer.step
 
-    def step(number: int, run: RunDirectory) -> Any:
+    def step(number: int) -> Any:
         now["step"] = number
         before.append([weights(m) for m in models])
-        row = original(number, run)
+        result = original(number)
         after.append([weights(m) for m in models])
-        return row
+        return result
 
     models = [trainer.policy.model, *trainer.critics.models]
     before: list[Any] = []
@@ -298,20 +301,18 @@ def test_a_gradient_that_is_not_finite_skips_that_update(
 def test_a_loss_that_is_not_finite_skips_the_update(
     tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = asyppo.trainer.ensemble_signal
-
-    def poisoned(value: Tensor, *arguments: Any, **options: Any) -> Any:
-        signal = original(value, *arguments, **options)
+    def poisoned(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+        signal = critics_advantage(outcome, options)
         return replace(signal, advantage=signal.advantage * math.inf)
 
-    monkeypatch.setattr(asyppo.trainer, "ensemble_signal", poisoned)
+    monkeypatch.setattr(asyppo.algorithm.advantage, "critics_advantage", poisoned)
     config = tiny_config()
     trainer = tiny_trainer(config, likes_a)
     before = weights(trainer.policy)
-    row = trainer.step(1, RunDirectory(config))
+    result = trainer.step(1)
     assert same(before, weights(trainer.policy))
-    assert row["actor/skipped_updates"] == 1
-    assert trainer.skipped_in_a_row == 1
+    assert result.metrics["actor/skipped_updates"] == 1
+    assert result.skipped
 
 
 def test_many_such_steps_stop_the_run_with_a_usable_checkpoint(tiny_config: Make, tiny_trainer: Make) -> None:

@@ -62,7 +62,7 @@ class Critics(nn.Module, ABC):
         self.zero_grad(set_to_none=True)
 
     def padding_frac(self) -> float:
-        """Return the share of padding in the tokens of all passes since the last call; 0 if there were none."""
+        """Return the fraction of padding in the tokens of all passes since the last call; 0 if there were none."""
         return self._padding.take()
 
     @abstractmethod
@@ -83,7 +83,7 @@ class PaddingCount:
         self.computed += computed
 
     def take(self) -> float:
-        """Return the share of padding and start anew."""
+        """Return the fraction of padding and start anew."""
         real, computed = self.real, self.computed
         self.real, self.computed = [], 0
         if not computed:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification,
 from transformers.utils import logging as transformers_logging
 
 from asyppo.config import ConfigError
-from asyppo.models.policy import load_pretrained
+from asyppo.models.hub import load_pretrained
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -93,7 +93,11 @@ def load_value_model(
 ) -> tuple[Any, bool]:
     """Return a model with a ``base_model`` and a linear head called ``score``, and whether that was drawn anew.
     Raises ConfigError."""
-    how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    how: dict[str, Any] = {
+        "setting": "critic.model_name_or_path",
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
     try:

@@ -16,7 +16,7 @@ from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import between_replicas_once, decoder_layers, release, shard
 from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.loading import check_head, load_value_models
-from asyppo.models.policy import use_liger_kernels
+from asyppo.models.hub import use_liger_kernels
 from asyppo_kernels import ensemble_value
 
 

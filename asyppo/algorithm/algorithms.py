@@ -1,0 +1,38 @@
+"""The algorithms: what each needs of critics, and how it makes the learning signal. The one table of them.
+
+An entry names its function rather than imports it, so that reading the table costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An entry. One's own is an instance in a file of one's own, or a function alone, which has no critics."""
+
+    advantage: str | Callable[..., Any]
+    """``(Outcome, AdvantageOptions) -> LearningSignal``, or ``module:function`` of it."""
+    critics: Literal["mini", "policy", "none"] = "none"
+    """``mini``: ``critic.num_critics`` of them, from ``critic.model_name_or_path``. ``policy``: one, made from the
+    policy's own checkpoint. ``none``: no critic."""
+    compares_group: bool = False
+    """Whether it compares the responses of one prompt, which takes at least two."""
+    scales_rewards: bool = False
+    """Whether it reads ``scale_rewards``."""
+
+    def num_critics(self, configured: int) -> int:
+        """Return M, where the configuration asks for ``configured`` mini-critics."""
+        return {"mini": configured, "policy": 1, "none": 0}[self.critics]
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "asyppo": Algorithm("asyppo.algorithm.advantage:critics_advantage", critics="mini"),
+    "ppo": Algorithm("asyppo.algorithm.advantage:critics_advantage", critics="policy"),
+    "grpo": Algorithm("asyppo.algorithm.advantage:group_advantage", compares_group=True, scales_rewards=True),
+    "rloo": Algorithm("asyppo.algorithm.advantage:leave_one_out_advantage", compares_group=True),
+    "reinforce++": Algorithm("asyppo.algorithm.advantage:reward_to_go_advantage"),
+}

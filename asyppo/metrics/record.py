@@ -1,0 +1,29 @@
+"""What a step leaves behind: metrics and samples are read off it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from asyppo.algorithm.signal import LearningSignal
+from asyppo.data.batch import Batch
+from asyppo.models.policy import TokenStats
+from asyppo.rewards.computing import Rewards
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step has sampled, and what it has made of it."""
+
+    number: int
+    """The step, from 1."""
+    batch: Batch
+    """With the rewards that the algorithm saw."""
+    rewards: Rewards
+    """By function, as they came."""
+    old: TokenStats
+    """Of the policy that sampled, as the trainer computes it."""
+    signal: LearningSignal
+    log_ratio: Tensor
+    """float32 [B, T]: log π/π_old of each token at its last visit; zeros where the policy was not updated."""

@@ -1,0 +1,125 @@
+"""What a sampler is, and what samplers have in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from asyppo.distributed.processes import divided, own_randomness
+from asyppo.models.adapters import has_adapters
+
+NamedWeights = Iterable[tuple[str, Tensor]]
+"""Weights by the names that the model's ``state_dict`` has for them, whole, one after another; tied ones each."""
+
+
+@dataclass
+class Response:
+    """One sampled response, on the CPU."""
+
+    tokens: Tensor
+    """int64 [length], at least 1; ends with an end-of-sequence token unless ``truncated``."""
+    logprob: Tensor
+    """float32 [length]: log-prob of each token under the distribution it was drawn from."""
+    truncated: bool
+    """Cut off by the length limit."""
+
+
+class Sampler(Protocol):
+    """Anything that continues prompts with the current policy.
+
+    One that has a copy of the weights, in an engine of its own, also has ``update_weights``: see ``HoldsWeights``.
+    """
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        """Return one response for each prompt (int64 [length])."""
+        ...
+
+
+@runtime_checkable
+class HoldsWeights(Protocol):
+    """A sampler whose engine has a copy of the policy's weights."""
+
+    def update_weights(self, weights: NamedWeights) -> None:
+        """Take the policy's weights; called before the first sampling and after each update. They come in pieces, each
+        of which is only good until the next: copy what is to stay."""
+        ...
+
+
+class SentWeights:
+    """``Sampler`` that sends ``weights()`` to ``engine`` before ``sampler`` samples, where they have changed."""
+
+    def __init__(self, sampler: Sampler, engine: HoldsWeights, weights: Callable[[], NamedWeights]):
+        self.sampler, self.engine, self.weights = sampler, engine, weights
+        self.stale = True
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        """Return one response for each prompt (int64 [length])."""
+        if self.stale:
+            self.engine.update_weights(self.weights())
+            self.stale = False
+        return self.sampler.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
+
+
+class DividedSampler:
+    """``Sampler`` of several ranks: each samples its own prompts, whole groups, and gets the responses of all.
+
+    ``weights`` is the context in which the model of ``sampler`` has its weights. Ranks draw different random numbers,
+    so samples depend on their number.
+    """
+
+    def __init__(self, sampler: Sampler, weights: Callable[[], AbstractContextManager[None]] = nullcontext):
+        self.sampler, self.weights = sampler, weights
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        """Return one response for each prompt (int64 [length])."""
+
+        def own(part: slice) -> list[Response]:
+            return self.sampler.sample(
+                prompts[part], max_completion_length=max_completion_length, temperature=temperature
+            )
+
+        with self.weights(), own_randomness():
+            return divided(own, [prompt.tolist() for prompt in prompts])
+
+
+class WorkingWeights:
+    """The weights that a sampler decodes with: the model's own where they have ``dtype``, or else a copy in ``dtype``.
+
+    Decoding reads every weight for every token, so it is done in bfloat16 weights rather than in float32 masters that
+    autocast would cast again and again. The copy takes 2 bytes a parameter beside the masters' 4. A model with
+    adapters has no copy: what is large in it is frozen, and in ``dtype`` anyway.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
+        self.model, self.copy = model, None
+        if not has_adapters(model) and any(p.dtype != dtype for p in model.parameters()):
+            # Parameters are replaced while the model is copied, so that no second float32 copy exists on the way.
+            cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
+            self.copy = copy.deepcopy(model, cast)
+
+    @torch.no_grad()
+    def current(self) -> PreTrainedModel:
+        """Return a model with the weights as they are now; a copy is updated in place."""
+        if self.copy is None:
+            return self.model
+        for target, source in zip(self.copy.parameters(), self.model.parameters(), strict=True):
+            target.copy_(source)
+        return self.copy
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put ``model`` in eval mode for the time inside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

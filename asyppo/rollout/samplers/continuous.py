@@ -1,0 +1,102 @@
+"""transformers' continuous batching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from asyppo.rollout.samplers.base import Response, WorkingWeights, evaluating
+
+
+class ContinuousBatchingSampler:
+    """``Sampler`` over transformers' continuous batching: a response that ends makes room for the next at once, and
+    the responses of one prompt share its key-value cache, which is paged.
+
+    ``batch_size`` bounds the responses under way. On a GPU the cache takes what memory is free, and gives it back; the
+    attention is the model's, and flash attention is the one worth having here. Randomness comes from torch's global
+    generator, the whole softmax is sampled from, and a checkpoint's own sampling settings do not apply.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        batch_size: int = 512,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.weights, self.batch_size = WorkingWeights(model, dtype), batch_size
+        self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        """Return one response for each prompt (int64 [length]). Raises RuntimeError where transformers cannot."""
+        if not prompts:
+            return []
+        model = self.weights.current()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # the cache takes what is free, and what training keeps for reuse is not
+        generation = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max_completion_length,
+            eos_token_id=self.eos_token_ids or -1,
+            pad_token_id=self.pad_token_id,
+        )
+        batching = self._batching(model, max(len(p) for p in prompts) + max_completion_length, len(prompts))
+        with evaluating(model), torch.random.fork_rng():  # the manager seeds the global generator
+            manager = model.init_continuous_batching(generation, batching)
+            try:
+                # Before it starts, so that what is drawn does not depend on how fast the requests come in.
+                names = manager.add_requests([p.tolist() for p in prompts], max_new_tokens=max_completion_length)
+                manager.start()
+                finished: dict[str, GenerationOutput] = {}
+                while len(finished) < len(prompts):
+                    result = manager.get_result(timeout=1)
+                    if result is not None:
+                        finished[result.request_id] = result
+                    elif not manager.is_running():
+                        break
+            finally:
+                manager.stop(block=True)
+                manager.destroy()
+        errors = {str(result.error) for result in finished.values() if result.error is not None}
+        if errors or len(finished) < len(prompts):
+            raise RuntimeError(
+                f"continuous batching: {len(finished)} of {len(prompts)} responses finished; "
+                f"{'; '.join(sorted(errors)) or 'its thread ended'}. sampler: generate does without it"
+            )
+        return [self._response(finished[name].generated_tokens, finished[name].logprobs) for name in names]
+
+    def _batching(self, model: PreTrainedModel, longest: int, count: int) -> ContinuousBatchingConfig:
+        together, page = min(self.batch_size, count), 32 if model.device.type == "cpu" else 256
+        blocks = -(-longest // page)
+        settings: dict[str, Any] = {
+            "max_requests_per_batch": together,
+            "page_size": page,
+            "return_logprobs": True,
+            "seed": int(torch.randint(2**62, ())),
+            "auto_switch_to_flash": False,
+        }
+        if model.device.type == "cpu":
+            # Room for as many at once, and no more: by default it is made for most of the memory, and masks with it.
+            settings |= {
+                "num_blocks": together * blocks,
+                "max_batch_tokens": max(256, together),
+                "allow_block_sharing": False,
+            }
+        elif "flash" in str(model.config._attn_implementation):
+            settings["max_blocks_per_request"] = 2 * (blocks // 2 + 1)  # even, and one to spare
+        return ContinuousBatchingConfig(**settings)
+
+    def _response(self, tokens: list[int], logprob: list[float]) -> Response:
+        return Response(torch.tensor(tokens), torch.tensor(logprob), tokens[-1] not in self.eos_token_ids)
