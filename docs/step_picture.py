@@ -125,8 +125,8 @@ ARROWS = (
     _arrow((160, 348), (160, 626)),
     _text(168, 490, "log π_old", "label", "start"),
     _arrow((460, 204), (460, 560), (330, 560), (330, 626), dashed=True),
-    _text(452, 420, "grpo: reward less its group's", "label", "end"),
-    _text(452, 437, "mean; there are no critics", "label", "end"),
+    _text(452, 420, "grpo, rloo, reinforce++: from", "label", "end"),
+    _text(452, 437, "rewards alone, without critics", "label", "end"),
     _arrow((60, 690), (24, 690), (24, 14), (435, 14), (435, 28)),
     _text(90, 9, "new weights", "label", "start"),
 )
