@@ -61,8 +61,8 @@ def _state(trained: Trained) -> dict[str, Any]:
         fresh = not optimizer.state
         weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
         if fresh:  # get_state_dict has filled it by a step at rate 0, which is not to count
-            for of_parameter in optimizer.state.values():
-                of_parameter["step"].zero_()
+            for parameter_state in optimizer.state.values():
+                parameter_state["step"].zero_()
         state[name] = {"model": weights, "optimizer": moments}
     return state
 

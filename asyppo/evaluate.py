@@ -179,15 +179,17 @@ def evaluate(
             "prompt": prompt_text(row["prompt"]),
             "completion": completion,
             "reward": score,
-            "rewards": of_sample,
+            "rewards": sample_rewards,
             "truncated": response.truncated,
             "response_length": len(response.tokens),
             "task": row.get("task", ""),
         }
-        for row, completion, score, of_sample, response in zip(
+        for row, completion, score, sample_rewards, response in zip(
             repeated, completions, rewards.scores, rewards.by_sample, responses, strict=True
         )
     ]
-    right = [next((r for r in of_sample.values() if r is not None), 0.0) >= 1 for of_sample in rewards.by_sample]
+    right = [
+        next((r for r in sample_rewards.values() if r is not None), 0.0) >= 1 for sample_rewards in rewards.by_sample
+    ]
     starts = range(0, len(right), num_generations)
     return Evaluation([row.get("task", "") for row in rows], [right[s : s + num_generations] for s in starts], samples)

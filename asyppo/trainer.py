@@ -179,16 +179,13 @@ class AsyPPOTrainer:
             # 1 to 3. Split, critic update, values of all responses.
             values, share = None, None
             if self.critics is not None:
-                values, share, of_critics = self.learn_values(self.critics, batch, generator, timer)
-                metrics |= of_critics
+                values, share, critic_metrics = self.learn_values(self.critics, batch, generator, timer)
+                metrics |= critic_metrics
 
             # 4 and 5. Advantage on the mean value; masks from the disagreement.
             with timer.phase("adv"):
                 outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group, values, share)
                 signal = self.advantage(outcome, AdvantageOptions.of(config))
-                if not isinstance(signal, LearningSignal):
-                    got = type(signal).__name__
-                    raise ConfigError(f"algorithm: {config.algorithm} returned {got}, needs a LearningSignal")
             metrics |= self._diagnose(step, batch, signal, old, timer)
 
             # 6. Policy update.
@@ -386,7 +383,15 @@ def advantage_of(config: AsyPPOConfig) -> Advantage:
     advantage = config.resolved_algorithm.advantage
     found = load("algorithm", advantage) if isinstance(advantage, str) else advantage
     check_parameters("algorithm", config.algorithm, found, "outcome", "options")
-    return found
+
+    def checked(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:
+        signal = found(outcome, options)
+        if not isinstance(signal, LearningSignal):
+            got = type(signal).__name__
+            raise ConfigError(f"algorithm: {config.algorithm} returned {got}, needs a LearningSignal")
+        return signal
+
+    return checked
 
 
 def surrogate_of(config: AsyPPOConfig) -> PolicyLoss | None:

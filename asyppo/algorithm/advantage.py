@@ -62,7 +62,7 @@ def disagreement_masks(
     )
     if options.quantile_scope == "batch":
         return masks(coarse(std), learned)
-    rows = [masks(of_row, valid) for of_row, valid in zip(coarse(std), learned, strict=True)]
+    rows = [masks(sigma, valid) for sigma, valid in zip(coarse(std), learned, strict=True)]
     advantage_keep = torch.stack([row.advantage_keep for row in rows])
     entropy_keep = torch.stack([row.entropy_keep for row in rows])
     low = torch.stack([row.low for row in rows]).mean()

@@ -109,8 +109,8 @@ def find_model(name: str) -> tuple[str, Path | None]:
     if (path / "policy").is_dir():
         path = path / "policy"
     places = [parent / "config.yaml" for parent in path.resolve().parents[:2]]  # the checkpoint, the run
-    of_checkpoint = (path.resolve().parent / "trainer_state.json").is_file()
-    return str(path), next((p for p in places if of_checkpoint and p.is_file()), None)
+    is_checkpoint = (path.resolve().parent / "trainer_state.json").is_file()
+    return str(path), next((p for p in places if is_checkpoint and p.is_file()), None)
 
 
 def _eval_arguments(parser: ArgumentParser) -> None:

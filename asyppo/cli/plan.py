@@ -175,31 +175,34 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     )
 
     rows = max(1, config.max_tokens_per_micro_batch // width)
-    of_policy = activations(policy, rows, width, dtype, config.policy.gradient_checkpointing)
+    policy_activations = activations(policy, rows, width, dtype, config.policy.gradient_checkpointing)
     tokens = min(rows, responses) * config.max_completion_length
     head = _head(policy, tokens, element)
     plan.phases["log-probs"] = always | {
-        "weights as computed with": _in_use(policy, of_policy, element, gpus),
-        "within a layer": of_policy.layer,
+        "weights as computed with": _in_use(policy, policy_activations, element, gpus),
+        "within a layer": policy_activations.layer,
         **{k: v for k, v in head.items() if "gradient" not in k},
     }
     if critic is not None:
         rows = max(config.num_critics, config.max_tokens_per_micro_batch // width)
-        of_critic = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
+        critic_activations = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
         # A frozen backbone is there once, and in the precision of the pass already.
-        in_use = 0 if config.critic.lora_r else config.num_critics * _in_use(critic, of_critic, element, gpus)
+        in_use = 0 if config.critic.lora_r else config.num_critics * _in_use(critic, critic_activations, element, gpus)
         plan.phases["critic update"] = always | {
             "gradients": 4 * config.num_critics * critic.trainable // shards,
             "weights as computed with": in_use,
-            "activations": of_critic.kept,
-            "within a layer": of_critic.layer,
+            "activations": critic_activations.kept,
+            "within a layer": critic_activations.layer,
         }
-        plan.phases["values"] = always | {"weights as computed with": in_use, "within a layer": of_critic.layer}
+        plan.phases["values"] = always | {
+            "weights as computed with": in_use,
+            "within a layer": critic_activations.layer,
+        }
     plan.phases["policy update"] = always | {
         "gradients": 4 * policy.trainable // shards,
-        "weights as computed with": _in_use(policy, of_policy, element, gpus),
-        "activations": of_policy.kept,
-        "within a layer": of_policy.layer,
+        "weights as computed with": _in_use(policy, policy_activations, element, gpus),
+        "activations": policy_activations.kept,
+        "within a layer": policy_activations.layer,
         **head,
     }
     return plan

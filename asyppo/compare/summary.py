@@ -154,12 +154,12 @@ def _summarize_arm(
 
 def _mean_of(pattern: str, runs: list[list[dict[str, Any]]]) -> float | None:
     """Mean of the metrics of that name over the last half of each run's steps, over runs; None if there is none."""
-    of_runs = []
+    means = []
     for rows in runs:
         late = [value for step, value in _logged(pattern, rows) if step > rows[-1]["step"] / 2]
         if late:
-            of_runs.append(statistics.fmean(late))
-    return statistics.fmean(of_runs) if of_runs else None
+            means.append(statistics.fmean(late))
+    return statistics.fmean(means) if means else None
 
 
 def _series(pattern: str, runs: list[list[dict[str, Any]]]) -> Series:

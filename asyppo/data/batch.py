@@ -190,14 +190,14 @@ def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int)
     """Cut this rank's part of M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a
     share, that have at most ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run
     out has no rows. Every rank gets the same number."""
-    of_ranks = zip(*(divide_rows(rows, batch.length) for rows in shares), strict=True)
-    pieces = [list(_pieces_side_by_side(batch, of_rank, max_tokens)) for of_rank in of_ranks]
+    by_rank = zip(*(divide_rows(rows, batch.length) for rows in shares), strict=True)
+    pieces = [list(_pieces_side_by_side(batch, rank_rows, max_tokens)) for rank_rows in by_rank]
     for own in _in_step(pieces):
         if own is None:
             yield [empty_micro_batch(batch) for _ in shares]
         else:
             rows, width = own
-            yield [micro_batch(batch, of_share, width) for of_share in rows]
+            yield [micro_batch(batch, share_rows, width) for share_rows in rows]
 
 
 def _pieces_side_by_side(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[tuple[list[Tensor], int]]:
@@ -206,7 +206,7 @@ def _pieces_side_by_side(batch: Batch, shares: Sequence[Tensor], max_tokens: int
     start = 0
     while start < max(map(len, lengths)):
         # The first row of each share is the longest of its piece.
-        width = max(of_share[start] for of_share in lengths if start < len(of_share))
+        width = max(share_rows[start] for share_rows in lengths if start < len(share_rows))
         end = start + max(1, max_tokens // (width * len(shares)))
         yield [order[start:end] for order in orders], width
         start = end
@@ -231,9 +231,9 @@ def token_imbalance(batch: Batch, passes: Sequence[Tensor]) -> float:
     return busiest / everyone
 
 
-def _in_step(of_ranks: Sequence[list[T]]) -> Iterator[T | None]:
+def _in_step(by_rank: Sequence[list[T]]) -> Iterator[T | None]:
     """Yield what is this rank's, and then None until the rank that has most is done, too: in every pass all ranks
     communicate."""
-    own = of_ranks[rank()]
-    for i in range(max(map(len, of_ranks))):
+    own = by_rank[rank()]
+    for i in range(max(map(len, by_rank))):
         yield own[i] if i < len(own) else None

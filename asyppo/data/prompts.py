@@ -148,8 +148,8 @@ def prompt_tokens(
         chosen = [i for i, is_kind in enumerate(templated) if is_kind is kind]
         if chosen:
             ids = tokenizer([texts[i] for i in chosen], padding=False, add_special_tokens=not kind)["input_ids"]
-            for i, of_prompt in zip(chosen, ids, strict=True):
-                tokens[i] = of_prompt
+            for i, prompt_ids in zip(chosen, ids, strict=True):
+                tokens[i] = prompt_ids
     return tokens
 
 

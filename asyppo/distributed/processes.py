@@ -208,12 +208,12 @@ def divide_rows(rows: Tensor, tokens: Tensor) -> list[Tensor]:
     """
     if world_size() == 1:
         return [rows]
-    of_row = tokens[rows].tolist()
+    row_tokens = tokens[rows].tolist()
     load = [0] * world_size()
     owner = torch.empty(len(rows), dtype=torch.int64)
-    for i in sorted(range(len(of_row)), key=of_row.__getitem__, reverse=True):
+    for i in sorted(range(len(row_tokens)), key=row_tokens.__getitem__, reverse=True):
         least = load.index(min(load))
-        load[least] += of_row[i]
+        load[least] += row_tokens[i]
         owner[i] = least
     owner = owner.to(rows.device)
     return [rows[owner == r] for r in range(world_size())]

@@ -44,7 +44,7 @@ def sample_rows(record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBa
                 "prompt": tokenizer.decode(tokens[:prompt]),
                 "completion": tokenizer.decode(response, skip_special_tokens=True),
                 "reward": rounded(float(batch.score[b])),
-                "rewards": {name: rounded(of_function[b]) for name, of_function in record.rewards.by_function.items()},
+                "rewards": {name: rounded(given[b]) for name, given in record.rewards.by_function.items()},
                 "truncated": bool(batch.truncated[b]),
                 "tokens": pieces(tokenizer, response),
                 **{name: [rounded(x) for x in grid[b, :length].tolist()] for name, grid in columns.items()},

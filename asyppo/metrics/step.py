@@ -67,9 +67,9 @@ def importance_metrics(weight: Tensor, mask: Tensor) -> Row:
 def reward_metrics(rewards: Rewards) -> Row:
     """Mean and standard deviation of each reward function over the samples that are its own, and its timeouts."""
     row: Row = {}
-    for name, of_function in rewards.by_function.items():
-        own = torch.tensor([reward is not None for reward in of_function])
-        mean, variance = masked_moments(torch.tensor([reward or 0.0 for reward in of_function]), own)
+    for name, given in rewards.by_function.items():
+        own = torch.tensor([reward is not None for reward in given])
+        mean, variance = masked_moments(torch.tensor([reward or 0.0 for reward in given]), own)
         row[f"rewards/{name}/mean"], row[f"rewards/{name}/std"] = float(mean), float(variance.sqrt())
     return row | {f"rewards/{name}/timeouts": float(count) for name, count in rewards.timeouts.items()}
 

@@ -57,7 +57,7 @@ def build_page(runs: Sequence[Run]) -> str:
     sections = sections_of(runs, names)
     everything = everything_of(runs, names)
     charts = [chart for section in sections for chart in section.charts]
-    charts += [chart for _, of_group in everything for chart in of_group]
+    charts += [chart for _, group in everything for chart in group]
     for i, chart in enumerate(charts):
         chart.name = f"figure-{i}"
     script, plotly = _asset("page.js"), get_plotlyjs()

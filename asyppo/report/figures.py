@@ -120,16 +120,16 @@ def bands(
     unit: str,
     runs: Sequence[Run],
     names: Sequence[str],
-    of_sample: Callable[[Sample], np.ndarray | None],
+    read: Callable[[Sample], np.ndarray | None],
 ) -> Chart | None:
-    """Return quantiles over training of what ``of_sample`` gives; of several runs, median and quartiles."""
+    """Return quantiles over training of what ``read`` gives; of several runs, median and quartiles."""
     data: list[dict[str, Any]] = []
     rows = []
     several = len(runs) > 1
     for r, (run, name) in enumerate(zip(runs, names, strict=True)):
         steps, gathered = [], []
         for center, members in _columns(s for s in run.samples if s.split == "train"):
-            parts = [part for part in map(of_sample, members) if part is not None]
+            parts = [part for part in map(read, members) if part is not None]
             values = np.concatenate(parts) if parts else np.zeros(0)
             values = values[np.isfinite(values)]
             if len(values):
@@ -161,7 +161,7 @@ def bands(
 def rewards(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     """Return the rewards of sampled responses: shares by level where there are few, else quantiles."""
     scored = [[s for s in run.samples if s.split == "train" and math.isfinite(s.reward)] for run in runs]
-    levels = sorted({s.reward for of_run in scored for s in of_run})
+    levels = sorted({s.reward for run_samples in scored for s in run_samples})
     if not levels:
         return None
     if len(levels) > 6:
@@ -265,17 +265,17 @@ def by_tenth(
 ) -> Chart | None:
     """Return means of per-token quantities by tenths of the tokens, one curve a run and quantity.
 
-    ``tenths`` gives each response's tokens their number from 0 to 9, -1 for none: ``of_response`` or
-    ``of_disagreement``, whose docstring names the axis.
+    ``tenths`` gives each response's tokens their number from 0 to 9, -1 for none: ``response_tenths`` or
+    ``disagreement_tenths``, whose docstring names the axis.
     """
     data, rows = [], []
     middles = [10 * i + 5 for i in range(10)]
-    for r, (name, of_run) in enumerate(samples.items()):
-        places = tenths(of_run)
-        for q, (quantity, of_sample) in enumerate(quantities.items()):
+    for r, (name, run_samples) in enumerate(samples.items()):
+        places = tenths(run_samples)
+        for q, (quantity, read) in enumerate(quantities.items()):
             total, count = np.zeros(10), np.zeros(10)
-            for sample, place in zip(of_run, places, strict=True):
-                values = of_sample(sample)
+            for sample, place in zip(run_samples, places, strict=True):
+                values = read(sample)
                 if values is None:
                     continue
                 valid = np.isfinite(values) & (place >= 0)
@@ -298,12 +298,12 @@ def by_tenth(
     return Chart(title, data, layout, says, Table(["", *(f"{m - 5}–{m + 5} %" for m in middles)], rows))
 
 
-def of_response(samples: list[Sample]) -> list[np.ndarray]:
+def response_tenths(samples: list[Sample]) -> list[np.ndarray]:
     """position in the response"""
     return [10 * np.arange(len(s.tokens or ())) // max(len(s.tokens or ()), 1) for s in samples]
 
 
-def of_disagreement(samples: list[Sample]) -> list[np.ndarray]:
+def disagreement_tenths(samples: list[Sample]) -> list[np.ndarray]:
     """rank of σ among the tokens of its step"""
     places = [np.full(len(s.tokens or ()), -1) for s in samples]
     for step in {s.step for s in samples}:
@@ -342,7 +342,7 @@ def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
     data, rows = [], []
     for i, phase in enumerate(order):
         seconds = [float(np.mean([row.get(f"timing_s/{phase}") or 0.0 for row in part] or [0.0])) for part in parts]
-        overall = [row.get(f"timing_s/{phase}") or 0.0 for of_run in timed for row in of_run]
+        overall = [row.get(f"timing_s/{phase}") or 0.0 for run_samples in timed for row in run_samples]
         rows.append([phase, number(float(np.mean(overall))), number(float(np.sum(overall)))])
         bar: dict[str, Any] = {"type": "bar", "name": phase, "marker": {"color": _color(i), "pattern": _pattern(i)}}
         # Names of runs need the width of the chart, steps its height.
@@ -364,7 +364,7 @@ def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
 def common_tokens(samples: Iterable[Sample]) -> Table | None:
     """Return the ten tokens of highest and the ten of lowest mean σ, of those that occur at least ten times."""
     codes: dict[str, int] = {}
-    of_tokens: list[np.ndarray] = []
+    sample_codes: list[np.ndarray] = []
     columns: list[np.ndarray] = []
     for sample in samples:
         std = sample.columns.get("std")
@@ -375,10 +375,10 @@ def common_tokens(samples: Iterable[Sample]) -> Table | None:
         columns.append(
             np.stack([std, no_flags if masked is None else masked, no_flags if filtered is None else filtered])
         )
-        of_tokens.append(np.array([codes.setdefault(token, len(codes)) for token in sample.tokens], dtype=int))
+        sample_codes.append(np.array([codes.setdefault(token, len(codes)) for token in sample.tokens], dtype=int))
     if not codes:
         return None
-    table, code = np.concatenate(columns, axis=1), np.concatenate(of_tokens)
+    table, code = np.concatenate(columns, axis=1), np.concatenate(sample_codes)
     valid = np.isfinite(table[0])
     table, code = table[:, valid], code[valid]
     count = np.bincount(code, minlength=len(codes))

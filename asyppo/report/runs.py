@@ -127,7 +127,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     # A setting that one of them does not know tells versions apart, not runs.
     telling = [(key, values) for key, values in differences(runs).items() if UNSET not in values][:2]
     settings = [", ".join(f"{key.split('.')[-1]} {values[i]}" for key, values in telling) for i in range(len(runs))]
-    return [f"{name} ({of_run})" if of_run else name for name, of_run in zip(names, settings, strict=True)]
+    return [f"{name} ({setting})" if setting else name for name, setting in zip(names, settings, strict=True)]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -246,7 +246,7 @@ def _sample(row: dict[str, Any]) -> Sample:
         return sample
     columns = {name: row.get(name) for name in (*NUMBERS, *FLAGS)}
     values = row.get("values")
-    columns |= {f"value_{m}": of_critic for m, of_critic in enumerate(values if isinstance(values, list) else [])}
+    columns |= {f"value_{m}": column for m, column in enumerate(values if isinstance(values, list) else [])}
     for name, column in columns.items():
         if not isinstance(column, list) or len(column) != len(tokens):
             continue

@@ -18,10 +18,10 @@ from asyppo.report.figures import (
     calibration,
     common_tokens,
     curves,
+    disagreement_tenths,
     dropped,
-    of_disagreement,
-    of_response,
     phases,
+    response_tenths,
     rewards,
 )
 from asyppo.report.runs import Run, Sample
@@ -190,7 +190,7 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
     said = "Last third of training."
     section.add(
         "No σ per token: where critics disagree is not shown.",
-        by_tenth("σ along the response", "mean σ", late, {"σ": _column("std")}, of_response, said),
+        by_tenth("σ along the response", "mean σ", late, {"σ": _column("std")}, response_tenths, said),
     )
     shares: dict[str, Callable[[Sample], np.ndarray | None]] = {
         "advantage masked": lambda s: dropped(s, "advantage_keep"),
@@ -205,7 +205,7 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
                 "share of tokens",
                 late,
                 part,
-                of_response,
+                response_tenths,
                 said,
             )
             for part in one_by_one
@@ -218,7 +218,7 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
             "mean |advantage|, whitened",
             late,
             {"advantage": lambda s: None if "advantage" not in s.columns else np.abs(s.columns["advantage"])},
-            of_disagreement,
+            disagreement_tenths,
             f"{said} What the mask takes is on the left.",
         ),
     )
@@ -229,7 +229,7 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
             "mean entropy (nats)",
             late,
             {"entropy": _column("entropy")},
-            of_disagreement,
+            disagreement_tenths,
             f"{said} What the filter takes is on the right.",
         ),
     )

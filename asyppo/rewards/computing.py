@@ -187,8 +187,8 @@ class Rewards:
     def by_sample(self) -> list[dict[str, float | None]]:
         """Return ``by_function`` the other way round: each sample's rewards by function."""
         return [
-            dict(zip(self.by_function, of_sample, strict=True))
-            for of_sample in zip(*self.by_function.values(), strict=True)
+            dict(zip(self.by_function, sample_rewards, strict=True))
+            for sample_rewards in zip(*self.by_function.values(), strict=True)
         ]
 
     @property
@@ -291,7 +291,7 @@ def _rewards(
     weights = [1.0] * len(funcs) if weights is None else weights
     return Rewards(
         {name: [_sum(reward) for reward in rewards] for name, rewards in by_function.items()},
-        [_total(of_sample, weights) for of_sample in zip(*by_function.values(), strict=True)],
+        [_total(sample_rewards, weights) for sample_rewards in zip(*by_function.values(), strict=True)],
         timeouts,
     )
 
@@ -306,7 +306,7 @@ def _fault(reward: Any, tokens: int) -> str | None:
     if isinstance(reward, list):
         if len(reward) != tokens:
             return f"returned rewards for {len(reward)} tokens, needs {tokens}, one for each token of the response"
-        if not all(_is_finite(of_token) for of_token in reward):
+        if not all(_is_finite(token_reward) for token_reward in reward):
             return f"returned {next(r for r in reward if not _is_finite(r))!r} for a token, needs finite numbers"
     elif reward is not None and not _is_finite(reward):
         return f"returned {reward!r}, needs a finite number or None"
@@ -321,14 +321,14 @@ def _sum(reward: Reward) -> float | None:
     return float(sum(reward)) if isinstance(reward, list) else reward if reward is None else float(reward)
 
 
-def _total(of_sample: Sequence[Reward], weights: Sequence[float]) -> float | Tensor:
+def _total(sample_rewards: Sequence[Reward], weights: Sequence[float]) -> float | Tensor:
     """Weighted sum over functions; a number beside rewards of tokens goes to the last token."""
     total = 0.0
     tokens: Tensor | None = None
-    for reward, weight in zip(of_sample, weights, strict=True):
+    for reward, weight in zip(sample_rewards, weights, strict=True):
         if isinstance(reward, list):
-            of_tokens = weight * torch.tensor(reward, dtype=torch.float32)
-            tokens = of_tokens if tokens is None else tokens + of_tokens
+            weighted = weight * torch.tensor(reward, dtype=torch.float32)
+            tokens = weighted if tokens is None else tokens + weighted
         elif reward is not None:
             total += weight * reward
     if tokens is None:

@@ -146,8 +146,8 @@ class Rollout:
         for name, count in rewards.timeouts.items():
             timeouts[name] = timeouts.get(name, 0) + count
         samples = [
-            Sample(*of_sample)
-            for of_sample in zip(rows, prompts, responses, completions, rewards.by_sample, rewards.total, strict=True)
+            Sample(*parts)
+            for parts in zip(rows, prompts, responses, completions, rewards.by_sample, rewards.total, strict=True)
         ]
         return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
 

@@ -279,15 +279,15 @@ def test_outcomes_are_discounted_and_thirds_are_of_the_response(make_run: Make) 
 def test_means_by_tenth() -> None:
     responses = [sample(std=range(10), advantage_keep=[False] * 5 + [True] * 5), sample(std=[math.nan, 20.0])]
     columns = {"masked": lambda s: figures.dropped(s, "advantage_keep"), "σ": lambda s: s.columns["std"]}
-    chart = figures.by_tenth("t", "", {"run": responses}, columns, figures.of_response, "")
+    chart = figures.by_tenth("t", "", {"run": responses}, columns, figures.response_tenths, "")
     assert chart is not None
     assert chart.data[0]["y"] == [1.0] * 5 + [0.0] * 5
     assert chart.data[1]["y"] == [0, 1, 2, 3, 4, 12.5, 6, 7, 8, 9]
     assert chart.layout["xaxis"]["title"]["text"] == "position in the response"
     # Eleven numbers in order: the first tenth has two of them.
-    assert [p.tolist() for p in figures.of_disagreement(responses)] == [[0, 0, 1, 2, 3, 4, 5, 6, 7, 8], [-1, 9]]
+    assert [p.tolist() for p in figures.disagreement_tenths(responses)] == [[0, 0, 1, 2, 3, 4, 5, 6, 7, 8], [-1, 9]]
     responses[1].step = 2
-    assert [p.tolist() for p in figures.of_disagreement(responses)] == [list(range(10)), [-1, 0]]
+    assert [p.tolist() for p in figures.disagreement_tenths(responses)] == [list(range(10)), [-1, 0]]
 
 
 def test_tokens_by_disagreement() -> None:

@@ -18,7 +18,7 @@ class CriticOptimizer:
     def __init__(self, critics: Critics, *, learning_rate: float, weight_decay: float):
         self.critics = critics
         self.parameters = [[p for p in model.parameters() if p.requires_grad] for model in critics.models]
-        everything = [p for of_critic in self.parameters for p in of_critic]
+        everything = [p for own in self.parameters for p in own]
         self.adamw = torch.optim.AdamW(everything, lr=learning_rate, weight_decay=weight_decay, fused=True)
         for p in everything:
             # There from the start, so that a checkpoint has it for a critic, too, whose updates were all skipped.

@@ -87,8 +87,8 @@ class Stacked(Critics):
         window = FAMILIES[type(bodies[0])]
         self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
         self.layers = nn.ModuleList(
-            StackedLayer(of_all, window(of_all[0], self.config), gradient_checkpointing, linear)
-            for of_all in zip(*(body.layers for body in bodies), strict=True)
+            StackedLayer(counterparts, window(counterparts[0], self.config), gradient_checkpointing, linear)
+            for counterparts in zip(*(body.layers for body in bodies), strict=True)
         )
         self.norm = StackedNorm([body.norm for body in bodies])
         self.score = StackedLinear(heads)
@@ -205,8 +205,8 @@ class Stacked(Critics):
         """See Critics."""
         value = batch.reward.new_zeros(len(self), *batch.reward.shape)
         for micros in share_micro_batches(batch, shares, max_tokens):
-            for of_critic, micro, own in zip(value, micros, self._on_shares(micros), strict=True):
-                of_critic[micro.grid] = own
+            for critic_value, micro, own in zip(value, micros, self._on_shares(micros), strict=True):
+                critic_value[micro.grid] = own
         release(self)
         return sum_over_ranks(value)
 
@@ -229,7 +229,7 @@ class Stacked(Critics):
         # What pads the positions is never read: it may be anything that is there.
         positions = pad([m.flat_predicts for m in micros], batch_first=True)
         value = self(ids, mask, positions)
-        return [of_critic[: len(m.flat_predicts)] for of_critic, m in zip(value, micros, strict=True)]
+        return [critic_value[: len(m.flat_predicts)] for critic_value, m in zip(value, micros, strict=True)]
 
     def collect_gradients(self) -> None:
         """See Critics: the models' gradients are views of the stack's."""
