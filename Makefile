@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
+SITE := .venv/.site
 
-.PHONY: train test test-slow browser bench lint clean
+.PHONY: train test test-slow browser bench docs lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
@@ -34,6 +35,15 @@ $(PEERS): $(READY)
 	-$(BIN)/pip install --quiet --no-deps --upgrade --target .cache/peers verl==0.9.1
 	touch $@
 
+# README, docs/ and the API's docstrings as a site, site/index.html; a warning is an error.
+docs: $(SITE)
+	$(BIN)/python docs/site_pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(SITE): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +57,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv build site .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

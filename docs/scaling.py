@@ -30,7 +30,7 @@ class Traffic:
     """What one GPU receives in one step, in bytes, and the arithmetic it does, generation aside."""
 
     within: float
-    """From the GPUs it shares one copy of the weights with."""
+    """From the GPUs that hold one copy of the weights with it."""
     between: float
     """From other copies."""
     batch: float
@@ -62,7 +62,7 @@ def traffic(config: AsyPPOConfig, policy: int, critic: int, gpus: int) -> Traffi
     def micro_batches(passes: int, tokens: float) -> int:
         return passes * max(1, math.ceil(tokens / passes / config.max_tokens_per_micro_batch))
 
-    def ring(parts: int) -> float:  # the share of a tensor that a GPU receives to gather it, or to sum it
+    def ring(parts: int) -> float:  # the part of a tensor that a GPU receives to gather it, or to sum it
         return (parts - 1) / parts
 
     minibatches = config.num_iterations * config.num_mini_batches
@@ -96,7 +96,8 @@ def tables() -> str:
         "|---|---|---|---|---|",
     ]
     communication = [
-        "| policy and critics | GPUs | received within a node | between nodes | communication | arithmetic | share |",
+        "| policy and critics | GPUs | received within a node | between nodes | communication | arithmetic "
+        "| communication's part |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in CONFIGURATIONS:
@@ -113,10 +114,10 @@ def tables() -> str:
             found = traffic(config, policy, critic, gpus)
             far = found.between + (found.batch if replicas > 1 else 0)
             near = found.within + (found.batch if replicas == 1 else 0)
-            share = found.seconds(gpus) / (found.seconds(gpus) + found.arithmetic)
+            part = found.seconds(gpus) / (found.seconds(gpus) + found.arithmetic)
             communication.append(
                 f"| `{name}` | {gpus} | {near / GIB:,.0f} GiB | {far / GIB:,.0f} GiB | {found.seconds(gpus):,.0f} s "
-                f"| {found.arithmetic:,.0f} s | {100 * share:.0f} % |"
+                f"| {found.arithmetic:,.0f} s | {100 * part:.0f} % |"
             )
     return "\n".join([*memory, "", *communication, ""])
 

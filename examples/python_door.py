@@ -18,7 +18,7 @@ ROWS = [{"prompt": f"Count down from {number}: ", "first": str(number - 1)} for 
 
 
 def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """Reward of each completion, in TRL's signature: the share of its characters that are digits."""
+    """Reward of each completion, in TRL's signature: the fraction of its characters that are digits."""
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 

@@ -258,7 +258,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
 
 @pytest.mark.parametrize("name", [name for name in READY_CONFIGS if name != "default"])
 def test_ready_configurations(name: str) -> None:
-    """They are read, hold, say what the paper says, and fit GPUs of 80 GB, as many as the README says."""
+    """They are read, hold, say what the paper says, and fit GPUs of 80 GB, as many as docs/running.md says."""
     config = parse(["train", "--config", name])
     size = name.removeprefix("qwen3-").upper()
     assert config.policy.model_name_or_path == f"Qwen/Qwen3-{size}-Base"
@@ -272,6 +272,6 @@ def test_ready_configurations(name: str) -> None:
     plan = make_plan(config, gpus=gpus)
     assert [m.source for m in plan.models] == ["shape known here, not looked up on the hub"] * 2
     assert plan.peak[1] < 0.9 * 80 * GIB, plan.table()
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
     critics = (config.critic.model_name_or_path or "").split("-")[1]
-    assert f"| `{name}` | {size} | 2 × {critics} | {gpus} | {plan.peak[1] / GIB:.1f} GiB, {plan.peak[0]} |" in readme
+    assert f"| `{name}` | {size} | 2 × {critics} | {gpus} | {plan.peak[1] / GIB:.1f} GiB, {plan.peak[0]} |" in page
