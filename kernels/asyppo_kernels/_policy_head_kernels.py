@@ -138,6 +138,8 @@ def row_statistics(
     Each position of the block keeps a maximum, a sum and a weighted sum of its own; they meet once, after the row.
     """
     lane = tl.arange(0, BLOCK)
+    # First, since after the last barrier of this function a warp may be ahead and write the gradient over the row.
+    raw_target = tl.load(z_row + target)
     peak = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
@@ -166,7 +168,7 @@ def row_statistics(
     entropy = log_sum
     if ENTROPY:
         entropy = log_sum - tl.sum((weighted + total * below) * scale, axis=0) / whole
-    z, _ = logit(tl.load(z_row + target), bias_ptr, target, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP)
+    z, _ = logit(raw_target, bias_ptr, target, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP)
     # Fused multiply-adds may round the target's logit to just above the maximum that it is.
     logprob = tl.minimum(z - row_max, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_sum
     return logprob, entropy, row_max, log_sum
