@@ -40,7 +40,7 @@ def forward(
     workspace = Workspace(hidden, options, size, v, gradient=False)
     weight, target = operand(weight), target.contiguous()
     bias = None if bias is None else bias.contiguous()
-    block, num_warps = launch_shape(v)
+    block, num_warps = launch_shape(v, softcap=options.softcap is not None)
     with device_guard(hidden):
         for index in row_spans(rows, n, size):
             x = hidden[index]
@@ -105,7 +105,7 @@ def backward(
     if grad_entropy is not None:
         grad_entropy = grad_entropy.float().contiguous()
     bias = None if bias is None else bias.contiguous()
-    block, num_warps = launch_shape(width)
+    block, num_warps = launch_shape(width, softcap=options.softcap is not None)
     with device_guard(hidden):
         for start in range(0, v, width):
             columns = slice(start, start + width)

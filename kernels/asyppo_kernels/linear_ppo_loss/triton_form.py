@@ -44,7 +44,7 @@ def forward(
     entropy_on = rows.entropy_on.view(torch.uint8)
     bytes_each = bytes_per_logit(hidden, head, gradient=need_gradient)
     limit = lines_per_block(padded(v), hidden.device, workspace_bytes, bytes_per_element=bytes_each)
-    block, num_warps = launch_shape(v)
+    block, num_warps = launch_shape(v, softcap=head.softcap is not None)
     workspace: Workspace | None = None
     first_gradient = True
     with device_guard(hidden):
