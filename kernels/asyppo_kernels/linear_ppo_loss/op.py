@@ -22,10 +22,11 @@ def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     *,
+    compute_dtype: torch.dtype | None = None,
     advantage_keep: Tensor | None = None,
     entropy_keep: Tensor | None = None,
     ref_logprob: Tensor | None = None,
@@ -38,6 +39,7 @@ def linear_ppo_loss(
     dual_clip: float | None = None,
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
+    kl_bias_correction: bool = False,
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
     dead_row_stats: bool = True,
@@ -50,7 +52,7 @@ def linear_ppo_loss(
     old_logprob) with the exponent clamped to [-20, 20], A the advantage, u the rollout weight and w the token weight::
 
         s    = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A);  where A < 0 and dual_clip is set: max(s, dual_clip A)
-        k3   = exp(d) - d - 1,  d = ref_logprob - logp clamped to [-20, 20]
+        k3   = exp(d) - d - 1,  d = ref_logprob - logp clamped to [-20, 20];  with kl_bias_correction: r times that
         loss = sum_t w_t (-keepA_t u_t s_t - entropy_coef keepH_t H_t + kl_coef k3_t)
 
     This is minus the policy objective of AsyPPO (arXiv 2510.01656; keepA and keepH are its I^A and I^H), which rests on
@@ -61,7 +63,7 @@ def linear_ppo_loss(
     The loss is differentiable in ``hidden``, ``weight`` and ``bias``, for any upstream scalar, once; the gradients are
     accumulated in float32 and come in their input's dtype. None is formed for an input that needs none, nor under
     ``torch.no_grad``, where the op is one GEMM. If no row counts, the loss is 0, attached, its gradients zero. The op
-    computes in the dtypes it is given: ``torch.autocast`` neither casts its inputs nor reaches inside. Under
+    computes in ``compute_dtype``: ``torch.autocast`` neither casts its inputs nor reaches inside. Under
     ``torch.compile`` each new value of a number is a recompilation.
 
     A row is live if w != 0 and the loss can move with it: keepA and A u != 0, or entropy_coef != 0 and keepH, or
@@ -71,12 +73,16 @@ def linear_ppo_loss(
 
     Args:
         hidden: [N, H], float32, bfloat16 or float16: row t holds the hidden state that predicts target t.
-        weight: [V, H], the dtype of hidden.
+        weight: [V, H], the dtype of hidden; with ``compute_dtype`` its own, see there.
         target: [N] int64: token in [0, V), or -100. Values are not checked.
         old_logprob: [N], any float dtype, as all [N] numbers here: log-prob of the target under the policy that the
-            ratio compares with.
+            ratio compares with. None is the row's own log-prob, detached, as in the first update after a rollout: r is
+            exp(logp - logp.detach()), whose value is 1 and whose gradient is logp's; ``clipped`` is false.
         advantage: [N].
         token_weight: [N]: w.
+        compute_dtype: what the products take. hidden and weight are each of this dtype or float32 masters, which are
+            rounded to it once a call; a master's gradient comes back in float32, as it was accumulated. None is the
+            one dtype of hidden and weight.
         advantage_keep: [N] bool: I^A; None keeps all.
         entropy_keep: [N] bool: I^H; None keeps all.
         ref_logprob: [N]: log-prob under the reference policy; needed if kl_coef != 0, else not read.
@@ -89,13 +95,16 @@ def linear_ppo_loss(
         dual_clip: above 1, or None.
         entropy_coef: weight of the entropy bonus.
         kl_coef: weight of k3.
+        kl_bias_correction: k3 times the ratio, with the gradient of both: an estimate for samples of the old policy
+            (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl). The ratio's gradient is zero where its
+            clamp binds. Without effect if kl_coef is 0.
         logits_dtype: what the product hidden weight^T, accumulated in float32, is stored in. bfloat16 halves the
             traffic and moves a log-prob by up to 0.15, against a clip of 0.2.
         compact: gather the rows that count, at the cost of one host synchronisation. False has none, and computes all
             rows.
         dead_row_stats: False spares the first GEMM, too, the rows that count but are not live; they return 0.
         workspace_bytes: the most that the logits of a chunk, with what is made of them, may take; at least one row is
-            computed at a time. None is 2.5 GiB, and less on a CPU.
+            computed at a time. None is 2.5 GiB, and on a CPU 256 MiB.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -107,14 +116,15 @@ def linear_ppo_loss(
         ValueError: naming the argument, what it got and what it needs; also for backend "triton" on a CPU, unless
             TRITON_INTERPRET=1 was in the environment when the package was imported.
     """
-    check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype)
+    dtype = check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype, compute_dtype)
     n, device = hidden.shape[0], hidden.device
 
     def check_rows(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
         check_tensor(name, value, shape=[n], needs=f"[N] = [{n}]", dtypes=dtypes, device=device)
 
     number = (*FLOATS, torch.float64)
-    check_rows("old_logprob", old_logprob, number)
+    if old_logprob is not None:
+        check_rows("old_logprob", old_logprob, number)
     check_rows("advantage", advantage, number)
     check_rows("token_weight", token_weight, number)
     if ref_logprob is not None:
@@ -131,6 +141,8 @@ def linear_ppo_loss(
         check_number("dual_clip", dual_clip, "a number above 1, or None", low=1.0, low_open=True)
     check_number("entropy_coef", entropy_coef, "a finite number")
     check_number("kl_coef", kl_coef, "a finite number")
+    if not isinstance(kl_bias_correction, bool):
+        raise ValueError(f"kl_bias_correction: got {kl_bias_correction!r}, needs True or False")
     if kl_coef != 0 and ref_logprob is None:
         raise ValueError(f"ref_logprob: got None, needs [N] = [{n}], since kl_coef is {kl_coef}")
     if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
@@ -142,7 +154,7 @@ def linear_ppo_loss(
         hidden,
         weight,
         target,
-        old_logprob.detach(),
+        None if old_logprob is None else old_logprob.detach(),
         advantage.detach(),
         token_weight.detach(),
         advantage_keep,
@@ -157,7 +169,9 @@ def linear_ppo_loss(
         None if dual_clip is None else float(dual_clip),
         float(entropy_coef),
         float(kl_coef),
+        kl_bias_correction,
         logits_dtype,
+        dtype,
         compact,
         dead_row_stats,
         workspace_bytes,
@@ -173,7 +187,7 @@ def forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     advantage_keep: Tensor | None,
@@ -188,7 +202,9 @@ def forward(
     dual_clip: float | None,
     entropy_coef: float,
     kl_coef: float,
+    kl_bias_correction: bool,
     logits_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
     compact: bool,
     dead_row_stats: bool,
     workspace_bytes: int | None,
@@ -198,7 +214,7 @@ def forward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias), a gradient not needed being empty."""
-    ppo = PPOOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
+    ppo = PPOOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_bias_correction)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = read_rows(
             target,
@@ -213,8 +229,8 @@ def forward(
         )
         # Triton is imported when it is used, since not every platform has it.
         return importlib.import_module(f"asyppo_kernels.linear_ppo_loss.{form}_form").forward(
-            hidden,
-            weight,
+            hidden.to(compute_dtype),
+            weight.to(compute_dtype),
             bias,
             rows,
             HeadOptions(temperature, softcap, logits_dtype),

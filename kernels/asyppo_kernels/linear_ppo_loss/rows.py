@@ -19,13 +19,14 @@ class PPOOptions(NamedTuple):
     dual_clip: float | None
     entropy_coef: float
     kl_coef: float
+    kl_bias_correction: bool
 
 
 class Rows(NamedTuple):
     """What the loss reads of each row, [n], cleared to 0 or False where it does not count."""
 
     target: Tensor
-    old_logprob: Tensor
+    old_logprob: Tensor | None  # None: the row's own
     ref_logprob: Tensor
     advantage: Tensor
     rollout_weight: Tensor
@@ -37,12 +38,12 @@ class Rows(NamedTuple):
 
     def take(self, index: Tensor | slice) -> Rows:
         """The rows of ``index``."""
-        return Rows(*(column[index] for column in self))
+        return self._replace(**{name: x[index] for name, x in self._asdict().items() if x is not None})
 
 
 def read_rows(
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     advantage_keep: Tensor | None,
@@ -69,7 +70,7 @@ def read_rows(
         ref_logprob = torch.zeros_like(token_weight)
     return Rows(
         target=target.where(counted, 0),
-        old_logprob=old_logprob.float().where(counted, 0.0),
+        old_logprob=None if old_logprob is None else old_logprob.float().where(counted, 0.0),
         ref_logprob=ref_logprob.float().where(counted, 0.0),
         advantage=advantage,
         rollout_weight=rollout_weight,

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from asyppo_kernels._gemm import addmm_f32_, gradient_operand, mm_f32, operand
+from asyppo_kernels._gemm import accumulate_f32, gradient_operand, mm_f32, operand
 from asyppo_kernels._policy_head import (
+    LOWEST,
     HeadOptions,
     gradient_buffers,
     lines_per_block,
-    logits,
-    product_gradient_,
+    product_gradient,
+    products,
     row_stats_,
 )
 from asyppo_kernels.linear_ppo_loss.result import LossAndGradients
@@ -33,16 +34,21 @@ class TokenLoss(NamedTuple):
 
 
 def token_loss(rows: Rows, logprob: Tensor, entropy: Tensor, ppo: PPOOptions) -> TokenLoss:
-    """Each row's w (-keepA u s - entropy_coef keepH H + kl_coef k3), and its derivatives."""
+    """Each row's w (-keepA u s - entropy_coef keepH H + kl_coef k3), and its derivatives.
+
+    Without an old log-prob the ratio is exp(logprob - logprob) = 1, its gradient that of exp(logprob) / exp(logprob).
+    """
     w, a, u = rows.token_weight, rows.advantage, rows.rollout_weight
-    log_ratio = logprob - rows.old_logprob
+    own = logprob.clamp(min=LOWEST)  # a banned target's: -inf - -inf would be NaN
+    log_ratio = own - own if rows.old_logprob is None else logprob - rows.old_logprob
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     surrogate = torch.minimum(ratio * a, ratio.clamp(1 - ppo.clip_low, 1 + ppo.clip_high) * a)
     clipped = torch.where(a > 0, ratio > 1 + ppo.clip_high, ratio < 1 - ppo.clip_low)
     if ppo.dual_clip is not None:
         surrogate = torch.where(a < 0, surrogate.maximum(ppo.dual_clip * a), surrogate)
         clipped |= (a < 0) & (ratio > ppo.dual_clip)
-    clipped |= log_ratio.abs() > LOG_RATIO_LIMIT
+    clamped = log_ratio.abs() > LOG_RATIO_LIMIT
+    clipped |= clamped
     clipped &= a != 0
 
     loss = -(u * surrogate).where(rows.surrogate_on, 0.0)
@@ -53,8 +59,14 @@ def token_loss(rows: Rows, logprob: Tensor, entropy: Tensor, ppo: PPOOptions) ->
         log_ref_ratio = rows.ref_logprob - logprob
         bounded = log_ref_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         growth = bounded.expm1()
-        loss += ppo.kl_coef * (growth - bounded)
-        grad_logprob -= ppo.kl_coef * growth.where(log_ref_ratio.abs() <= LOG_RATIO_LIMIT, 0.0)
+        k3 = growth - bounded
+        moves = log_ref_ratio.abs() <= LOG_RATIO_LIMIT
+        slope = -growth.where(moves, 0.0)
+        if ppo.kl_bias_correction:  # k3 - growth is -bounded, and would lose its digits
+            slope = ratio * slope.where(clamped, torch.where(moves, -bounded, k3))
+            k3 = ratio * k3
+        loss += ppo.kl_coef * k3
+        grad_logprob += ppo.kl_coef * slope
     return TokenLoss(w * loss, ratio, clipped, w * grad_logprob, grad_entropy)
 
 
@@ -77,10 +89,11 @@ def forward(
     n = len(hidden)
     loss, logprob, entropy, ratio = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
     clipped = hidden.new_zeros(n, dtype=torch.bool)
-    d_hidden, d_weight, d_bias = gradient_buffers(
-        hidden, weight, bias, need_hidden, need_weight, need_bias, dtype=torch.float32
-    )
-    need_gradient = need_hidden or need_weight or need_bias
+    needed = need_hidden, need_weight, need_bias
+    _, d_weight, d_bias = gradient_buffers(hidden, weight, bias, *needed, dtype=torch.float32, empty=True)
+    d_hidden, _, _ = gradient_buffers(hidden, weight, bias, need_hidden, False, False, dtype=torch.float32)
+    need_gradient = any(needed)
+    first_gradient = True
 
     w = operand(weight)
     w_for_gradient = gradient_operand(w)
@@ -91,8 +104,8 @@ def forward(
         x = hidden[index]
         if not compact:  # rows that do not count are still here, and 0 * NaN would reach d_weight
             x = x.where(visible[:, None], 0.0)
-        z = logits(operand(x), w, bias, head)
-        stats = row_stats_(z, part.target, entropy=True)
+        z = products(operand(x), w, head)
+        stats = row_stats_(z, part.target, bias, head, entropy=True)
         token = token_loss(part, stats.logprob, stats.entropy, ppo)
         loss[index] = token.loss
         logprob[index] = stats.logprob.where(visible, 0.0)
@@ -102,7 +115,7 @@ def forward(
         if not (live and need_gradient):
             continue
 
-        grad = product_gradient_(
+        grad = product_gradient(
             z,
             part.target,
             stats.row_max,
@@ -111,13 +124,19 @@ def forward(
             token.grad_logprob,
             token.grad_entropy if ppo.entropy_coef != 0 else None,
             head,
+            out=z,
         )
         if need_bias:
-            d_bias += grad.sum(dim=0)
+            total = grad.sum(dim=0)
+            d_bias.copy_(total) if first_gradient else d_bias.add_(total)
         x = gradient_operand(x)
         grad = grad.to(x.dtype)
         if need_hidden:
             d_hidden[index] = mm_f32(grad, w_for_gradient)
         if need_weight:
-            addmm_f32_(d_weight, grad.t(), x)
+            accumulate_f32(d_weight, grad.t(), x, first=first_gradient)
+        first_gradient = False
+    if first_gradient:
+        d_weight.zero_()
+        d_bias.zero_()
     return LossAndGradients(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)

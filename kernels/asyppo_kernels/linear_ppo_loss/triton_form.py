@@ -89,6 +89,7 @@ def forward(
                 SOFTCAP=head.softcap is not None,
                 DUAL_CLIP=ppo.dual_clip is not None,
                 KL=ppo.kl_coef != 0,
+                KL_BIAS_CORRECTION=ppo.kl_bias_correction,
                 DEAD_ROW_STATS=dead_row_stats,
                 GRADIENT=live,
                 OVERLAPS=workspace.overlaps,
