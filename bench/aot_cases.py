@@ -67,7 +67,14 @@ def policy_head() -> Iterator[Case]:
             | {"entropy_on_ptr": "*u8", "clipped_ptr": "*u8"}
             | dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "entropy_coef", "kl_coef"), "fp32"),
             constants=constants
-            | {"OVERLAPS": logits == "fp32", "DUAL_CLIP": full, "KL": full, "DEAD_ROW_STATS": True, "GRADIENT": True},
+            | {
+                "OVERLAPS": logits == "fp32",
+                "DUAL_CLIP": full,
+                "KL": full,
+                "KL_BIAS_CORRECTION": full,
+                "DEAD_ROW_STATS": True,
+                "GRADIENT": True,
+            },
             divisible=(*pitches, "grad_pitch"),
             wide=("load", "store"),
             **budget,
