@@ -18,7 +18,7 @@ def integers(names: str, width: str = "i32") -> Mapping[str, str]:
 
 VALUE_STRIDES = "hidden_k hidden_n weight_k"
 GAE_STRIDES = "value_k value_b reward_b mask_b"
-GAE_NUMBERS = "gamma lam rest decay value_lam value_rest value_decay"
+GAE_NUMBERS = "gamma decay value_decay"
 GAE_INPUTS = {"value": "*fp32", "reward": "*fp32", "mask": "*u8"}
 CONTIGUOUS = {"value_t": 1, "reward_t": 1, "mask_t": 1}
 
@@ -54,6 +54,7 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        num_warps=2,
         name="scan",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -75,6 +76,7 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        num_warps=2,
         name="scan of short rows",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -96,6 +98,7 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        num_warps=2,
         name="scan, a lambda a row",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -109,6 +112,7 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        num_warps=2,
         name="summaries of chunks",
         kernel=gae.summary_kernel,
         signature=GAE_INPUTS | {"summary": "*fp32"} | integers(f"t span {GAE_STRIDES}") | integers(GAE_NUMBERS, "fp32"),
@@ -117,6 +121,7 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        num_warps=2,
         name="scan of chunks",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
