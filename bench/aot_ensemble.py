@@ -54,7 +54,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        num_warps=2,
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -76,7 +77,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        num_warps=2,
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan of short rows",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -98,7 +100,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        num_warps=2,
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan, a lambda a row",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -112,7 +115,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        num_warps=2,
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="summaries of chunks",
         kernel=gae.summary_kernel,
         signature=GAE_INPUTS | {"summary": "*fp32"} | integers(f"t span {GAE_STRIDES}") | integers(GAE_NUMBERS, "fp32"),
@@ -121,7 +125,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        num_warps=2,
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan of chunks",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS

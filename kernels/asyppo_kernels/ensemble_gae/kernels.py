@@ -251,11 +251,10 @@ def summary_kernel(
         c2 = from_the_right(tl.where(adds, value_decay, 1.0))
         d = from_the_right(d)
         c1, d1, c2, d2 = tl.associative_scan((c1, d, c2, d), 1, compose)
-        first = (tl.arange(0, BLOCK_T) == BLOCK_T - 1)[None, :]
-        c1 = tl.sum(tl.where(first, c1, 0.0), 1, keep_dims=True)
-        d1 = tl.sum(tl.where(first, d1, 0.0), 1, keep_dims=True)
-        c2 = tl.sum(tl.where(first, c2, 0.0), 1, keep_dims=True)
-        d2 = tl.sum(tl.where(first, d2, 0.0), 1, keep_dims=True)
+        c1 = of_the_last(in_time(c1)[1], number)
+        d1 = of_the_last(in_time(d1)[1], number)
+        c2 = of_the_last(in_time(c2)[1], number)
+        d2 = of_the_last(in_time(d2)[1], number)
         e1, f1, e2, f2 = compose(e1, f1, e2, f2, c1, d1, c2, d2)
     at = summary + (rows.to(tl.int64) * chunks + chunk) * 7
     tl.store(at, value_after)

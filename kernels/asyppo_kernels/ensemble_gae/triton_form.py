@@ -1,9 +1,10 @@
 """``ensemble_gae`` by Triton kernels: one launch, or two where a few long rows would leave the device idle.
 
-A row is one program's, which walks it in blocks from the right and carries z from block to block; short rows share a
-program. A few long rows are cut into chunks: a first launch reduces each chunk but a row's first to the map from the z
-after it to its own z, and the second starts every chunk from the maps of those to its right. That reads value, reward
-and mask twice, the second time from the cache. Which way is taken depends on the shape alone.
+A row is one program's, which walks it in blocks from the right and carries the next valid step's mean and advantages
+from block to block; short rows share a program. A few long rows are cut into chunks: a first launch reduces each chunk
+but a row's first to what it does to the steps before it, and the second starts every chunk from the summaries of those
+to its right. That reads value, reward and mask twice, the second time from the cache. Which way is taken depends on the
+shape alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from asyppo_kernels._args import device_guard
 from asyppo_kernels.ensemble_gae import kernels
 
 BLOCK = 1024  # steps that a program holds at once, of one row or of several short ones
-WARPS = 2  # a thread owns sixteen of the block's steps
+WARPS = 1 if torch.version.hip else 2  # 64 threads, each with sixteen of the block's steps
 FEW_ROWS = 64
 PROGRAMS = 256  # about what a few long rows are cut for
 MOST_CHUNKS = 64
