@@ -156,7 +156,7 @@ CASES = [
             },
             divisible=("n",),
             num_warps=levels.WARPS[level],
-            max_registers=160 if levels.SPARSE[level] else 80,
+            max_registers=128 if levels.SPARSE[level] else 64,
         )
         for level in range(levels.LEVELS)
     ),
