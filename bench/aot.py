@@ -46,7 +46,8 @@ class Case:
     ``signature`` holds the arguments that are not constant, in any order: pointers such as ``"*fp32"`` (always found
     divisible by 16), ``"i32"``, ``"fp32"``. ``constants`` holds the constexprs, and None for pointers left out.
     ``divisible`` names the integers that a launch finds divisible by 16. ``wide`` says which of "load" and "store" have
-    to be there with 16 bytes a lane. Budgets: registers a thread (NVIDIA), bytes of shared memory a program.
+    to be there with 16 bytes a lane. ``threads`` of a program are given where a launch fixes these rather than the
+    warps, which have 64 lanes on AMD. Budgets: registers a thread (NVIDIA), bytes of shared memory a program.
     """
 
     op: str
@@ -56,6 +57,7 @@ class Case:
     constants: Mapping[str, Any] = field(default_factory=dict)
     divisible: Sequence[str] = ()
     num_warps: int = 4
+    threads: int | None = None
     wide: Sequence[str] = ("load",)
     max_registers: int = 128
     max_shared: int = 16384
@@ -102,7 +104,8 @@ def compile_case(case: Case, target: str) -> Compiled:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     backend, arch, warp_size = TARGETS[target]
-    kernel = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options={"num_warps": case.num_warps})
+    num_warps = case.threads // warp_size if case.threads else case.num_warps
+    kernel = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options={"num_warps": num_warps})
     code, registers, spills = _read_cuda(kernel) if backend == "cuda" else _read_hip(kernel)
     count = {
         (width, kind): len(re.findall(patterns[backend][kind], code))
@@ -121,7 +124,7 @@ def compile_case(case: Case, target: str) -> Compiled:
         name=case.name,
         kernel=case.kernel.__name__,
         target=target,
-        num_warps=case.num_warps,
+        num_warps=num_warps,
         registers=registers,
         spills=spills,
         shared=shared,

@@ -16,14 +16,12 @@ VOCABULARY = 151_936
 
 def policy_head() -> Iterator[Case]:
     """Both ops with float32 and bfloat16 logits of bfloat16 inputs, plain; and with all there is to them."""
-    block, num_warps = launch_shape(VOCABULARY)
     head: dict[str, Any] = dict.fromkeys(("inv_temperature", "softcap", "inv_softcap"), "fp32")
     shape = {"n_columns": "i32", "pitch": "i32"}
     rows = {"index_ptr": "*i64", "target_ptr": "*i64"}
     stats = dict.fromkeys(("entropy_ptr", "row_max_ptr", "log_sum_ptr"), "*fp32")
-    # One program of all of a multiprocessor's registers: a row is read and its gradient written while little else is
-    # in the cache. Shared memory holds the reductions, and a block where loads and stores differ in width.
-    budget = {"num_warps": num_warps, "max_registers": 128, "max_shared": 4 * block}
+    # Three programs of 8 warps a multiprocessor. Shared memory holds the reductions.
+    budget: dict[str, Any] = {"max_registers": 80, "max_shared": 2048}
     for logits, full, divisible in (
         ("fp32", False, True),
         ("bf16", False, True),
@@ -31,6 +29,8 @@ def policy_head() -> Iterator[Case]:
         ("fp32", False, False),
     ):
         name = f"{logits} logits" + (", bias, softcap" if full else "") + ("" if divisible else ", odd V")
+        block, num_warps = launch_shape(VOCABULARY, softcap=full)
+        budget["num_warps"] = num_warps
         pitches = ("n_columns", "pitch") if divisible else ("pitch",)
         bias: dict[str, Any] = {"bias_ptr": "*bf16"} if full else {}
         constants: dict[str, Any] = {"SOFTCAP": full, "BLOCK": block} | ({} if full else {"bias_ptr": None})
@@ -67,7 +67,14 @@ def policy_head() -> Iterator[Case]:
             | {"entropy_on_ptr": "*u8", "clipped_ptr": "*u8"}
             | dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "entropy_coef", "kl_coef"), "fp32"),
             constants=constants
-            | {"OVERLAPS": logits == "fp32", "DUAL_CLIP": full, "KL": full, "DEAD_ROW_STATS": True, "GRADIENT": True},
+            | {
+                "OVERLAPS": logits == "fp32",
+                "DUAL_CLIP": full,
+                "KL": full,
+                "KL_BIAS_CORRECTION": full,
+                "DEAD_ROW_STATS": True,
+                "GRADIENT": True,
+            },
             divisible=(*pitches, "grad_pitch"),
             wide=("load", "store"),
             **budget,

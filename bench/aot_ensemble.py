@@ -18,7 +18,7 @@ def integers(names: str, width: str = "i32") -> Mapping[str, str]:
 
 VALUE_STRIDES = "hidden_k hidden_n weight_k"
 GAE_STRIDES = "value_k value_b reward_b mask_b"
-GAE_NUMBERS = "gamma lam rest decay value_lam value_rest value_decay"
+GAE_NUMBERS = "gamma decay value_decay"
 GAE_INPUTS = {"value": "*fp32", "reward": "*fp32", "mask": "*u8"}
 CONTIGUOUS = {"value_t": 1, "reward_t": 1, "mask_t": 1}
 
@@ -54,6 +54,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -75,6 +77,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan of short rows",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -96,6 +100,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan, a lambda a row",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -109,6 +115,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="summaries of chunks",
         kernel=gae.summary_kernel,
         signature=GAE_INPUTS | {"summary": "*fp32"} | integers(f"t span {GAE_STRIDES}") | integers(GAE_NUMBERS, "fp32"),
@@ -117,6 +125,8 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
+        threads=64,
+        max_registers=168,  # six programs a multiprocessor
         name="scan of chunks",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -146,7 +156,7 @@ CASES = [
             },
             divisible=("n",),
             num_warps=levels.WARPS[level],
-            max_registers=160 if levels.SPARSE[level] else 80,
+            max_registers=128 if levels.SPARSE[level] else 64,
         )
         for level in range(levels.LEVELS)
     ),

@@ -48,14 +48,18 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @contextlib.contextmanager
 def _partial_sums_in_float32() -> Iterator[None]:
-    """Keep cuBLAS from adding up the parts of a split product in bfloat16, which it may by default."""
+    """Keep cuBLAS from adding up the parts of a split product in bfloat16, which it may by default.
+
+    Whether it may split a product at all is the second half of the same setting, and stays as it is.
+    """
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
+    reduced = matmul.allow_bf16_reduced_precision_reduction
+    split = matmul.allow_bf16_reduced_precision_reduction_split_k
+    matmul.allow_bf16_reduced_precision_reduction = False, split
     try:
         yield
     finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
+        matmul.allow_bf16_reduced_precision_reduction = reduced, split
 
 
 def accumulate_f32(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:

@@ -1,6 +1,7 @@
 """What the two policy-head ops share: logits of some rows, their statistics, and the gradient of those statistics.
 
-The functions work in place on one float32 block of logits [n, V], so a chunk of rows costs ``BLOCKS`` such blocks.
+The functions work in place on one float32 block of logits [n, V]. On a CPU they pass over it in tiles that its cache
+holds, and a chunk of rows costs that one block; on a GPU it costs ``BLOCKS`` such blocks.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from asyppo_kernels._gemm import mm_f32
 
 IGNORE_TARGET = -100
 TILE = 128  # rows or columns of a tile of a matrix product
-BLOCKS = 3  # float32 blocks of logits alive at once below: z, a product of its size, and the slope of the softcap
+BLOCKS = 3  # float32 blocks of logits alive at once below on a GPU: z, p, and the slope of the softcap
 GPU_WORKSPACE_BYTES = 5 * 2**29  # 2.5 GiB
-CPU_WORKSPACE_BYTES = 2**25  # a block that stays near the cache is faster than a larger one
+CPU_WORKSPACE_BYTES = 2**28  # every chunk reads the whole weight, so that few rows at a time are slow
+CPU_TILE_BYTES = 2**20  # a thread's part of the logits between whose passes the cache keeps it
+KEPT_LOGITS_BYTES = 2**26  # a CPU keeps logits of at most this for the backward, which then has a product less
 LOWEST = -1e20  # stands in for a logit of -inf: exp of both is 0, but 0 * -inf is NaN
 
 
@@ -47,12 +50,22 @@ def check_policy_head(
     temperature: float,
     softcap: float | None,
     logits_dtype: torch.dtype,
-) -> None:
-    """Raise ValueError, naming the argument, unless these describe a policy head and its targets."""
-    check_tensor("hidden", hidden, shape=[None, None], needs="[N, H]", dtypes=FLOATS)
+    compute_dtype: torch.dtype | None,
+) -> torch.dtype:
+    """The dtype of the products; ValueError, naming the argument, unless these describe a policy head and its targets.
+
+    With a ``compute_dtype``, hidden and weight may each be of that dtype or float32; without one they are of one dtype.
+    """
+    if compute_dtype is not None and compute_dtype not in FLOATS:
+        raise ValueError(
+            f"compute_dtype: got {compute_dtype!r}, needs {' or '.join(str(dtype) for dtype in FLOATS)}, or None"
+        )
+    given = FLOATS if compute_dtype is None else tuple({compute_dtype: None, torch.float32: None})
+    check_tensor("hidden", hidden, shape=[None, None], needs="[N, H]", dtypes=given)
     n, h = hidden.shape
     device = hidden.device
-    check_tensor("weight", weight, shape=[None, h], needs=f"[V, H] = [V, {h}]", dtypes=[hidden.dtype], device=device)
+    given = (hidden.dtype,) if compute_dtype is None else given
+    check_tensor("weight", weight, shape=[None, h], needs=f"[V, H] = [V, {h}]", dtypes=given, device=device)
     v = weight.shape[0]
     if v == 0 or h == 0:
         raise ValueError(f"weight: got shape {list(weight.shape)}, needs [V, H] with V and H at least 1")
@@ -64,6 +77,7 @@ def check_policy_head(
         check_number("softcap", softcap, "a number above 0, or None", low=0.0, low_open=True)
     if logits_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype: got {logits_dtype!r}, needs torch.float32 or torch.bfloat16")
+    return hidden.dtype if compute_dtype is None else compute_dtype
 
 
 def gradient_buffers(
@@ -92,11 +106,17 @@ def lines_per_block(
     device: torch.device,
     workspace_bytes: int | None = None,
     *,
-    bytes_per_element: int = 4 * BLOCKS,
+    bytes_per_element: int | None = None,
 ) -> int:
-    """How many rows of ``length`` logits (or columns of ``length`` rows) fit the workspace; at least one."""
+    """How many rows of ``length`` logits (or columns of ``length`` rows) fit the workspace; at least one.
+
+    An element takes ``bytes_per_element``; None is what the functions below take on this device.
+    """
+    cpu = device.type == "cpu"
     if workspace_bytes is None:
-        workspace_bytes = CPU_WORKSPACE_BYTES if device.type == "cpu" else GPU_WORKSPACE_BYTES
+        workspace_bytes = CPU_WORKSPACE_BYTES if cpu else GPU_WORKSPACE_BYTES
+    if bytes_per_element is None:
+        bytes_per_element = 4 if cpu else 4 * BLOCKS
     return max(1, workspace_bytes // (bytes_per_element * max(1, length)))
 
 
@@ -116,43 +136,58 @@ def row_spans(rows: Tensor, n: int, limit: int) -> Iterator[Tensor | slice]:
         yield part if len(rows) == n else rows[part]
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    """Float32 z of these rows and this slice of the vocabulary; the product is first stored in ``logits_dtype``."""
+def tiles(z: Tensor) -> Iterator[slice]:
+    """The rows of a block of logits in parts that a CPU's cache holds through many passes; on a GPU in one part."""
+    n, length = z.shape
+    size = n
+    if z.device.type == "cpu":
+        size = max(1, CPU_TILE_BYTES * torch.get_num_threads() // (4 * max(1, length)))
+    yield from (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def products(hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
+    """Float32 hidden weight^T of these rows and this slice of the vocabulary, as stored in ``logits_dtype``."""
     z = mm_f32(hidden, weight.t())
-    if options.logits_dtype != torch.float32:
-        z = z.to(options.logits_dtype).float()
+    return z if options.logits_dtype == torch.float32 else z.to(options.logits_dtype).float()
+
+
+def logits_(z: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
+    """Make logits of products."""
     if bias is not None:
         z.add_(bias)
     if options.softcap is not None:
         z.div_(options.softcap).tanh_().mul_(options.softcap)
-    return z.div_(options.temperature)
+    return z if options.temperature == 1 else z.div_(options.temperature)
 
 
-def subtract_max_(z: Tensor, row_max: Tensor) -> Tensor:
+def subtract_max_(z: Tensor, row_max: Tensor, bias: Tensor | None) -> Tensor:
     """Make z - max z of z; a token that a bias of -inf bans stays finite."""
-    return z.sub_(row_max[:, None]).clamp_min_(LOWEST)
+    z.sub_(row_max[:, None])
+    return z if bias is None else z.clamp_min_(LOWEST)
 
 
-def row_stats_(z: Tensor, target: Tensor, *, entropy: bool) -> RowStats:
-    """The statistics of whole rows of logits, which become z - max z.
+def row_stats_(z: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, *, entropy: bool) -> RowStats:
+    """The statistics of whole rows of products, which become z - max z.
 
     Target logit and normaliser come from the same z and the sum holds exp(0) = 1, so no log-prob is above 0.
     """
-    row_max = z.amax(dim=1)
-    target_logit = z.gather(1, target[:, None]).squeeze(1) - row_max
-    subtract_max_(z, row_max)
-    exp = z.exp()
-    total = exp.sum(dim=1)
-    log_sum = total.log()
-    return RowStats(
-        logprob=target_logit - log_sum,
-        entropy=log_sum - exp.mul_(z).sum(dim=1) / total if entropy else log_sum.new_empty(0),
-        row_max=row_max,
-        log_sum=log_sum,
-    )
+    logprob, row_max, log_sum = (z.new_empty(len(z)) for _ in range(3))
+    row_entropy = z.new_empty(len(z) if entropy else 0)
+    for rows in tiles(z):
+        tile = logits_(z[rows], bias, options)
+        row_max[rows] = peak = tile.amax(dim=1)
+        target_logit = tile.gather(1, target[rows, None]).squeeze(1) - peak
+        subtract_max_(tile, peak, bias)
+        exp = tile.exp()
+        total = exp.sum(dim=1)
+        log_sum[rows] = log_total = total.log()
+        logprob[rows] = target_logit - log_total
+        if entropy:
+            row_entropy[rows] = log_total - exp.mul_(tile).sum(dim=1) / total
+    return RowStats(logprob, row_entropy, row_max, log_sum)
 
 
-def product_gradient_(
+def product_gradient(
     z: Tensor,
     target: Tensor,
     row_max: Tensor,
@@ -162,27 +197,38 @@ def product_gradient_(
     grad_entropy: Tensor | None,
     options: HeadOptions,
     *,
+    out: Tensor,
     first_column: int = 0,
 ) -> Tensor:
     """The gradient with respect to hidden weight^T + bias, given z - max z and those of log-prob and entropy.
 
     With log p = z - max z - log_sum:  d logprob / d z_j = [j is the target] - p_j,  d H / d z_j = -p_j (log p_j + H).
-    ``entropy`` is read with ``grad_entropy`` only. ``z`` holds the columns of the vocabulary from ``first_column`` on,
-    and is overwritten.
+    ``entropy`` is read with ``grad_entropy`` only. ``z`` holds the columns of the vocabulary from ``first_column`` on.
+    The result is ``out``, which may be ``z`` itself.
     """
-    p = (z - log_sum[:, None]).exp_()
-    slope = None
-    if options.softcap is not None:  # 1 - tanh^2, with tanh recovered from z
-        tanh = z.add(row_max[:, None]).mul_(options.temperature / options.softcap)
-        slope = tanh.square_().neg_().add_(1.0)
     grad_logprob = grad_logprob / options.temperature
-    if grad_entropy is None:
-        grad = p.mul_(-grad_logprob[:, None])
-    else:
-        grad = z.add_((entropy - log_sum)[:, None])
-        grad.mul_(-grad_entropy[:, None] / options.temperature).sub_(grad_logprob[:, None]).mul_(p)
+    # With e = exp(z - max z), the gradient is e (slope z + constant) off the target: two passes and an exponential.
+    total = log_sum.exp()
+    constant = -grad_logprob / total
+    slope_of_z = None
+    if grad_entropy is not None:
+        slope_of_z = -grad_entropy / (options.temperature * total)
+        constant = constant + (entropy - log_sum) * slope_of_z
     column = target - first_column
     inside = (column >= 0) & (column < z.shape[1])
-    at_target = torch.arange(len(target), device=target.device), column.where(inside, 0)
-    grad[at_target] += grad_logprob.where(inside, 0.0)
-    return grad if slope is None else grad.mul_(slope)
+    column, at_target = column.where(inside, 0), grad_logprob.where(inside, 0.0)
+    for rows in tiles(z):
+        tile, grad = z[rows], out[rows]
+        slope = None
+        if options.softcap is not None:  # 1 - tanh^2, with tanh recovered from z
+            tanh = tile.add(row_max[rows, None]).mul_(options.temperature / options.softcap)
+            slope = tanh.square_().neg_().add_(1.0)
+        exp = tile.exp()
+        if slope_of_z is None:
+            torch.mul(exp, constant[rows, None], out=grad)
+        else:
+            torch.addcmul(constant[rows, None], tile, slope_of_z[rows, None], out=grad).mul_(exp)
+        grad.scatter_add_(1, column[rows, None], at_target[rows, None])
+        if slope is not None:
+            grad.mul_(slope)
+    return out

@@ -1,9 +1,9 @@
 """What the Triton kernels of the policy head share: one program owns one row of logits and passes over it twice.
 
-A row is read in blocks, two ahead of the arithmetic: the assembler moves a load to the end of its iteration, so that
-one block ahead would have nothing to wait behind. Rows lie ``pitch`` elements apart, a
-multiple of 16, so that every access is 16 bytes wide whatever the size of the vocabulary; what lies between
-``n_columns`` and ``pitch`` is loaded and stored with the rest, and counts for nothing.
+The passes are as few instructions a logit as keep its digits, so that a program is small and a multiprocessor holds
+several, each of which loads while another computes or reduces; no block is loaded ahead of its turn. Rows lie ``pitch``
+elements apart, a multiple of 16, so that every access is 16 bytes wide whatever the size of the vocabulary; what lies
+between ``n_columns`` and ``pitch`` is loaded and stored with the last block of a row, and counts for nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from asyppo_kernels._gemm import mm_into
 from asyppo_kernels._policy_head import HeadOptions
 
 MAX_BLOCK = 8192
-ELEMENTS_PER_THREAD = 16
-LOWEST = tl.constexpr(-1e20)  # stands in for a logit of -inf: exp of both is 0, but 0 * -inf is NaN
+COLUMNS_PER_THREAD = 32
+LOWEST = tl.constexpr(-1e20)  # stands in for -inf: 2 to the power of both is 0, but 0 * -inf is NaN
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+GROUP = tl.constexpr(16)  # logits of a block that share a maximum: the more, the less it costs
 
 
 class HeadScalars(NamedTuple):
@@ -41,9 +44,10 @@ class Workspace:
     """Memory for the logits of some rows and, over them where they fit, the gradient of the loss with respect to them.
 
     A gradient of the logits' own dtype replaces them element by element. A bfloat16 gradient goes over the back half of
-    its own float32 row: a kernel that walks the row backwards in blocks of B columns has, when it writes columns jB
-    and on, bytes 2 pitch + 2jB and on, already read all columns from jB on, bytes 4jB and on, and as jB <= pitch no
-    byte is written that is still to be read. One barrier a block keeps the threads of the program together.
+    its own float32 row, which ``write_gradient`` walks backwards in blocks of B columns. Block i from the end starts at
+    column c(i) = c(0) - iB, and its gradient overwrites logits from column (pitch + c(i)) / 2 > (c(0) + c(i)) / 2 on.
+    Once all threads of the program have loaded block k, logits from c(k) on are free; so they may write blocks up to
+    i = 2k before they have to meet again. They meet at k = 0, 1, 3, 7, and so on.
     """
 
     def __init__(self, hidden: Tensor, options: HeadOptions, lines: int, length: int, *, gradient: bool) -> None:
@@ -87,36 +91,88 @@ def bytes_per_logit(hidden: Tensor, options: HeadOptions, *, gradient: bool) -> 
     return stored + formed if gradient and formed > stored else stored
 
 
-def launch_shape(n_columns: int) -> tuple[int, int]:
-    """(columns a block, warps a program): 16 columns a thread, that is 64 bytes in flight."""
-    block = min(max(triton.next_power_of_2(n_columns), 32), MAX_BLOCK)
-    return block, min(max(block // (32 * ELEMENTS_PER_THREAD), 1), 16)
+def launch_shape(n_columns: int, *, softcap: bool) -> tuple[int, int]:
+    """(columns a block, warps a program): 32 columns a thread, half as many where each of them takes a tanh, since
+    more would cost registers that another program could use."""
+    columns = COLUMNS_PER_THREAD // 2 if softcap else COLUMNS_PER_THREAD
+    limit = MAX_BLOCK // 2 if softcap else MAX_BLOCK
+    block = min(max(triton.next_power_of_2(n_columns), 32), limit)
+    return block, max(block // (32 * columns), 1)
 
 
 @triton.jit
-def tanh_and_slope(x):
-    """tanh x and 1 - tanh^2 x, each to a few roundings of itself, at any x."""
-    rest = 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)  # 1 - |tanh x|
-    square = x * x
-    series = 1.0 + square * (
-        -0.33333333333 + square * (0.13333333333 + square * (-0.05396825397 + square * 0.02186948854))
-    )
-    far = tl.where(x < 0.0, rest - 1.0, 1.0 - rest)
-    return tl.where(tl.abs(x) < 0.3, x * series, far), rest * (2.0 - rest)
+def tanh_and_slope(power):
+    """tanh y and (1 - tanh^2 y) / 4, each to a few roundings of itself, where exp(2 y) is 2^power; NaN stays NaN."""
+    # At 2^126, the largest whose reciprocal is a normal number, the slope is nothing beside any gradient.
+    exp = tl.exp2(tl.minimum(power, 126.0, propagate_nan=tl.PropagateNan.ALL))
+    root = tl.rsqrt(exp + 1.0)
+    inverse = root * root
+    inverse -= inverse * tl.fma(exp + 1.0, inverse, -1.0)  # a Newton step, since the square doubles the root's error
+    # 1 - 2 / (exp + 1) loses digits near 0: there, a minimax polynomial, to 1e-8 of tanh y.
+    square = power * power
+    series = tl.fma(square, -3.0162411e-5, 6.6564109e-4)
+    series = tl.fma(square, tl.fma(square, series, -0.013875873), 0.34657359)
+    tanh = tl.where(tl.abs(power) < 0.86, power * series, tl.fma(inverse, -2.0, 1.0))
+    return tanh, exp * inverse * inverse
 
 
 @triton.jit
-def logit(raw, bias_ptr, columns, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP: tl.constexpr):
-    """(z, slope of the softcap) of products as they were stored, and LOWEST beyond the vocabulary; NaN stays NaN."""
+def capped(raw, bias_ptr, columns, mask, inv_softcap, SOFTCAP: tl.constexpr):
+    """(x, a quarter of the softcap's slope) of products as they were stored; a logit is x times ``logit_scale``.
+
+    Without a softcap x is product + bias and the second is 1; NaN stays NaN. ``mask`` None: all columns are there.
+    """
     x = raw.to(tl.float32)
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+        if mask is None:
+            x += tl.load(bias_ptr + columns).to(tl.float32)
+        else:
+            x += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     slope = 1.0
     if SOFTCAP:
-        x, slope = tanh_and_slope(x * inv_softcap)
-        x *= softcap
-    x *= inv_temperature
-    return tl.where((columns >= n_columns) | (x < LOWEST), LOWEST, x), slope
+        x, slope = tanh_and_slope(x * (inv_softcap * (2.0 * LOG2_E)))
+    return x, slope
+
+
+@triton.jit
+def logit_scale(inv_temperature, softcap, SOFTCAP: tl.constexpr):
+    """What ``capped`` leaves out of a logit."""
+    scale = inv_temperature
+    if SOFTCAP:
+        scale *= softcap
+    return scale
+
+
+@triton.jit
+def log2_gap(x, scale, offset, FINITE: tl.constexpr):
+    """x scale + offset in one rounding, so exact to a rounding of the gap itself, however large both are.
+
+    Unless FINITE, x may be -inf (a banned token, or no token at all), and then the gap is LOWEST.
+    """
+    gap = tl.fma(x, scale, offset)
+    if not FINITE:
+        gap = tl.maximum(gap, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return gap
+
+
+@triton.jit
+def add_block(
+    x, scale, offset, total, weighted, VECTOR: tl.constexpr, ENTROPY: tl.constexpr, FINITE: tl.constexpr
+):
+    """The three numbers of each group in ``row_statistics``, with a block of the row added to them.
+
+    A group takes the VECTOR neighbours that a thread loads at once, from as many places of the block as make GROUP:
+    all in registers of one thread, which exchanges nothing with others.
+    """
+    x = tl.reshape(x, [GROUP // VECTOR, x.shape[0] // GROUP, VECTOR])
+    lower = tl.minimum(offset, tl.max(tl.max(x, axis=2), axis=0) * -scale)
+    gap = log2_gap(x, scale, lower[None, :, None], FINITE)
+    exp = tl.exp2(gap)
+    step = lower - offset
+    shrink = tl.exp2(step)
+    if ENTROPY:
+        weighted = tl.fma(tl.fma(total, step, weighted), shrink, tl.sum(tl.sum(exp * gap, axis=2), axis=0))
+    return lower, tl.fma(total, shrink, tl.sum(tl.sum(exp, axis=2), axis=0)), weighted
 
 
 @triton.jit
@@ -133,43 +189,45 @@ def row_statistics(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(logprob, entropy, row_max, log_sum) of a row; log_sum is log sum exp(z - row_max).
+    """(logprob, entropy, row_max, log_sum) of a row; row_max to a rounding, log_sum is log sum exp(z - row_max).
 
-    Each position of the block keeps a maximum, a sum and a weighted sum of its own; they meet once, after the row.
+    Powers are of 2, so that scale and subtraction are one fused multiply-add. Each group of a block keeps minus its
+    maximum m (times log2 e), sum 2^(z - m) and sum 2^(z - m) (z - m); they meet once, after the row.
     """
-    lane = tl.arange(0, BLOCK)
-    peak = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    ahead = tl.load(z_row + lane, mask=lane < pitch, other=0.0)
-    further = tl.load(z_row + BLOCK + lane, mask=BLOCK + lane < pitch, other=0.0)
-    for start in range(0, n_columns, BLOCK):
-        columns = start + lane
-        raw = ahead
-        ahead = further
-        further = tl.load(z_row + columns + 2 * BLOCK, mask=columns + 2 * BLOCK < pitch, other=0.0)
-        z, _ = logit(raw, bias_ptr, columns, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP)
-        # Either the sums shrink to a higher peak, or the new term is below the peak: one exponential.
-        gap = z - peak
-        shrink = tl.exp(-tl.abs(gap))
-        if ENTROPY:
-            weighted = tl.where(gap > 0.0, (weighted - total * gap) * shrink, weighted + gap * shrink)
-        total = tl.where(gap > 0.0, total * shrink + 1.0, total + shrink)
-        peak = tl.where(gap > 0.0, z, peak)
+    scale = logit_scale(inv_temperature, softcap, SOFTCAP) * LOG2_E
+    # First, since after the last barrier of this function a warp may be ahead and write the gradient over the row.
+    target_x, _ = capped(tl.load(z_row + target), bias_ptr, target, None, inv_softcap, SOFTCAP)
 
-    # A position that met no logit may have counted exp(LOWEST - LOWEST) = 1; exp(LOWEST - row_max) = 0 takes it out.
-    row_max = tl.max(peak, axis=0)
-    below = peak - row_max
-    scale = tl.exp(below)
-    whole = tl.sum(total * scale, axis=0)
-    log_sum = tl.maximum(tl.log(whole), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    VECTOR: tl.constexpr = 128 // z_row.dtype.element_ty.primitive_bitwidth
+    offset = tl.full([BLOCK // GROUP], -LOWEST, tl.float32)
+    total = tl.zeros([BLOCK // GROUP], tl.float32)
+    weighted = tl.zeros([BLOCK // GROUP], tl.float32)
+    lane = tl.arange(0, BLOCK)
+    # The last block, the only one that may be less than full.
+    last = (tl.cdiv(n_columns, BLOCK) - 1) * BLOCK
+    inside = last + lane < n_columns
+    raw = tl.load(z_row + last + lane, mask=last + lane < pitch, other=0.0)
+    x, _ = capped(raw, bias_ptr, last + lane, inside, inv_softcap, SOFTCAP)
+    x = tl.where(inside, x, float("-inf"))
+    offset, total, weighted = add_block(x, scale, offset, total, weighted, VECTOR, ENTROPY, False)
+    for start in range(0, last, BLOCK):
+        raw = tl.load(z_row + start + lane)
+        x, _ = capped(raw, bias_ptr, start + lane, None, inv_softcap, SOFTCAP)
+        offset, total, weighted = add_block(x, scale, offset, total, weighted, VECTOR, ENTROPY, SOFTCAP)
+
+    row_max = tl.min(offset, axis=0) * -LN_2
+    row_offset = row_max * -LOG2_E  # as ``write_gradient`` computes it from row_max
+    below = row_offset - offset
+    share = tl.exp2(below)
+    whole = tl.sum(total * share, axis=0)
+    log_sum = tl.log(whole)
     entropy = log_sum
     if ENTROPY:
-        entropy = log_sum - tl.sum((weighted + total * below) * scale, axis=0) / whole
-    z, _ = logit(tl.load(z_row + target), bias_ptr, target, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP)
-    # Fused multiply-adds may round the target's logit to just above the maximum that it is.
-    logprob = tl.minimum(z - row_max, 0.0, propagate_nan=tl.PropagateNan.ALL) - log_sum
-    return logprob, entropy, row_max, log_sum
+        entropy -= LN_2 * tl.sum(tl.fma(total, below, weighted) * share, axis=0) / whole
+        entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    logprob = LN_2 * log2_gap(target_x, scale, row_offset, SOFTCAP) - log_sum
+    # Roundings may lift a log-prob above 0, and an entropy below.
+    return tl.minimum(logprob, 0.0, propagate_nan=tl.PropagateNan.ALL), entropy, row_max, log_sum
 
 
 @triton.jit
@@ -195,29 +253,49 @@ def write_gradient(
     """The gradient with respect to hidden weight^T + bias of a row, or of a slice of it, given those of its statistics.
 
     With log p = z - row_max - log_sum:  d logprob / d z_j = [j is the target] - p_j,  d H / d z_j = -p_j (log p_j + H).
-    Backwards: the end of the row, read last, is what the cache still holds, and ``Workspace`` says what it allows.
+    In terms of gap = (z - row_max) log2 e both are 2^gap (slant gap + level), but for the target, which is put right by
+    one store after the row. Backwards: the end of the row, read last, is what the cache still holds, and ``Workspace``
+    says what it allows.
     """
+    scale = logit_scale(inv_temperature, softcap, SOFTCAP) * LOG2_E
+    offset = row_max * -LOG2_E
+    unit = inv_temperature
+    if SOFTCAP:
+        unit *= 4.0  # ``capped`` gives a quarter of the slope
+    grad_logprob *= unit
+    grad_entropy *= unit
+    inverse = tl.exp(-log_sum)
+    slant = -LN_2 * grad_entropy * inverse
+    level = (grad_entropy * (log_sum - entropy) - grad_logprob) * inverse
+
+    has_target = (target_column >= 0) & (target_column < n_columns)
+    raw_target = tl.load(z_row + target_column, mask=has_target, other=0.0)
     lane = tl.arange(0, BLOCK)
-    grad_logprob *= inv_temperature
-    grad_entropy *= inv_temperature
-    n_blocks = tl.cdiv(n_columns, BLOCK)
-    last = (n_blocks - 1) * BLOCK
-    ahead = tl.load(z_row + last + lane, mask=last + lane < pitch, other=0.0)
-    further = tl.load(z_row + last - BLOCK + lane, mask=last + lane >= BLOCK, other=0.0)
-    for i in range(n_blocks):
-        columns = last - i * BLOCK + lane
-        raw = ahead
-        ahead = further
-        further = tl.load(z_row + columns - 2 * BLOCK, mask=columns >= 2 * BLOCK, other=0.0)
+    n_full = tl.cdiv(n_columns, BLOCK) - 1
+    last = n_full * BLOCK
+    inside = last + lane < n_columns
+    raw = tl.load(z_row + last + lane, mask=last + lane < pitch, other=0.0)
+    tl.debug_barrier()  # all have loaded the last block and the target
+    x, slope = capped(raw, bias_ptr, last + lane, inside, inv_softcap, SOFTCAP)
+    gap = log2_gap(tl.where(inside, x, float("-inf")), scale, offset, False)
+    grad = tl.exp2(gap) * tl.fma(gap, slant, level) * slope
+    tl.store(grad_row + last + lane, grad.to(grad_row.dtype.element_ty), mask=last + lane < pitch)
+    for i in range(1, n_full + 1):
+        start = last - i * BLOCK
+        raw = tl.load(z_row + start + lane)
         if OVERLAPS:
-            tl.debug_barrier()
-        z, slope = logit(raw, bias_ptr, columns, n_columns, inv_temperature, softcap, inv_softcap, SOFTCAP)
-        log_p = z - row_max - log_sum
-        grad = -tl.exp(log_p) * (grad_logprob + grad_entropy * (log_p + entropy))
-        grad = tl.where(columns == target_column, grad + grad_logprob, grad)
-        if SOFTCAP:
-            grad *= slope
-        tl.store(grad_row + columns, grad.to(grad_row.dtype.element_ty), mask=columns < pitch)
+            if (i & (i + 1)) == 0:
+                tl.debug_barrier()
+        x, slope = capped(raw, bias_ptr, start + lane, None, inv_softcap, SOFTCAP)
+        gap = log2_gap(x, scale, offset, SOFTCAP)
+        grad = tl.exp2(gap) * tl.fma(gap, slant, level) * slope
+        tl.store(grad_row + start + lane, grad.to(grad_row.dtype.element_ty))
+
+    tl.debug_barrier()  # the store below comes after that of the target's block
+    x, slope = capped(raw_target, bias_ptr, target_column, has_target, inv_softcap, SOFTCAP)
+    gap = log2_gap(x, scale, offset, SOFTCAP)
+    grad = (tl.exp2(gap) * tl.fma(gap, slant, level) + grad_logprob) * slope
+    tl.store(grad_row + target_column, grad.to(grad_row.dtype.element_ty), mask=has_target)
 
 
 @triton.jit

@@ -56,8 +56,9 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a vocabulary of a hundred tokens take several blocks of a kernel."""
+    """Let a vocabulary of a hundred tokens take several blocks of a kernel, and thirty rows several tiles of a CPU."""
     monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head_kernels"), "MAX_BLOCK", 128)
+    monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head"), "CPU_TILE_BYTES", 2**11)
 
 
 @pytest.fixture

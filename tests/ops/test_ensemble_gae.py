@@ -253,14 +253,73 @@ def test_long_rows(backend, numbers):
     check(out, want, mask, tolerance=2e-6)
 
 
-def test_no_worse_than_a_float32_loop(backend):
-    """With gamma lam = 1 the error of a sum of a thousand terms shows."""
-    value, reward, mask = make(2, 4 if backend == "triton" and INTERPRETED else 16, 1200, keep=1.0)
-    want = oracle(value, reward, mask, 1.0, 1.0, 1.0)
-    ours = ensemble_gae(value, reward, mask, lam=1.0, backend=backend)
-    loop = ensemble_gae_reference(value, reward, mask, lam=1.0)
-    for got, plain, expected in zip(ours, loop, want, strict=True):
-        assert np.abs(f64(got) - expected).max() <= np.abs(f64(plain) - expected).max() + 1e-6
+LARGE = {
+    # gamma, lam, value_lam, the values' common level, a reward for each token
+    "rewards at the end": (1.0, 0.95, 1.0, 30.0, False),
+    "no lambda": (1.0, 1.0, 1.0, 30.0, False),
+    "discounted": (0.99, 0.95, 1.0, 30.0, False),
+    "a reward a token": (0.99, 0.95, 0.97, 30.0, True),
+    "a reward a token, no discount": (1.0, 1.0, 0.95, 30.0, True),
+    "very large values": (1.0, 0.95, 1.0, 3000.0, False),
+    "small values": (1.0, 1.0, 1.0, 0.0, True),
+}
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.7])
+@pytest.mark.parametrize("name", LARGE)
+def test_no_worse_than_a_float32_loop(backend, name, keep):
+    """The largest error is at most that of the loop, and a unit in the last place of the largest true number."""
+    gamma, lam, value_lam, level, each = LARGE[name]
+    b, t = (2, 1100) if backend == "triton" and INTERPRETED else (16, 1200)
+    value, reward, mask = make(2, b, t, keep=keep)
+    value = level + 0.1 * value
+    if not each:
+        reward = torch.zeros(b, t)
+        last = t - 1 - mask.flip(1).int().argmax(1)
+        reward[torch.arange(b), last] = level + torch.randn(b)
+    numbers = {"gamma": gamma, "lam": lam, "value_lam": value_lam}
+    want = oracle(value, reward, mask, gamma, lam, value_lam)
+    ours = ensemble_gae(value, reward, mask, backend=backend, **numbers)
+    loop = ensemble_gae_reference(value, reward, mask, **numbers)
+    for field, got, plain, expected in zip(ours._fields, ours, loop, want, strict=True):
+        allowed = np.abs(f64(plain) - expected).max() + 2**-23 * np.abs(expected).max()
+        assert np.abs(f64(got) - expected).max() <= allowed, field
+
+
+@pytest.mark.parametrize(("gamma", "level"), [(1.0, 30.1), (1.0, 1e4), (0.5, 0.7)])
+def test_zero_where_the_loop_is_zero(backend, gamma, level):
+    """Critics that predict the reward to the bit leave nothing to learn, whatever the size of their values."""
+    t = 1100 if gamma == 1.0 else 40
+    mask = torch.rand(3, t) < 0.8
+    mask[:, -1] = True
+    steps_left = mask.flip(1).cumsum(1).flip(1) - 1
+    value = (torch.tensor(level) * torch.tensor(gamma) ** steps_left).expand(2, 3, t)
+    reward = torch.zeros(3, t)
+    reward[:, -1] = level
+    out = ensemble_gae(value, reward, mask, gamma=gamma, backend=backend)
+    assert (ensemble_gae_reference(value, reward, mask, gamma=gamma).advantage == 0).all()
+    assert (out.advantage == 0).all()
+    assert torch.equal(out.returns, value[0] * mask)
+
+
+@pytest.mark.parametrize("at", [0, 5, 39])
+def test_a_nan_that_counts_shows(backend, at):
+    """A diverged critic's step and all before it come out NaN, as in a loop; those after it do not."""
+    value, reward, mask = make(2, 2, 40, keep=1.0)
+    value[1, 0, at] = torch.nan
+    out = ensemble_gae(value, reward, mask, backend=backend)
+    for got in (out.advantage, out.returns):
+        assert got[0, : at + 1].isnan().all()
+        assert got[0, at + 1 :].isfinite().all()
+        assert got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("lam", [0.9, 1.0])
+def test_one_lambda_for_both(backend, lam):
+    value, reward, mask = make(2, 3, 70)
+    out = ensemble_gae(value, reward, mask, gamma=0.9, lam=lam, value_lam=lam, backend=backend)
+    check(out, oracle(value, reward, mask, 0.9, lam, lam), mask)
+    assert torch.equal(out.returns, torch.where(mask, out.advantage + out.mean, 0))
 
 
 def test_std_survives_a_large_common_value(backend):

@@ -92,10 +92,14 @@ def rounded_logit_gradients(data: dict[str, Any], upstream: tuple[Tensor, ...], 
     return {"hidden": terms @ weight, "weight": terms.T @ hidden, "bias": terms.sum(dim=0)}
 
 
-def doubled(data: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64, for the oracle and for gradients that nothing rounds."""
+def doubled(data: dict[str, Any], compute_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The same numbers in float64, for the oracle and for gradients that nothing rounds; hidden and weight as the
+    products take them."""
+    rounded = {name: data[name].to(compute_dtype) for name in ("hidden", "weight") if compute_dtype is not None}
     return {
-        name: x.detach().double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        name: rounded.get(name, x).detach().double().requires_grad_()
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
         for name, x in data.items()
     }
 
@@ -119,11 +123,17 @@ def error(got: Tensor, want: Tensor, floor: float = 1e-30) -> float:
 
 
 def check(
-    data: dict[str, Any], backend: str, *, tolerance: float = FLOAT32, floor: float = 1e-30, **options: Any
+    data: dict[str, Any],
+    backend: str,
+    *,
+    tolerance: float = FLOAT32,
+    floor: float = 1e-30,
+    compute_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> LinearLogprob:
     """Both outputs and all gradients are as near the oracle as float32, and a rounding to the input's dtype, allow."""
-    out = linear_logprob(**data, **options, backend=backend)
-    exact_data = doubled(data)
+    out = linear_logprob(**data, **options, compute_dtype=compute_dtype, backend=backend)
+    exact_data = doubled(data, compute_dtype)
     want = oracle(**exact_data, **options)
     for got, exact in zip(out, want, strict=True):
         assert got.dtype == torch.float32
@@ -136,7 +146,7 @@ def check(
     else:
         exact_grads = [torch.zeros_like(x) for x in leaves(exact_data)]
     more: dict[str, Tensor] = {}
-    if backend == "triton" and data["weight"].dtype == torch.bfloat16:
+    if backend == "triton" and (compute_dtype or data["weight"].dtype) == torch.bfloat16:
         more = rounded_logit_gradients(exact_data, upstream, **options)
     names = [name for name, x in data.items() if x is not None and x.requires_grad]
     for name, got, exact in zip(names, got_grads, exact_grads, strict=True):
@@ -166,6 +176,38 @@ def test_matches_oracle_in_every_dtype(
 ) -> None:
     """The logits are accumulated in float32, so low-precision inputs cost no precision of log-prob and entropy."""
     check(make(9, 16, 101, dtype), backend, temperature=temperature, softcap=softcap)
+
+
+MASTERS = [(torch.float32, torch.float32), (None, torch.float32), (torch.float32, None), (None, None)]
+
+
+@pytest.mark.parametrize("compute_dtype", DTYPES)
+@pytest.mark.parametrize("masters", MASTERS)
+def test_masters_get_gradients_that_nothing_rounds(
+    backend: str, compute_dtype: torch.dtype, masters: tuple[torch.dtype | None, torch.dtype | None]
+) -> None:
+    """Products are those of rounded inputs; a float32 master's gradient is as near the oracle as float32 allows."""
+    data = make(9, 16, 101)
+    for name, dtype in zip(("hidden", "weight"), masters, strict=True):
+        data[name] = data[name].detach().to(dtype or compute_dtype).requires_grad_()
+    check(data, backend, temperature=0.8, softcap=5.0, compute_dtype=compute_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_rounded_inside_or_outside_compute_the_same(backend: str, dtype: torch.dtype) -> None:
+    """To the bit, but that a gradient is not rounded, which without a compute dtype it is."""
+    data = make(9, 16, 101)
+    rounded = data | {k: data[k].detach().to(dtype).requires_grad_() for k in ("hidden", "weight")}
+    upstream = tuple(torch.randn(2, 9).unbind())
+    results = []
+    for inputs, options in ((data, {"compute_dtype": dtype}), (rounded, {})):
+        out = linear_logprob(**inputs, **options, backend=backend)
+        results.append([*out, *gradients(out, upstream, leaves(inputs))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.to(b.dtype), b)
+    for got, rounded_once in zip(results[0][2:4], results[1][2:4], strict=True):
+        assert got.dtype == torch.float32
+        assert not torch.equal(got, rounded_once.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -296,7 +338,8 @@ def test_entropy_keeps_its_digits_when_it_is_small(backend: str) -> None:
     data["target"][:] = 7
     want = oracle(**doubled(data))
     out = linear_logprob(**data, backend=backend)
-    torch.testing.assert_close(out.entropy.double(), want[1], rtol=1e-5, atol=0)
+    # The log of a sum just above 1 has the rounding of that sum, half a float32 step at 1.
+    torch.testing.assert_close(out.entropy.double(), want[1], rtol=1e-5, atol=2**-24)
     torch.testing.assert_close(out.logprob.double(), want[0], rtol=1e-4, atol=0)
 
 
@@ -407,7 +450,10 @@ def test_ignored_rows_are_not_read(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_arithmetic_is_that_of_the_rows_that_count(backend: str, count_gemms: Callable[..., list[int]]) -> None:
-    """One GEMM forward, three backward, over the rows with a target; rows without an upstream gradient skip those."""
+    """One GEMM forward, three backward, over the rows with a target; rows without an upstream gradient skip those.
+
+    Two backward where the logits were kept, which only a CPU does.
+    """
     n, h, v = 32, 8, 61
     data = make(n, h, v, ignored=0.5)
     rows = int((data["target"] != -100).sum())
@@ -415,9 +461,51 @@ def test_arithmetic_is_that_of_the_rows_that_count(backend: str, count_gemms: Ca
     result: list[LinearLogprob] = []
     assert sum(count_gemms(lambda: result.append(linear_logprob(**data, backend=backend)))) == rows * h * v
     upstream = torch.ones(n)
-    assert sum(count_gemms(lambda: result[0].logprob.backward(upstream, retain_graph=True))) == 3 * rows * h * v
+    gemms = 2 if backend == "torch" and not data["hidden"].is_cuda else 3
+    assert sum(count_gemms(lambda: result[0].logprob.backward(upstream, retain_graph=True))) == gemms * rows * h * v
     upstream[data["target"].argmax()] = 0.0
-    assert sum(count_gemms(lambda: result[0].logprob.backward(upstream))) == 3 * (rows - 1) * h * v
+    assert sum(count_gemms(lambda: result[0].logprob.backward(upstream))) == gemms * (rows - 1) * h * v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 4.0}, {"entropy": False}])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_logits_kept_or_computed_again_give_the_same(
+    backend: str, dtype: torch.dtype, options: dict[str, Any], ignored: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; of all rows and of those that an upstream gradient moves, and twice."""
+    data = make(24, 8, 61, dtype, ignored=ignored)
+    every, some = torch.randn(24), torch.randn(24).where(torch.rand(24) < 0.5, 0.0)
+    results = []
+    for kept_bytes in (None, 0):
+        if kept_bytes is not None:
+            monkeypatch.setattr(importlib.import_module("asyppo_kernels.linear_logprob.op"), "KEPT_LOGITS_BYTES", 0)
+        out = linear_logprob(**data, **options, backend=backend)
+        results.append([out.logprob])
+        for upstream in (every, some, every):
+            total = (out.logprob * upstream).sum() + (0.0 if out.entropy is None else (out.entropy * upstream).sum())
+            results[-1] += torch.autograd.grad(total, leaves(data), retain_graph=True)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:4], results[0][7:10], strict=True))
+
+
+@pytest.mark.parametrize(("grad", "rows", "kept"), [(True, 8, 8), (False, 8, 0), (True, 9, 0)])
+def test_a_cpu_keeps_small_logits_where_a_gradient_needs_them(
+    backend: str, grad: bool, rows: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the graph holds is all there is of them."""
+    op = importlib.import_module("asyppo_kernels.linear_logprob.op")
+    monkeypatch.setattr(op, "KEPT_LOGITS_BYTES", 4 * 8 * 61)
+    data = make(rows, 4, 61)
+    packed: list[Tensor] = []
+    with (
+        torch.set_grad_enabled(grad),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x),
+    ):
+        linear_logprob(**data, backend=backend)
+    cpu = backend == "torch" and not data["hidden"].is_cuda
+    assert sum(x.shape == (rows, 61) for x in packed) == (1 if kept and cpu else 0)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
@@ -433,7 +521,8 @@ def test_gradients_only_where_needed(
     out = linear_logprob(**data, backend=backend)
     assert out.logprob.requires_grad == any(needs)
     if any(needs):
-        n_gemms = 1 + needs[0] + needs[1]
+        recomputed = backend == "triton" or data["hidden"].is_cuda
+        n_gemms = recomputed + needs[0] + needs[1]
         assert sum(count_gemms(lambda: out.logprob.sum().backward())) == n_gemms * n * h * v
     for name, need, grad in zip(names, needs, want, strict=True):
         assert (data[name].grad is not None) == need
@@ -459,6 +548,7 @@ def test_logits_never_exist_at_once(
     whole = linear_logprob(**data, temperature=0.8, softcap=4.0, backend=backend)
     whole_grads = gradients(whole, upstream, leaves(data))
     head = importlib.import_module("asyppo_kernels._policy_head")
+    monkeypatch.setattr(importlib.import_module("asyppo_kernels.linear_logprob.op"), "KEPT_LOGITS_BYTES", 0)
     for name in ("CPU_WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
         monkeypatch.setattr(head, name, 12 * 211 * 7)
     chunked: list[LinearLogprob] = []
@@ -476,6 +566,7 @@ def test_hidden_gradient_accumulates_in_float32(backend: str, monkeypatch: pytes
     """Over a hundred slices of the vocabulary, a bfloat16 sum would be off by tens of roundings."""
     data = make(4, 8, 4001, torch.bfloat16, ignored=0.0)
     head = importlib.import_module("asyppo_kernels._policy_head")
+    monkeypatch.setattr(importlib.import_module("asyppo_kernels.linear_logprob.op"), "KEPT_LOGITS_BYTES", 0)
     for name in ("CPU_WORKSPACE_BYTES", "GPU_WORKSPACE_BYTES"):
         monkeypatch.setattr(head, name, 12 * 4 * 16)
     with torch.no_grad():
@@ -526,23 +617,29 @@ def test_second_derivative_is_refused(backend: str) -> None:
 @pytest.mark.parametrize(("bias", "entropy", "softcap"), [(True, True, 4.0), (False, False, None)])
 def test_opcheck(backend: str, dtype: torch.dtype, bias: bool, entropy: bool, softcap: float | None) -> None:
     data = make(6, 4, 11, dtype)
+    compute_dtype = torch.bfloat16 if bias else dtype
     b = data["bias"] if bias else None
     head = (1.3, softcap)
     inputs = (data["hidden"], data["weight"], data["target"], b)
-    torch.library.opcheck(torch.ops.asyppo.linear_logprob.default, (*inputs, *head, entropy, torch.float32, backend))
+    torch.library.opcheck(
+        torch.ops.asyppo.linear_logprob.default,
+        (*inputs, *head, entropy, torch.float32, compute_dtype, backend, bias and backend == "torch"),
+    )
     inputs = tuple(None if x is None else x.detach() for x in inputs)
     rows = torch.rand(4, 6).unbind()
+    kept = -torch.rand(6 if bias and backend == "torch" else 0, 11)
     grads = (rows[3], torch.rand(6) if entropy else None)
     torch.library.opcheck(
         torch.ops.asyppo.linear_logprob_backward.default,
-        (*inputs, *rows[:3], *grads, *head, torch.float32, backend, True, entropy, bias),
+        (*inputs, *rows[:3], kept, *grads, *head, torch.float32, compute_dtype, backend, True, entropy, bias),
     )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(backend: str, dynamic: bool) -> None:
+@pytest.mark.parametrize(("dynamic", "compute_dtype"), [(False, None), (True, None), (False, torch.bfloat16)])
+def test_compiles_without_graph_breaks(backend: str, dynamic: bool, compute_dtype: torch.dtype | None) -> None:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
-        out = linear_logprob(hidden * 2, weight, target, bias=bias, temperature=0.9, softcap=20.0, backend=backend)
+        options = {"temperature": 0.9, "softcap": 20.0, "compute_dtype": compute_dtype}
+        out = linear_logprob(hidden * 2, weight, target, bias=bias, **options, backend=backend)
         return (out.logprob * torch.arange(len(target))).sum() + out.entropy.square().sum()
 
     torch._dynamo.reset()
@@ -575,6 +672,15 @@ def test_compiles_without_graph_breaks(backend: str, dynamic: bool) -> None:
         ({"temperature": float("nan")}, "temperature: got nan"),
         ({"softcap": -1.0}, "softcap: got -1.0, needs a number above 0"),
         ({"softcap": 0}, "softcap: got 0, needs"),
+        ({"compute_dtype": torch.float64}, "compute_dtype: got torch.float64, needs torch.float32 or"),
+        (
+            {"compute_dtype": torch.float16, "hidden": torch.randn(4, 3).bfloat16()},
+            "hidden: got dtype torch.bfloat16, needs torch.float16 or torch.float32",
+        ),
+        (
+            {"compute_dtype": torch.float32, "weight": torch.randn(5, 3).bfloat16()},
+            "weight: got dtype torch.bfloat16, needs torch.float32$",
+        ),
         ({"logits_dtype": torch.float16}, "logits_dtype: got torch.float16, needs"),
         ({"backend": "cuda"}, "backend: got 'cuda', needs"),
     ],
@@ -612,12 +718,14 @@ def check_anything(backend: str, data: st.DataObject) -> None:
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
     n, h, v = draw(st.integers(0, 12)), draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 3, 31, 32, 33, 127]))
-    inputs = make(n, h, v, draw(st.sampled_from(DTYPES)), ignored=draw(st.sampled_from([0.0, 0.5, 1.0])))
+    dtype = draw(st.sampled_from(DTYPES))
+    inputs = make(n, h, v, dtype, ignored=draw(st.sampled_from([0.0, 0.5, 1.0])))
     if draw(st.booleans(), label="bias"):
         inputs["bias"] = None
     options = {
         "temperature": draw(st.sampled_from([0.3, 1.0, 2.5])),
         "softcap": draw(st.sampled_from([None, 3.0, 50.0])),
+        "compute_dtype": draw(st.sampled_from([None, dtype, *(DTYPES if dtype == torch.float32 else [])])),
     }
     if n:
         # Where a distribution is all but one-hot, log-prob and gradients are differences of numbers near 1.

@@ -18,7 +18,7 @@ from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels._policy_head import HeadOptions
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
-from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions, read_rows
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,6 +75,7 @@ EVERYTHING = {
     "dual_clip": 1.5,
     "entropy_coef": 0.3,
     "kl_coef": 0.2,
+    "kl_bias_correction": True,
 }
 
 
@@ -82,7 +83,7 @@ def oracle(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     *,
@@ -98,6 +99,7 @@ def oracle(
     dual_clip: float | None = None,
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
+    kl_bias_correction: bool = False,
     dead_row_stats: bool = True,
 ) -> LinearPPOLoss:
     """Token by token in float64; rows that do not count are not looked at."""
@@ -136,9 +138,10 @@ def oracle(
                 s = torch.full_like(s, dual_clip * a)
             return r, s
 
-        r, s = surrogate(logp - float(old_logprob[t]))
+        old = logp.item() if old_logprob is None else float(old_logprob[t])
+        r, s = surrogate(logp - old)
         if a != 0:
-            x = (logp.detach() - float(old_logprob[t])).requires_grad_()
+            x = (logp.detach() - old).requires_grad_()
             s_of_x = surrogate(x)[1]
             clipped[t] = not s_of_x.requires_grad or torch.autograd.grad(s_of_x, x)[0] == 0
         stats[:, t] = torch.stack([logp, h, r]).detach()
@@ -149,7 +152,8 @@ def oracle(
         if kl_coef != 0:
             d = float(ref_logprob[t]) - logp
             d = d if -20 <= d <= 20 else torch.full_like(d, 20.0).copysign(d.detach())
-            token = token + kl_coef * (torch.exp(d) - d - 1)
+            k3 = torch.exp(d) - d - 1
+            token = token + kl_coef * (r * k3 if kl_bias_correction else k3)
         loss = loss + w * token
     return LinearPPOLoss(loss, *stats, clipped)
 
@@ -169,10 +173,12 @@ def rounded_logit_gradients(data: dict[str, Any], upstream: float, **options: An
     return {"hidden": terms @ weight.abs(), "weight": terms.T @ hidden.abs(), "bias": terms.sum(dim=0)}
 
 
-def doubled(data: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64, for the oracle and for gradients that nothing rounds."""
+def doubled(data: dict[str, Any], compute_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The same numbers in float64, for the oracle and for gradients that nothing rounds; hidden and weight as the
+    products take them."""
+    rounded = {name: data[name].to(compute_dtype) for name in ("hidden", "weight") if compute_dtype is not None}
     return {
-        name: x.detach().double().requires_grad_(x.requires_grad)
+        name: rounded.get(name, x).detach().double().requires_grad_(x.requires_grad)
         if isinstance(x, Tensor) and x.is_floating_point()
         else x
         for name, x in data.items()
@@ -218,8 +224,9 @@ def check(
 ) -> LinearPPOLoss:
     """Loss, statistics and gradients are as near the oracle as float32, and a rounding to the input's dtype, allow."""
     out = linear_ppo_loss(**data, **options, backend=backend)
-    exact_data = doubled(data)
-    wanted = {k: v for k, v in options.items() if k not in ("compact", "workspace_bytes")}
+    compute_dtype = options.get("compute_dtype")
+    exact_data = doubled(data, compute_dtype)
+    wanted = {k: v for k, v in options.items() if k not in ("compact", "workspace_bytes", "compute_dtype")}
     want = oracle(**exact_data, **wanted)
     assert out.loss.shape == ()
     assert out.loss.requires_grad
@@ -233,7 +240,7 @@ def check(
     for got, exact in zip(got_all[1:4], exact_all[1:4], strict=True):
         assert error(got, exact, floor) <= tolerance
     more: dict[str, Tensor] = {}
-    if backend == "triton" and data["weight"].dtype == torch.bfloat16 and len(data["target"]):
+    if backend == "triton" and (compute_dtype or data["weight"].dtype) == torch.bfloat16 and len(data["target"]):
         more = rounded_logit_gradients(exact_data, upstream, **wanted)
     names = [name for name in HEAD if data.get(name) is not None and data[name].requires_grad]
     for name, got, exact in zip(names, got_all[5:], exact_all[5:], strict=True):
@@ -365,6 +372,68 @@ def test_clamped_reference_ratio_has_no_gradient(backend: str, sign: float) -> N
     assert all((g == 0).all() for g in torch.autograd.grad(out.loss, leaves(data)))
 
 
+RATIOS_OF_KL = [-25.0, -2.0, 0.4, 3.0, 19.5, 25.0]
+
+
+def test_kl_at_every_pair_of_ratios(backend: str) -> None:
+    """With the bias correction, each factor's clamp takes that factor's gradient only."""
+    pairs = list(itertools.product(RATIOS_OF_KL, RATIOS_OF_KL))
+    data = make(len(pairs), 4, 11, masks=False, counted=1.0) | {"advantage": torch.zeros(len(pairs))}
+    logprob = oracle(**doubled(data)).logprob
+    data["old_logprob"], data["ref_logprob"] = (
+        (logprob - sign * torch.tensor([pair[i] for pair in pairs])).float() for i, sign in ((0, 1), (1, -1))
+    )
+    # One row at a time, lest the gradient of a large ratio hide the others.
+    for i in range(len(pairs)):
+        row = {k: x[i : i + 1] if k not in ("weight", "bias") else x for k, x in data.items()}
+        row["hidden"] = row["hidden"].detach().requires_grad_()
+        for kl_bias_correction in (False, True):
+            check(row, backend, tolerance=4e-5, kl_coef=0.1, kl_bias_correction=kl_bias_correction)
+
+
+def test_kl_bias_correction_is_without_effect_where_there_is_no_kl(backend: str) -> None:
+    data = make(20, 4, 11)
+    with_it, without = (
+        results(linear_ppo_loss(**data, kl_bias_correction=x, backend=backend), data) for x in (True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [EVERYTHING, {"clip_low": 0.0, "clip_high": 0.0}, {"dual_clip": 1.0001}])
+@pytest.mark.parametrize("compact", [True, False])
+def test_without_old_logprob_the_ratio_is_one_and_has_a_gradient(
+    backend: str, dtype: torch.dtype, options: dict[str, Any], compact: bool
+) -> None:
+    data = make(30, 16, 101, dtype) | {"old_logprob": None}
+    out = check(data, backend, **options, compact=compact)
+    counted = (data["token_weight"] != 0) & (data["target"] != -100)
+    assert torch.equal(out.ratio, counted.float())
+    assert not out.clipped.any()
+    (grad,) = torch.autograd.grad(out.loss, data["hidden"])
+    moved = counted & data["advantage_keep"] & (data["advantage"] * data["rollout_weight"] != 0)
+    assert moved.any()
+    assert (grad[moved] != 0).any(dim=1).all()
+
+
+def test_without_old_logprob_is_as_with_the_rows_own(backend: str) -> None:
+    data = make(30, 16, 101)
+    own = linear_ppo_loss(**data | {"old_logprob": None}, **EVERYTHING, backend=backend)
+    same = linear_ppo_loss(**data | {"old_logprob": own.logprob}, **EVERYTHING, backend=backend)
+    for a, b in zip(results(own, data), results(same, data), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_old_logprob_a_banned_target_has_ratio_one(backend: str) -> None:
+    data = make(3, 4, 7, counted=1.0, masks=False) | {"old_logprob": None}
+    data["target"] = torch.tensor([1, 0, 2])
+    with torch.no_grad():
+        data["bias"][0] = -torch.inf
+    out = linear_ppo_loss(**data, backend=backend)
+    assert (out.ratio == 1).all()
+    assert all(x.isfinite().all() for x in (out.loss, *torch.autograd.grad(out.loss, leaves(data))))
+
+
 def test_first_update_has_ratio_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Old log-probs come from ``linear_logprob``; chunks and compaction move a row's log-prob by less than 1e-4."""
     monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head_kernels"), "MAX_BLOCK", 2048)
@@ -406,6 +475,54 @@ def test_bf16_logits(backend: str) -> None:
     exact = oracle(**doubled(data))
     assert 1e-4 < error(out.logprob[counted], exact.logprob[counted]) < 2.0**-7
     assert (out.logprob <= 0).all()
+
+
+# --- float32 masters --------------------------------------------------------------------------------------------------
+
+
+MASTERS = [(torch.float32, torch.float32), (None, torch.float32), (torch.float32, None), (None, None)]
+
+
+@pytest.mark.parametrize("compute_dtype", DTYPES)
+@pytest.mark.parametrize("masters", MASTERS)
+def test_masters_get_gradients_that_nothing_rounds(
+    backend: str, compute_dtype: torch.dtype, masters: tuple[torch.dtype | None, torch.dtype | None]
+) -> None:
+    """Products are those of rounded inputs; a float32 master's gradient is as near the oracle as float32 allows."""
+    data = make(30, 16, 101)
+    for name, dtype in zip(("hidden", "weight"), masters, strict=True):
+        data[name] = data[name].detach().to(dtype or compute_dtype).requires_grad_()
+    check(data, backend, **EVERYTHING, compute_dtype=compute_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("upstream", [1.0, -0.37])
+def test_masters_rounded_inside_or_outside_compute_the_same(backend: str, dtype: torch.dtype, upstream: float) -> None:
+    """To the bit, but that a gradient is not rounded, which without a compute dtype it is."""
+    data = make(30, 16, 101)
+    rounded = data | {k: data[k].detach().to(dtype).requires_grad_() for k in ("hidden", "weight")}
+    inside = results(
+        linear_ppo_loss(**data, **EVERYTHING, compute_dtype=dtype, backend=backend), data, upstream=upstream
+    )
+    outside = results(linear_ppo_loss(**rounded, **EVERYTHING, backend=backend), rounded, upstream=upstream)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a.to(b.dtype), b)
+    for got, rounded_once in zip(inside[5:7], outside[5:7], strict=True):
+        assert got.dtype == torch.float32
+        assert not torch.equal(got, rounded_once.float())
+
+
+def test_masters_compile_without_graph_breaks(backend: str) -> None:
+    def loss(hidden: Tensor, **data: Tensor) -> LinearPPOLoss:
+        options = EVERYTHING | {"compute_dtype": torch.bfloat16}
+        return linear_ppo_loss(hidden * 1.5, old_logprob=None, **data, **options, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    data = make(12, 4, 11)
+    del data["old_logprob"]
+    for got, want in zip(results(compiled(**data), data, 2.0), results(loss(**data), data, 2.0), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 # --- sums, scales, chunks ---------------------------------------------------------------------------------------------
@@ -697,7 +814,7 @@ def test_without_compaction_no_value_reaches_the_host(backend: str, monkeypatch:
     if backend == "triton":  # a launch reads nothing on the host, but has to be one of real memory
         monkeypatch.setattr(form, "loss_kernel", defaultdict(lambda: lambda *args, **kwargs: None))
     data = {k: x.to("meta") for k, x in make(20, 4, 7).items()}
-    ppo = PPOOptions(0.2, 0.3, 2.0, 0.1, 0.1)
+    ppo = PPOOptions(0.2, 0.3, 2.0, 0.1, 0.1, kl_bias_correction=True)
     columns = ("target", "old_logprob", "advantage", "token_weight", "advantage_keep", "entropy_keep", "ref_logprob")
     rows = read_rows(*(data[k] for k in columns), data["rollout_weight"], ppo)
 
@@ -768,10 +885,11 @@ def test_second_derivative_is_refused(backend: str) -> None:
 @pytest.mark.parametrize(("full", "compact"), [(True, True), (False, False)])
 def test_opcheck(backend: str, dtype: torch.dtype, full: bool, compact: bool) -> None:
     data = make(6, 4, 11, dtype)
-    rows = ("target", "old_logprob", "advantage", "token_weight")
     optional = ("advantage_keep", "entropy_keep", "ref_logprob", "rollout_weight", "bias")
-    inputs = (data["hidden"], data["weight"], *(data[k] for k in rows))
-    numbers = (0.9, 4.0, 0.2, 0.3, 2.0, 0.1, 0.1) if full else (1.0, None, 0.2, 0.2, None, 0.0, 0.0)
+    inputs = (data["hidden"], data["weight"], data["target"], data["old_logprob"] if full else None)
+    inputs = (*inputs, data["advantage"], data["token_weight"])
+    compute_dtype = torch.bfloat16 if full else dtype
+    numbers = (0.9, 4.0, 0.2, 0.3, 2.0, 0.1, 0.1, True) if full else (1.0, None, 0.2, 0.2, None, 0.0, 0.0, False)
     torch.library.opcheck(
         torch.ops.asyppo.linear_ppo_loss.default,
         (
@@ -779,6 +897,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, full: bool, compact: bool) ->
             *(data[k] if full else None for k in optional),
             *numbers,
             torch.float32,
+            compute_dtype,
             compact,
             True,
             None,
@@ -835,6 +954,18 @@ def test_compiles_without_graph_breaks(backend: str, dynamic: bool, compact: boo
         ({"kl_coef": float("nan")}, "kl_coef: got nan, needs a finite number"),
         ({"kl_coef": 0.1}, r"ref_logprob: got None, needs \[N\] = \[4\], since kl_coef is 0.1"),
         ({"logits_dtype": torch.float64}, "logits_dtype: got torch.float64, needs"),
+        ({"compute_dtype": torch.float64}, "compute_dtype: got torch.float64, needs torch.float32 or"),
+        ({"compute_dtype": "bf16"}, "compute_dtype: got 'bf16', needs torch.float32 or"),
+        (
+            {"compute_dtype": torch.float16, "hidden": torch.randn(4, 3).bfloat16()},
+            "hidden: got dtype torch.bfloat16, needs torch.float16 or torch.float32",
+        ),
+        (
+            {"compute_dtype": torch.float32, "weight": torch.randn(5, 3).bfloat16()},
+            "weight: got dtype torch.bfloat16, needs torch.float32$",
+        ),
+        ({"weight": torch.randn(5, 3).bfloat16()}, "weight: got dtype torch.bfloat16, needs torch.float32$"),
+        ({"kl_bias_correction": 1.0}, "kl_bias_correction: got 1.0, needs True or False"),
         ({"workspace_bytes": 0}, "workspace_bytes: got 0, needs a positive int"),
         ({"workspace_bytes": 1e9}, "workspace_bytes: got 1000000000.0, needs a positive int"),
         ({"backend": "cuda"}, "backend: got 'cuda', needs"),
@@ -861,8 +992,10 @@ def check_anything(backend: str, data: st.DataObject) -> None:
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), label="seed"))
     n, h, v = draw(st.integers(0, 12)), draw(st.integers(1, 9)), draw(st.sampled_from([1, 2, 3, 31, 32, 33, 127]))
-    inputs = make(n, h, v, draw(st.sampled_from(DTYPES)), counted=draw(st.sampled_from([0.0, 0.5, 1.0])))
-    for name in ("advantage_keep", "entropy_keep", "rollout_weight", "bias"):
+    dtype = draw(st.sampled_from(DTYPES))
+    inputs = make(n, h, v, dtype, counted=draw(st.sampled_from([0.0, 0.5, 1.0])))
+    compute_dtype = draw(st.sampled_from([None, dtype, *(DTYPES if dtype == torch.float32 else [])]))
+    for name in ("old_logprob", "advantage_keep", "entropy_keep", "rollout_weight", "bias"):
         if draw(st.booleans(), label=f"no {name}"):
             inputs[name] = None
     check(  # where a distribution is all but one-hot, log-prob and gradients are differences of numbers near 1
@@ -877,6 +1010,8 @@ def check_anything(backend: str, data: st.DataObject) -> None:
         dual_clip=draw(st.sampled_from([None, 1.05, 3.0])),
         entropy_coef=draw(st.sampled_from([0.0, 0.1, -0.1])),
         kl_coef=draw(st.sampled_from([0.0, 0.1])),
+        kl_bias_correction=draw(st.booleans()),
+        compute_dtype=compute_dtype,
         compact=draw(st.booleans()),
         dead_row_stats=draw(st.booleans()),
         workspace_bytes=draw(st.sampled_from([None, 1, 12 * v * 3])),

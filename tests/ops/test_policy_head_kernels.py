@@ -106,7 +106,7 @@ def test_gradient_overwrites_only_what_is_read(dtype: torch.dtype, logits_dtype:
     assert z.data_ptr() % 16 == grad.data_ptr() % 16 == 0
     if grad.untyped_storage().data_ptr() != z.untyped_storage().data_ptr():
         return
-    block, _ = launch_shape(v)
+    block, _ = launch_shape(v, softcap=False)
     for r in range(2):
         row_end = z[r].data_ptr() + workspace.pitch * z.element_size()
         for start in range(0, v, block):
@@ -128,6 +128,18 @@ def test_default_chunk_keeps_products_full() -> None:
     head_module = importlib.import_module("asyppo_kernels._policy_head")
     limit = head_module.lines_per_block(151_936, torch.device("cuda"), bytes_per_element=4)
     assert even_size(8192, limit) == 4096
+    on_a_cpu = head_module.lines_per_block(151_936, torch.device("cpu"))
+    assert on_a_cpu == 441  # each chunk reads the whole weight
+
+
+@pytest.mark.parametrize(("n", "v"), [(0, 5), (1, 5), (30, 101), (7, 4001)])
+def test_tiles_of_a_cpu_cover_every_row_once(n: int, v: int) -> None:
+    head_module = importlib.import_module("asyppo_kernels._policy_head")
+    z = torch.empty(n, v, device="cpu")
+    parts = list(head_module.tiles(z))
+    assert [row for part in parts for row in range(n)[part]] == list(range(n))
+    limit = max(4 * v, head_module.CPU_TILE_BYTES * torch.get_num_threads())
+    assert all(z[part].numel() * 4 <= limit for part in parts)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

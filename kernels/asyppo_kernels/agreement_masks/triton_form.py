@@ -19,7 +19,7 @@ SHIFTS = (24, 18, 9, 0)  # of the four digits; bit 31 is the sign
 BINS = (2**7, 2**6, 2**9, 2**9)
 SPARSE = (False, False, True, True)
 LEVELS = len(SHIFTS)
-BLOCKS = (4096, 4096, 2048, 2048)
+BLOCKS = (4096, 2048, 2048, 2048)
 WARPS = (4, 4, 8, 8)
 PROGRAMS = 1056  # at most; eight a multiprocessor of those that have 132
 

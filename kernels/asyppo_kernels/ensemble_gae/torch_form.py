@@ -1,11 +1,12 @@
-"""``ensemble_gae`` in torch, as a blocked scan: a Python loop over one block's steps, not over T.
+"""``ensemble_gae`` in torch, as blocked scans: a Python loop over one block's steps, not over T.
 
-With V the mean value and V', z' those of the next valid step (0 after the last), let z = V + lam A. Then
+With V the mean value and V', A' those of the next valid step (0 after the last),
 
-    A = r - V + gamma z'          z = (1 - lam) V + lam r + gamma lam z'
+    delta = r + gamma V' - V          A = delta + gamma lam A'
 
-so that one scan of z serves: neither V' nor an index of valid steps is needed. A masked step contributes 0 with
-coefficient 1, which carries z across it. The return is A with ``value_lam`` plus V, so V cancels: r + gamma z'.
+Two scans of one form, z = b + a z': of V, so that differences are formed before anything is added up, and of A.
+A masked step contributes 0 with coefficient 1, which carries z across it. A scan of V + lam A would do without the
+first, but its rounding is relative to V, not to A.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return advantage, returns, mean and std, all [B, T] float32."""
     masked = ~mask
-    value = value.float().contiguous().masked_fill(masked, 0)
-    reward = reward.float().contiguous().masked_fill(masked, 0)
-    mean, std = mean_and_std(value)
-    next_z = _next_z(mean, reward, mask, gamma, lam if row_lam is None else row_lam[:, None])
-    advantage = (reward - mean).add_(next_z, alpha=gamma).masked_fill_(masked, 0)
-    returns = reward.add_(_next_z(mean, reward, mask, gamma, value_lam), alpha=gamma).masked_fill_(masked, 0)
+    mean, std = mean_and_std(value.float().contiguous().masked_fill(masked, 0))
+    next_value = _after(_scan(masked.to(mean.dtype), mean))
+    delta = reward.float().add(next_value, alpha=gamma).sub_(mean).masked_fill_(masked, 0)
+
+    def scan(lam: float | Tensor) -> Tensor:
+        coefficient = torch.where(mask, gamma * lam, torch.ones_like(mean))
+        return _scan(coefficient, delta).masked_fill(masked, 0)
+
+    advantage = scan(lam if row_lam is None else row_lam[:, None])
+    same = row_lam is None and lam == value_lam
+    returns = (advantage if same else scan(value_lam)) + mean
     return advantage, returns, mean, std
-
-
-def _next_z(mean: Tensor, reward: Tensor, mask: Tensor, gamma: float, lam: float | Tensor) -> Tensor:
-    coefficient = torch.where(mask, gamma * lam, torch.ones_like(mean))
-    return _after(_scan(coefficient, torch.lerp(mean, reward, lam)))
 
 
 def _after(z: Tensor) -> Tensor:

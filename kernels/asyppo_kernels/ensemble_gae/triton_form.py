@@ -1,9 +1,10 @@
 """``ensemble_gae`` by Triton kernels: one launch, or two where a few long rows would leave the device idle.
 
-A row is one program's, which walks it in blocks from the right and carries z from block to block; short rows share a
-program. A few long rows are cut into chunks: a first launch reduces each chunk but a row's first to the map from the z
-after it to its own z, and the second starts every chunk from the maps of those to its right. That reads value, reward
-and mask twice, the second time from the cache. Which way is taken depends on the shape alone.
+A row is one program's, which walks it in blocks from the right and carries the next valid step's mean and advantages
+from block to block; short rows share a program. A few long rows are cut into chunks: a first launch reduces each chunk
+but a row's first to what it does to the steps before it, and the second starts every chunk from the summaries of those
+to its right. That reads value, reward and mask twice, the second time from the cache. Which way is taken depends on the
+shape alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from asyppo_kernels._args import device_guard
 from asyppo_kernels.ensemble_gae import kernels
 
 BLOCK = 1024  # steps that a program holds at once, of one row or of several short ones
+WARPS = 1 if torch.version.hip else 2  # 64 threads, each with sixteen of the block's steps
 FEW_ROWS = 64
 PROGRAMS = 256  # about what a few long rows are cut for
 MOST_CHUNKS = 64
@@ -45,18 +47,18 @@ def forward(
     outputs = advantage, torch.empty_like(advantage), torch.empty_like(advantage), torch.empty_like(advantage)
     if b * t == 0:
         return outputs
-    block = min(BLOCK, triton.next_power_of_2(t))
+    block = max(kernels.GROUP.value, min(BLOCK, triton.next_power_of_2(t)))
     rows = min(max(1, BLOCK // block), triton.next_power_of_2(b))
     chunks = chunks_of(b, t)
     span = block * triton.cdiv(triton.cdiv(t, block), chunks)
     strides = (*value.stride(), *reward.stride(), *mask.stride())
-    numbers = (gamma, lam, 1 - lam, gamma * lam, value_lam, 1 - value_lam, gamma * value_lam)
+    numbers = (gamma, gamma * lam, gamma * value_lam)
     inputs = (value, reward, mask.view(torch.uint8), None if row_lam is None else row_lam.contiguous())
-    summary = value.new_empty((b, chunks, 4), dtype=torch.float32) if chunks > 1 else None
+    summary = value.new_empty((b, chunks, 7), dtype=torch.float32) if chunks > 1 else None
     with device_guard(value):
         if chunks > 1:
             kernels.summary_kernel[(b * (chunks - 1),)](
-                *inputs, summary, b, t, span, *strides, *numbers, K=k, BLOCK_T=block
+                *inputs, summary, b, t, span, *strides, *numbers, K=k, BLOCK_T=block, num_warps=WARPS
             )
         kernels.gae_kernel[(triton.cdiv(b, rows) * chunks,)](
             *inputs,
@@ -72,5 +74,6 @@ def forward(
             ROWS=rows,
             BLOCK_T=block,
             BLOCK_CHUNKS=triton.next_power_of_2(chunks),
+            num_warps=WARPS,
         )
     return outputs

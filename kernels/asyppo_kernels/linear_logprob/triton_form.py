@@ -24,23 +24,34 @@ from asyppo_kernels.linear_logprob.kernels import gradient_kernel, statistics_ke
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, *, entropy: bool
-) -> RowStats:
-    """The statistics of every row, [N] each; 0 where the target is -100. An entropy not asked for is empty."""
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: HeadOptions,
+    *,
+    entropy: bool,
+    keep_logits: bool,
+) -> tuple[RowStats, Tensor]:
+    """The statistics of every row, [N] each; 0 where the target is -100. An entropy not asked for is empty.
+
+    No logits are kept: ``keep_logits`` is for CPUs.
+    """
     n, v = len(target), len(weight)
     logprob, row_max, log_sum = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(3))
     row_entropy = hidden.new_zeros(n if entropy else 0, dtype=torch.float32)
     rows = (target != IGNORE_TARGET).nonzero().squeeze(1)
     stats = RowStats(logprob, row_entropy, row_max, log_sum)
+    kept = hidden.new_empty((0, v), dtype=torch.float32)
     if len(rows) == 0:
-        return stats
+        return stats, kept
 
     bytes_each = bytes_per_logit(hidden, options, gradient=False)
     size = even_size(len(rows), lines_per_block(padded(v), hidden.device, bytes_per_element=bytes_each))
     workspace = Workspace(hidden, options, size, v, gradient=False)
     weight, target = operand(weight), target.contiguous()
     bias = None if bias is None else bias.contiguous()
-    block, num_warps = launch_shape(v)
+    block, num_warps = launch_shape(v, softcap=options.softcap is not None)
     with device_guard(hidden):
         for index in row_spans(rows, n, size):
             x = hidden[index]
@@ -62,7 +73,7 @@ def forward(
                 BLOCK=block,
                 num_warps=num_warps,
             )
-    return stats
+    return stats, kept
 
 
 def backward(
@@ -73,9 +84,11 @@ def backward(
     entropy: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    kept: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     options: HeadOptions,
+    compute_dtype: torch.dtype,
     *,
     need_hidden: bool,
     need_weight: bool,
@@ -95,21 +108,23 @@ def backward(
     d_hidden = gradient_buffers(hidden, weight, bias, *needed)[0] if need_hidden else hidden.new_empty(0)
 
     v = len(weight)
-    bytes_each = bytes_per_logit(hidden, options, gradient=True)
+    x = hidden[rows].to(compute_dtype)
+    bytes_each = bytes_per_logit(x, options, gradient=True)
     width = even_size(v, lines_per_block(len(rows), hidden.device, bytes_per_element=bytes_each))
-    workspace = Workspace(hidden, options, len(rows), width, gradient=True)
-    x = operand(hidden[rows])
+    workspace = Workspace(x, options, len(rows), width, gradient=True)
+    x = operand(x)
     x_for_gradient = gradient_operand(x)
     d_x = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     target, grad_logprob = target.contiguous(), grad_logprob.float().contiguous()
     if grad_entropy is not None:
         grad_entropy = grad_entropy.float().contiguous()
     bias = None if bias is None else bias.contiguous()
-    block, num_warps = launch_shape(width)
+    block, num_warps = launch_shape(width, softcap=options.softcap is not None)
     with device_guard(hidden):
         for start in range(0, v, width):
             columns = slice(start, start + width)
-            z = workspace.logits(x, operand(weight[columns]))
+            w = weight[columns].to(compute_dtype)
+            z = workspace.logits(x, operand(w))
             grad = workspace.gradient(z)
             gradient_kernel[(len(rows),)](
                 z,
@@ -136,7 +151,7 @@ def backward(
                 d_bias[columns] = grad.sum(dim=0, dtype=torch.float32)
             grad = operand(grad)
             if need_hidden:
-                accumulate_f32(d_x, grad, gradient_operand(weight[columns]), first=start == 0)
+                accumulate_f32(d_x, grad, gradient_operand(w), first=start == 0)
             if need_weight:
                 mm_into(d_weight[columns], grad.t(), x_for_gradient)
     if need_hidden:

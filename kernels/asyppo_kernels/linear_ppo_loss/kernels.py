@@ -31,7 +31,7 @@ def loss_kernel(
     grad_ptr,  # [programs, grad_pitch], over z or elsewhere
     index_ptr,  # [programs] int64: the row of each program; None: first_row and on
     target_ptr,  # [N], as all numbers of a row; cleared where they do not count
-    old_logprob_ptr,
+    old_logprob_ptr,  # None: the row's own
     ref_logprob_ptr,
     advantage_ptr,
     rollout_weight_ptr,
@@ -58,6 +58,7 @@ def loss_kernel(
     SOFTCAP: tl.constexpr,
     DUAL_CLIP: tl.constexpr,
     KL: tl.constexpr,
+    KL_BIAS_CORRECTION: tl.constexpr,
     DEAD_ROW_STATS: tl.constexpr,
     GRADIENT: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -100,7 +101,9 @@ def loss_kernel(
             SOFTCAP=SOFTCAP,
             BLOCK=BLOCK,
         )
-        log_ratio = logprob - tl.load(old_logprob_ptr + row)
+        log_ratio = logprob - logprob  # 0, or NaN
+        if old_logprob_ptr is not None:
+            log_ratio = logprob - tl.load(old_logprob_ptr + row)
         ratio = tl.exp(bounded_log_ratio(log_ratio))
         inside = tl.where(ratio > ratio_high, ratio_high, tl.where(ratio < ratio_low, ratio_low, ratio))
         surrogate = tl.minimum(ratio * a, inside * a, propagate_nan=tl.PropagateNan.ALL)
@@ -108,7 +111,8 @@ def loss_kernel(
         if DUAL_CLIP:
             surrogate = tl.where((a < 0.0) & (surrogate < dual_clip * a), dual_clip * a, surrogate)
             clipped = clipped | ((a < 0.0) & (ratio > dual_clip))
-        clipped = (clipped | (tl.abs(log_ratio) > LOG_RATIO_LIMIT)) & (a != 0.0)
+        clamped = tl.abs(log_ratio) > LOG_RATIO_LIMIT
+        clipped = (clipped | clamped) & (a != 0.0)
 
         loss = tl.where(surrogate_on, -u * surrogate, 0.0) - tl.where(entropy_on, entropy_coef * entropy, 0.0)
         grad_logprob = tl.where(surrogate_on & (clipped == 0), -u * a * ratio, 0.0)
@@ -117,8 +121,13 @@ def loss_kernel(
             log_ref_ratio = tl.load(ref_logprob_ptr + row) - logprob
             bounded = bounded_log_ratio(log_ref_ratio)
             k3 = exp_minus_line(bounded)
+            moves = tl.abs(log_ref_ratio) <= LOG_RATIO_LIMIT
+            slope = tl.where(moves, -(k3 + bounded), 0.0)
+            if KL_BIAS_CORRECTION:  # the sum of slope and k3 is -bounded, and would lose its digits
+                slope = ratio * tl.where(clamped, slope, tl.where(moves, -bounded, k3))
+                k3 *= ratio
             loss += kl_coef * k3
-            grad_logprob -= tl.where(tl.abs(log_ref_ratio) <= LOG_RATIO_LIMIT, kl_coef * (k3 + bounded), 0.0)
+            grad_logprob += kl_coef * slope
         grad_logprob *= w
         tl.store(loss_ptr + row, w * loss)
         tl.store(logprob_ptr + row, logprob)

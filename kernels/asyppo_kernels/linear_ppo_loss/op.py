@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
-from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions, read_rows
+from asyppo_kernels._registration import Signature
+from asyppo_kernels.linear_ppo_loss.result import LinearPPOLoss
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
 
-
-class LinearPPOLoss(NamedTuple):
-    """The loss, and of each row, detached: log-prob and entropy in nats, ratio, and whether the clip stopped it."""
-
-    loss: Tensor
-    logprob: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
+HEAD = ("hidden", "weight", "bias")  # what gets gradients
 
 
 def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     *,
+    compute_dtype: torch.dtype | None = None,
     advantage_keep: Tensor | None = None,
     entropy_keep: Tensor | None = None,
     ref_logprob: Tensor | None = None,
@@ -44,6 +39,7 @@ def linear_ppo_loss(
     dual_clip: float | None = None,
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
+    kl_bias_correction: bool = False,
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
     dead_row_stats: bool = True,
@@ -56,7 +52,7 @@ def linear_ppo_loss(
     old_logprob) with the exponent clamped to [-20, 20], A the advantage, u the rollout weight and w the token weight::
 
         s    = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A);  where A < 0 and dual_clip is set: max(s, dual_clip A)
-        k3   = exp(d) - d - 1,  d = ref_logprob - logp clamped to [-20, 20]
+        k3   = exp(d) - d - 1,  d = ref_logprob - logp clamped to [-20, 20];  with kl_bias_correction: r times that
         loss = sum_t w_t (-keepA_t u_t s_t - entropy_coef keepH_t H_t + kl_coef k3_t)
 
     This is minus the policy objective of AsyPPO (arXiv 2510.01656; keepA and keepH are its I^A and I^H), which rests on
@@ -67,7 +63,7 @@ def linear_ppo_loss(
     The loss is differentiable in ``hidden``, ``weight`` and ``bias``, for any upstream scalar, once; the gradients are
     accumulated in float32 and come in their input's dtype. None is formed for an input that needs none, nor under
     ``torch.no_grad``, where the op is one GEMM. If no row counts, the loss is 0, attached, its gradients zero. The op
-    computes in the dtypes it is given: ``torch.autocast`` neither casts its inputs nor reaches inside. Under
+    computes in ``compute_dtype``: ``torch.autocast`` neither casts its inputs nor reaches inside. Under
     ``torch.compile`` each new value of a number is a recompilation.
 
     A row is live if w != 0 and the loss can move with it: keepA and A u != 0, or entropy_coef != 0 and keepH, or
@@ -77,12 +73,16 @@ def linear_ppo_loss(
 
     Args:
         hidden: [N, H], float32, bfloat16 or float16: row t holds the hidden state that predicts target t.
-        weight: [V, H], the dtype of hidden.
+        weight: [V, H], the dtype of hidden; with ``compute_dtype`` its own, see there.
         target: [N] int64: token in [0, V), or -100. Values are not checked.
         old_logprob: [N], any float dtype, as all [N] numbers here: log-prob of the target under the policy that the
-            ratio compares with.
+            ratio compares with. None is the row's own log-prob, detached, as in the first update after a rollout: r is
+            exp(logp - logp.detach()), whose value is 1 and whose gradient is logp's; ``clipped`` is false.
         advantage: [N].
         token_weight: [N]: w.
+        compute_dtype: what the products take. hidden and weight are each of this dtype or float32 masters, which are
+            rounded to it once a call; a master's gradient comes back in float32, as it was accumulated. None is the
+            one dtype of hidden and weight.
         advantage_keep: [N] bool: I^A; None keeps all.
         entropy_keep: [N] bool: I^H; None keeps all.
         ref_logprob: [N]: log-prob under the reference policy; needed if kl_coef != 0, else not read.
@@ -95,13 +95,16 @@ def linear_ppo_loss(
         dual_clip: above 1, or None.
         entropy_coef: weight of the entropy bonus.
         kl_coef: weight of k3.
+        kl_bias_correction: k3 times the ratio, with the gradient of both: an estimate for samples of the old policy
+            (DeepSeek-V3.2, arXiv 2512.02556; TRL's use_bias_correction_kl). The ratio's gradient is zero where its
+            clamp binds. Without effect if kl_coef is 0.
         logits_dtype: what the product hidden weight^T, accumulated in float32, is stored in. bfloat16 halves the
             traffic and moves a log-prob by up to 0.15, against a clip of 0.2.
         compact: gather the rows that count, at the cost of one host synchronisation. False has none, and computes all
             rows.
         dead_row_stats: False spares the first GEMM, too, the rows that count but are not live; they return 0.
         workspace_bytes: the most that the logits of a chunk, with what is made of them, may take; at least one row is
-            computed at a time. None is 2.5 GiB, and less on a CPU.
+            computed at a time. None is 2.5 GiB, and on a CPU 256 MiB.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -113,14 +116,15 @@ def linear_ppo_loss(
         ValueError: naming the argument, what it got and what it needs; also for backend "triton" on a CPU, unless
             TRITON_INTERPRET=1 was in the environment when the package was imported.
     """
-    check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype)
+    dtype = check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype, compute_dtype)
     n, device = hidden.shape[0], hidden.device
 
     def check_rows(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
         check_tensor(name, value, shape=[n], needs=f"[N] = [{n}]", dtypes=dtypes, device=device)
 
     number = (*FLOATS, torch.float64)
-    check_rows("old_logprob", old_logprob, number)
+    if old_logprob is not None:
+        check_rows("old_logprob", old_logprob, number)
     check_rows("advantage", advantage, number)
     check_rows("token_weight", token_weight, number)
     if ref_logprob is not None:
@@ -137,6 +141,8 @@ def linear_ppo_loss(
         check_number("dual_clip", dual_clip, "a number above 1, or None", low=1.0, low_open=True)
     check_number("entropy_coef", entropy_coef, "a finite number")
     check_number("kl_coef", kl_coef, "a finite number")
+    if not isinstance(kl_bias_correction, bool):
+        raise ValueError(f"kl_bias_correction: got {kl_bias_correction!r}, needs True or False")
     if kl_coef != 0 and ref_logprob is None:
         raise ValueError(f"ref_logprob: got None, needs [N] = [{n}], since kl_coef is {kl_coef}")
     if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
@@ -144,11 +150,11 @@ def linear_ppo_loss(
     form = choose_backend("linear_ppo_loss", backend, device, has_triton=True)
 
     grad = torch.is_grad_enabled()
-    loss, *stats = _forward(
+    loss, *stats = _forward_op(
         hidden,
         weight,
         target,
-        old_logprob.detach(),
+        None if old_logprob is None else old_logprob.detach(),
         advantage.detach(),
         token_weight.detach(),
         advantage_keep,
@@ -163,7 +169,9 @@ def linear_ppo_loss(
         None if dual_clip is None else float(dual_clip),
         float(entropy_coef),
         float(kl_coef),
+        kl_bias_correction,
         logits_dtype,
+        dtype,
         compact,
         dead_row_stats,
         workspace_bytes,
@@ -175,12 +183,11 @@ def linear_ppo_loss(
     return LinearPPOLoss(loss, *(value.detach() for value in stats))
 
 
-@torch.library.custom_op("asyppo::linear_ppo_loss", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
-def _forward(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     advantage_keep: Tensor | None,
@@ -195,7 +202,9 @@ def _forward(
     dual_clip: float | None,
     entropy_coef: float,
     kl_coef: float,
+    kl_bias_correction: bool,
     logits_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
     compact: bool,
     dead_row_stats: bool,
     workspace_bytes: int | None,
@@ -205,7 +214,7 @@ def _forward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias), a gradient not needed being empty."""
-    ppo = PPOOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef)
+    ppo = PPOOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_bias_correction)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = read_rows(
             target,
@@ -220,8 +229,8 @@ def _forward(
         )
         # Triton is imported when it is used, since not every platform has it.
         return importlib.import_module(f"asyppo_kernels.linear_ppo_loss.{form}_form").forward(
-            hidden,
-            weight,
+            hidden.to(compute_dtype),
+            weight.to(compute_dtype),
             bias,
             rows,
             HeadOptions(temperature, softcap, logits_dtype),
@@ -235,42 +244,47 @@ def _forward(
         )
 
 
-@_forward.register_fake
+SIGNATURE = Signature(forward)
+_forward_op = torch.library.custom_op(
+    "asyppo::linear_ppo_loss", forward, mutates_args=(), tags=torch.Tag.cudagraph_unsafe
+)
+
+
+@_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    hidden, weight, target, bias = args[0], args[1], args[2], args[10]
+    given = SIGNATURE.named(args)
+    hidden, weight, bias, target = (given[name] for name in (*HEAD, "target"))
+    need_hidden, need_weight, need_bias = (given[f"need_{name}"] for name in HEAD)
     statistics = (hidden.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
     clipped = hidden.new_empty(target.shape, dtype=torch.bool)
-    need_hidden, need_weight, need_bias = args[-3:]
     gradients = gradient_buffers(hidden, weight, bias, need_hidden, need_weight, need_bias, dtype=torch.float32)
     return hidden.new_empty((), dtype=torch.float32), *statistics, clipped, *gradients
 
 
-@torch.library.custom_op("asyppo::scale_cast", mutates_args=())
-def _scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``x * scale`` in ``dtype``: the upstream gradient and the cast, in one launch and rounded once."""
     return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
 
 
-@_scale_cast.register_fake
+_scale_cast_op = torch.library.custom_op("asyppo::scale_cast", scale_cast, mutates_args=())
+
+
+@_scale_cast_op.register_fake
 def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.n_inputs = len(inputs)
-    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[10])]
-    ctx.needed = inputs[-3:]
+    given = SIGNATURE.named(inputs)
+    ctx.dtypes = {name: given[name].dtype for name in HEAD if given[f"need_{name}"]}
     ctx.save_for_backward(*output[-3:])
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    d_hidden, d_weight, d_bias = (
-        _scale_cast(grad, grad_loss, dtype) if need else None
-        for grad, need, dtype in zip(ctx.saved_tensors, ctx.needed, ctx.dtypes, strict=True)
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    formed = dict(zip(HEAD, ctx.saved_tensors, strict=True))
+    return SIGNATURE.gradients(
+        {name: _scale_cast_op(formed[name], grad_loss, dtype) for name, dtype in ctx.dtypes.items()}
     )
-    grads: list[Tensor | None] = [None] * ctx.n_inputs
-    grads[0], grads[1], grads[10] = d_hidden, d_weight, d_bias
-    return tuple(grads)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels.linear_logprob.reference import linear_logprob_reference
-from asyppo_kernels.linear_ppo_loss.op import LinearPPOLoss
+from asyppo_kernels.linear_ppo_loss.result import LinearPPOLoss
 
 
 def linear_ppo_loss_reference(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    old_logprob: Tensor,
+    old_logprob: Tensor | None,
     advantage: Tensor,
     token_weight: Tensor,
     *,
@@ -29,6 +29,7 @@ def linear_ppo_loss_reference(
     dual_clip: float | None = None,
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
+    kl_bias_correction: bool = False,
 ) -> LinearPPOLoss:
     """The loss, and the statistics of every row with token_weight != 0, in the dtype of ``hidden``."""
     counts = (token_weight != 0) & (target != -100)
@@ -42,7 +43,7 @@ def linear_ppo_loss_reference(
         hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap
     )
     assert entropy is not None
-    log_ratio = logprob - old_logprob.where(counts, 0)
+    log_ratio = logprob - (logprob.detach() if old_logprob is None else old_logprob.where(counts, 0))
     ratio = log_ratio.clamp(-20, 20).exp()
     surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
     clipped = ((a > 0) & (ratio > 1 + clip_high)) | ((a < 0) & (ratio < 1 - clip_low)) | (log_ratio.abs() > 20)
@@ -53,7 +54,8 @@ def linear_ppo_loss_reference(
     token_loss = -(u * surrogate).where(keep_a, 0) - entropy_coef * entropy.where(keep_h, 0)
     if ref_logprob is not None:
         d = (ref_logprob.where(counts, 0) - logprob).clamp(-20, 20)
-        token_loss = token_loss + kl_coef * (d.exp() - d - 1)
+        k3 = d.exp() - d - 1
+        token_loss = token_loss + kl_coef * (ratio * k3 if kl_bias_correction else k3)
     loss = (token_weight.where(counts, 0) * token_loss).sum()
     ratio = ratio.where(counts, 0)
     return LinearPPOLoss(loss, logprob.detach(), entropy.detach(), ratio.detach(), clipped & (a != 0))

@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from asyppo_kernels._gemm import addmm_f32_, gradient_operand, mm_f32, operand
+from asyppo_kernels._gemm import accumulate_f32, gradient_operand, mm_f32, operand
 from asyppo_kernels._policy_head import (
-    IGNORE_TARGET,
+    LOWEST,
     HeadOptions,
-    even_size,
     gradient_buffers,
     lines_per_block,
-    logits,
-    product_gradient_,
-    row_spans,
+    product_gradient,
+    products,
     row_stats_,
 )
+from asyppo_kernels.linear_ppo_loss.result import LossAndGradients
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, Rows, chunks
 
 LOG_RATIO_LIMIT = 20.0
-
-
-class PPOOptions(NamedTuple):
-    """The numbers of the loss."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    entropy_coef: float
-    kl_coef: float
-
-
-class Rows(NamedTuple):
-    """What the loss reads of each row, [n], cleared to 0 or False where it does not count."""
-
-    target: Tensor
-    old_logprob: Tensor
-    ref_logprob: Tensor
-    advantage: Tensor
-    rollout_weight: Tensor
-    token_weight: Tensor
-    counted: Tensor  # token_weight != 0 and a target
-    surrogate_on: Tensor  # the surrogate moves the loss: keepA and A u != 0
-    entropy_on: Tensor  # the entropy moves the loss
-    live: Tensor  # anything moves the loss
-
-    def take(self, index: Tensor | slice) -> Rows:
-        """The rows of ``index``."""
-        return Rows(*(column[index] for column in self))
 
 
 class TokenLoss(NamedTuple):
@@ -63,71 +33,22 @@ class TokenLoss(NamedTuple):
     grad_entropy: Tensor
 
 
-class Result(NamedTuple):
-    """Loss, statistics [N], and the float32 gradients of the loss, empty where not needed."""
-
-    loss: Tensor
-    logprob: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    d_hidden: Tensor
-    d_weight: Tensor
-    d_bias: Tensor
-
-
-def read_rows(
-    target: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    token_weight: Tensor,
-    advantage_keep: Tensor | None,
-    entropy_keep: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_weight: Tensor | None,
-    ppo: PPOOptions,
-) -> Rows:
-    """Clear whatever does not count, so that nothing after this meets a NaN that was not to be read."""
-    token_weight = token_weight.float()
-    counted = (token_weight != 0) & (target != IGNORE_TARGET)
-    advantage_on = counted if advantage_keep is None else counted & advantage_keep
-    advantage = advantage.float().where(advantage_on, 0.0)
-    if rollout_weight is None:
-        rollout_weight = torch.ones_like(token_weight)
-    rollout_weight = rollout_weight.float().where(advantage_on, 0.0)
-    surrogate_on = advantage * rollout_weight != 0
-
-    if ppo.entropy_coef == 0:
-        entropy_on = torch.zeros_like(counted)
-    else:
-        entropy_on = counted if entropy_keep is None else counted & entropy_keep
-    if ref_logprob is None or ppo.kl_coef == 0:
-        ref_logprob = torch.zeros_like(token_weight)
-    return Rows(
-        target=target.where(counted, 0),
-        old_logprob=old_logprob.float().where(counted, 0.0),
-        ref_logprob=ref_logprob.float().where(counted, 0.0),
-        advantage=advantage,
-        rollout_weight=rollout_weight,
-        token_weight=token_weight.where(counted, 0.0),
-        counted=counted,
-        surrogate_on=surrogate_on,
-        entropy_on=entropy_on,
-        live=counted if ppo.kl_coef != 0 else surrogate_on | entropy_on,
-    )
-
-
 def token_loss(rows: Rows, logprob: Tensor, entropy: Tensor, ppo: PPOOptions) -> TokenLoss:
-    """Each row's w (-keepA u s - entropy_coef keepH H + kl_coef k3), and its derivatives."""
+    """Each row's w (-keepA u s - entropy_coef keepH H + kl_coef k3), and its derivatives.
+
+    Without an old log-prob the ratio is exp(logprob - logprob) = 1, its gradient that of exp(logprob) / exp(logprob).
+    """
     w, a, u = rows.token_weight, rows.advantage, rows.rollout_weight
-    log_ratio = logprob - rows.old_logprob
+    own = logprob.clamp(min=LOWEST)  # a banned target's: -inf - -inf would be NaN
+    log_ratio = own - own if rows.old_logprob is None else logprob - rows.old_logprob
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     surrogate = torch.minimum(ratio * a, ratio.clamp(1 - ppo.clip_low, 1 + ppo.clip_high) * a)
     clipped = torch.where(a > 0, ratio > 1 + ppo.clip_high, ratio < 1 - ppo.clip_low)
     if ppo.dual_clip is not None:
         surrogate = torch.where(a < 0, surrogate.maximum(ppo.dual_clip * a), surrogate)
         clipped |= (a < 0) & (ratio > ppo.dual_clip)
-    clipped |= log_ratio.abs() > LOG_RATIO_LIMIT
+    clamped = log_ratio.abs() > LOG_RATIO_LIMIT
+    clipped |= clamped
     clipped &= a != 0
 
     loss = -(u * surrogate).where(rows.surrogate_on, 0.0)
@@ -138,24 +59,15 @@ def token_loss(rows: Rows, logprob: Tensor, entropy: Tensor, ppo: PPOOptions) ->
         log_ref_ratio = rows.ref_logprob - logprob
         bounded = log_ref_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         growth = bounded.expm1()
-        loss += ppo.kl_coef * (growth - bounded)
-        grad_logprob -= ppo.kl_coef * growth.where(log_ref_ratio.abs() <= LOG_RATIO_LIMIT, 0.0)
+        k3 = growth - bounded
+        moves = log_ref_ratio.abs() <= LOG_RATIO_LIMIT
+        slope = -growth.where(moves, 0.0)
+        if ppo.kl_bias_correction:  # k3 - growth is -bounded, and would lose its digits
+            slope = ratio * slope.where(clamped, torch.where(moves, -bounded, k3))
+            k3 = ratio * k3
+        loss += ppo.kl_coef * k3
+        grad_logprob += ppo.kl_coef * slope
     return TokenLoss(w * loss, ratio, clipped, w * grad_logprob, grad_entropy)
-
-
-def chunks(rows: Rows, limit: int, *, compact: bool, dead_row_stats: bool) -> Iterator[tuple[Tensor | slice, bool]]:
-    """Yield (rows of a chunk, whether gradients can differ from 0 there), compacted at the cost of one host sync."""
-    n = len(rows.live)
-    if not compact:
-        even = even_size(n, limit)
-        yield from ((slice(start, min(start + even, n)), True) for start in range(0, n, even))
-        return
-    dead = rows.counted & ~rows.live
-    order = torch.where(rows.live, 0, torch.where(dead, 1, 2)).argsort(stable=True)
-    n_live, n_dead = torch.stack([rows.live.sum(), dead.sum()]).tolist()
-    yield from ((index, True) for index in row_spans(order[:n_live], n, limit))
-    if dead_row_stats:
-        yield from ((index, False) for index in row_spans(order[n_live : n_live + n_dead], n, limit))
 
 
 def forward(
@@ -172,15 +84,16 @@ def forward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> Result:
+) -> LossAndGradients:
     """A row's gradient depends on that row alone, so it is formed while the row's logits are there: three GEMMs."""
     n = len(hidden)
     loss, logprob, entropy, ratio = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
     clipped = hidden.new_zeros(n, dtype=torch.bool)
-    d_hidden, d_weight, d_bias = gradient_buffers(
-        hidden, weight, bias, need_hidden, need_weight, need_bias, dtype=torch.float32
-    )
-    need_gradient = need_hidden or need_weight or need_bias
+    needed = need_hidden, need_weight, need_bias
+    _, d_weight, d_bias = gradient_buffers(hidden, weight, bias, *needed, dtype=torch.float32, empty=True)
+    d_hidden, _, _ = gradient_buffers(hidden, weight, bias, need_hidden, False, False, dtype=torch.float32)
+    need_gradient = any(needed)
+    first_gradient = True
 
     w = operand(weight)
     w_for_gradient = gradient_operand(w)
@@ -191,8 +104,8 @@ def forward(
         x = hidden[index]
         if not compact:  # rows that do not count are still here, and 0 * NaN would reach d_weight
             x = x.where(visible[:, None], 0.0)
-        z = logits(operand(x), w, bias, head)
-        stats = row_stats_(z, part.target, entropy=True)
+        z = products(operand(x), w, head)
+        stats = row_stats_(z, part.target, bias, head, entropy=True)
         token = token_loss(part, stats.logprob, stats.entropy, ppo)
         loss[index] = token.loss
         logprob[index] = stats.logprob.where(visible, 0.0)
@@ -202,7 +115,7 @@ def forward(
         if not (live and need_gradient):
             continue
 
-        grad = product_gradient_(
+        grad = product_gradient(
             z,
             part.target,
             stats.row_max,
@@ -211,13 +124,19 @@ def forward(
             token.grad_logprob,
             token.grad_entropy if ppo.entropy_coef != 0 else None,
             head,
+            out=z,
         )
         if need_bias:
-            d_bias += grad.sum(dim=0)
+            total = grad.sum(dim=0)
+            d_bias.copy_(total) if first_gradient else d_bias.add_(total)
         x = gradient_operand(x)
         grad = grad.to(x.dtype)
         if need_hidden:
             d_hidden[index] = mm_f32(grad, w_for_gradient)
         if need_weight:
-            addmm_f32_(d_weight, grad.t(), x)
-    return Result(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)
+            accumulate_f32(d_weight, grad.t(), x, first=first_gradient)
+        first_gradient = False
+    if first_gradient:
+        d_weight.zero_()
+        d_bias.zero_()
+    return LossAndGradients(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)
