@@ -58,6 +58,15 @@ def test_source_imports_only_torch_triton_and_itself() -> None:
                 assert name.split(".")[0] in allowed, f"{file} imports {name}"
 
 
+def test_a_definition_does_not_import_what_it_judges() -> None:
+    files = list(PACKAGE.glob("*/reference.py"))
+    assert files
+    for file in files:
+        imported = {node.module for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
+        judged = {name for name in imported if name and name.endswith((".op", "_form", "kernels"))}
+        assert not judged, f"{file} imports {judged}"
+
+
 def test_every_op_and_its_result_is_exported() -> None:
     import asyppo_kernels
 

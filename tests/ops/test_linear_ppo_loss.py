@@ -18,7 +18,7 @@ from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels._policy_head import HeadOptions
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
-from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions, read_rows
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

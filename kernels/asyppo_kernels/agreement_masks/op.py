@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels.agreement_masks import torch_form
+from asyppo_kernels.agreement_masks.result import AgreementMasks
 
 TRITON_LEVELS = 4  # of triton_form, which is not imported where Triton is not asked for
 TRITON_WIDTHS = (128, 128, 1024, 1024)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-class AgreementMasks(NamedTuple):
-    """What ``agreement_masks`` returns."""
-
-    advantage_keep: Tensor
-    """Bool, std's shape: False where the critics agree, and where ``mask`` is False."""
-    entropy_keep: Tensor
-    """Bool, std's shape: False where the critics diverge, and where ``mask`` is False."""
-    low: Tensor
-    """0-d float32: tokens below it leave the advantage term."""
-    high: Tensor
-    """0-d float32: tokens above it leave the entropy term."""
 
 
 def agreement_masks(

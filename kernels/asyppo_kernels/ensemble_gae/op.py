@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
-
-
-class EnsembleGAE(NamedTuple):
-    """What ``ensemble_gae`` returns; all [B, T], float32, detached, 0 at masked steps."""
-
-    advantage: Tensor
-    """GAE with ``lam`` on the mean value."""
-    returns: Tensor
-    """GAE with ``value_lam`` on the mean value, plus the mean value: the critics' target."""
-    mean: Tensor
-    """Mean over the critics."""
-    std: Tensor
-    """Population standard deviation over the critics."""
+from asyppo_kernels.ensemble_gae.result import EnsembleGAE
 
 
 def ensemble_gae(

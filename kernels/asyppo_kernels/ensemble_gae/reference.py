@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from asyppo_kernels.ensemble_gae.result import EnsembleGAE
+
 
 def ensemble_gae_reference(
     value: Tensor,
@@ -14,7 +16,7 @@ def ensemble_gae_reference(
     gamma: float = 1.0,
     lam: float | Tensor = 0.95,
     value_lam: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> EnsembleGAE:
     """Return advantage, returns, mean and std, all [B, T]; see ``ensemble_gae``."""
     value = value.masked_fill(~mask, 0)
     reward = reward.masked_fill(~mask, 0)
@@ -30,4 +32,4 @@ def ensemble_gae_reference(
         next_value = torch.where(valid, mean[:, t], next_value)
         advantage[:, t] = torch.where(valid, next_advantage, 0)
         returns[:, t] = torch.where(valid, next_residual + mean[:, t], 0)
-    return advantage, returns, mean, std
+    return EnsembleGAE(advantage, returns, mean, std)

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_tensor, choose_backend
-
-
-class EnsembleValue(NamedTuple):
-    """What ``ensemble_value`` returns; all float32."""
-
-    value: Tensor
-    """[K, N], differentiable."""
-    mean: Tensor
-    """[N], mean over the critics, detached."""
-    std: Tensor
-    """[N], population standard deviation over the critics, detached."""
+from asyppo_kernels.ensemble_value.result import EnsembleValue
 
 
 def ensemble_value(
@@ -117,9 +107,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight = ctx.saved_tensors
-    needs = tuple(ctx.needs_input_grad[:3])
-    grads = _backward_op(grad, hidden, weight, ctx.bias_dtype, *needs, ctx.form)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    grad_hidden, grad_weight, grad_bias = _backward_op(
+        grad, hidden, weight, ctx.bias_dtype, needs_hidden, needs_weight, needs_bias, ctx.form
+    )
+    return (
+        grad_hidden if needs_hidden else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        None,  # of form
+    )
 
 
 torch.library.register_autograd("asyppo::ensemble_value", _backward, setup_context=_setup_context)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import Backend, choose_backend
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
+from asyppo_kernels._registration import Signature
+from asyppo_kernels.linear_logprob.result import LinearLogprob
 
-
-class LinearLogprob(NamedTuple):
-    """Of each row: the target's log-prob and the entropy of its distribution, in nats, float32 [N]."""
-
-    logprob: Tensor
-    entropy: Tensor | None
+HEAD = ("hidden", "weight", "bias")  # what gets gradients
 
 
 def linear_logprob(
@@ -62,7 +59,7 @@ def linear_logprob(
     """
     check_policy_head(hidden, weight, target, bias, temperature, softcap, logits_dtype)
     form = choose_backend("linear_logprob", backend, hidden.device, has_triton=True)
-    logprob, row_entropy, _, _ = _forward(
+    logprob, row_entropy, _, _ = _forward_op(
         hidden, weight, target, bias, float(temperature), softcap, entropy, logits_dtype, form
     )
     return LinearLogprob(logprob, row_entropy if entropy else None)
@@ -73,8 +70,7 @@ def _form(form: str) -> ModuleType:
     return importlib.import_module(f"asyppo_kernels.linear_logprob.{form}_form")
 
 
-@torch.library.custom_op("asyppo::linear_logprob", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
-def _forward(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -91,7 +87,13 @@ def _forward(
         return _form(form).forward(hidden, weight, target, bias, options, entropy=entropy)
 
 
-@_forward.register_fake
+SIGNATURE = Signature(forward)
+_forward_op = torch.library.custom_op(
+    "asyppo::linear_logprob", forward, mutates_args=(), tags=torch.Tag.cudagraph_unsafe
+)
+
+
+@_forward_op.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -109,8 +111,7 @@ def _(
     return row(), row() if entropy else hidden.new_empty(0, dtype=torch.float32), row(), row()
 
 
-@torch.library.custom_op("asyppo::linear_logprob_backward", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
-def _backward(
+def backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -147,7 +148,12 @@ def _backward(
         )
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op(
+    "asyppo::linear_logprob_backward", backward, mutates_args=(), tags=torch.Tag.cudagraph_unsafe
+)
+
+
+@_backward_op.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -170,24 +176,30 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, *ctx.options = inputs
+    given = SIGNATURE.named(inputs)
     _, entropy, row_max, log_sum = output
-    ctx.save_for_backward(hidden, weight, target, bias, entropy, row_max, log_sum)
+    ctx.save_for_backward(
+        *(given.pop(name) for name in ("hidden", "weight", "target", "bias")), entropy, row_max, log_sum
+    )
+    ctx.has_entropy = given.pop("entropy")
+    ctx.options = given
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
-    temperature, softcap, entropy, logits_dtype, form = ctx.options
+def _backward(
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad_logprob is None:
         grad_logprob = torch.zeros_like(saved[-1])
-    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    needed = need_hidden, need_weight, need_bias
-    grads = _backward(
-        *saved, grad_logprob, grad_entropy if entropy else None, temperature, softcap, logits_dtype, form, *needed
+    if not ctx.has_entropy:
+        grad_entropy = None
+    needs = SIGNATURE.named(ctx.needs_input_grad)
+    needed = {name: needs[name] for name in HEAD}
+    grads = _backward_op(
+        *saved, grad_logprob, grad_entropy, **ctx.options, **{f"need_{name}": need for name, need in needed.items()}
     )
-    d_hidden, d_weight, d_bias = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-    return d_hidden, d_weight, None, d_bias, None, None, None, None, None
+    return SIGNATURE.gradients({name: grad for name, grad in zip(HEAD, grads, strict=True) if needed[name]})
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

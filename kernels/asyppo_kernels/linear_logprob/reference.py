@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asyppo_kernels.linear_logprob.op import LinearLogprob
+from asyppo_kernels.linear_logprob.result import LinearLogprob
 
 
 def linear_logprob_reference(

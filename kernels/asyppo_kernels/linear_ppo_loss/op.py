@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
-from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions, read_rows
+from asyppo_kernels._registration import Signature
+from asyppo_kernels.linear_ppo_loss.result import LinearPPOLoss
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
 
-
-class LinearPPOLoss(NamedTuple):
-    """The loss, and of each row, detached: log-prob and entropy in nats, ratio, and whether the clip stopped it."""
-
-    loss: Tensor
-    logprob: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
+HEAD = ("hidden", "weight", "bias")  # what gets gradients
 
 
 def linear_ppo_loss(
@@ -144,7 +138,7 @@ def linear_ppo_loss(
     form = choose_backend("linear_ppo_loss", backend, device, has_triton=True)
 
     grad = torch.is_grad_enabled()
-    loss, *stats = _forward(
+    loss, *stats = _forward_op(
         hidden,
         weight,
         target,
@@ -175,8 +169,7 @@ def linear_ppo_loss(
     return LinearPPOLoss(loss, *(value.detach() for value in stats))
 
 
-@torch.library.custom_op("asyppo::linear_ppo_loss", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
-def _forward(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -235,42 +228,47 @@ def _forward(
         )
 
 
-@_forward.register_fake
+SIGNATURE = Signature(forward)
+_forward_op = torch.library.custom_op(
+    "asyppo::linear_ppo_loss", forward, mutates_args=(), tags=torch.Tag.cudagraph_unsafe
+)
+
+
+@_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    hidden, weight, target, bias = args[0], args[1], args[2], args[10]
+    given = SIGNATURE.named(args)
+    hidden, weight, bias, target = (given[name] for name in (*HEAD, "target"))
+    need_hidden, need_weight, need_bias = (given[f"need_{name}"] for name in HEAD)
     statistics = (hidden.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
     clipped = hidden.new_empty(target.shape, dtype=torch.bool)
-    need_hidden, need_weight, need_bias = args[-3:]
     gradients = gradient_buffers(hidden, weight, bias, need_hidden, need_weight, need_bias, dtype=torch.float32)
     return hidden.new_empty((), dtype=torch.float32), *statistics, clipped, *gradients
 
 
-@torch.library.custom_op("asyppo::scale_cast", mutates_args=())
-def _scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``x * scale`` in ``dtype``: the upstream gradient and the cast, in one launch and rounded once."""
     return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
 
 
-@_scale_cast.register_fake
+_scale_cast_op = torch.library.custom_op("asyppo::scale_cast", scale_cast, mutates_args=())
+
+
+@_scale_cast_op.register_fake
 def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.n_inputs = len(inputs)
-    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[10])]
-    ctx.needed = inputs[-3:]
+    given = SIGNATURE.named(inputs)
+    ctx.dtypes = {name: given[name].dtype for name in HEAD if given[f"need_{name}"]}
     ctx.save_for_backward(*output[-3:])
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    d_hidden, d_weight, d_bias = (
-        _scale_cast(grad, grad_loss, dtype) if need else None
-        for grad, need, dtype in zip(ctx.saved_tensors, ctx.needed, ctx.dtypes, strict=True)
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    formed = dict(zip(HEAD, ctx.saved_tensors, strict=True))
+    return SIGNATURE.gradients(
+        {name: _scale_cast_op(formed[name], grad_loss, dtype) for name, dtype in ctx.dtypes.items()}
     )
-    grads: list[Tensor | None] = [None] * ctx.n_inputs
-    grads[0], grads[1], grads[10] = d_hidden, d_weight, d_bias
-    return tuple(grads)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels.linear_logprob.reference import linear_logprob_reference
-from asyppo_kernels.linear_ppo_loss.op import LinearPPOLoss
+from asyppo_kernels.linear_ppo_loss.result import LinearPPOLoss
 
 
 def linear_ppo_loss_reference(

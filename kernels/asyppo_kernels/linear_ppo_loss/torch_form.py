@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,47 +9,17 @@ from torch import Tensor
 
 from asyppo_kernels._gemm import addmm_f32_, gradient_operand, mm_f32, operand
 from asyppo_kernels._policy_head import (
-    IGNORE_TARGET,
     HeadOptions,
-    even_size,
     gradient_buffers,
     lines_per_block,
     logits,
     product_gradient_,
-    row_spans,
     row_stats_,
 )
+from asyppo_kernels.linear_ppo_loss.result import LossAndGradients
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, Rows, chunks
 
 LOG_RATIO_LIMIT = 20.0
-
-
-class PPOOptions(NamedTuple):
-    """The numbers of the loss."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    entropy_coef: float
-    kl_coef: float
-
-
-class Rows(NamedTuple):
-    """What the loss reads of each row, [n], cleared to 0 or False where it does not count."""
-
-    target: Tensor
-    old_logprob: Tensor
-    ref_logprob: Tensor
-    advantage: Tensor
-    rollout_weight: Tensor
-    token_weight: Tensor
-    counted: Tensor  # token_weight != 0 and a target
-    surrogate_on: Tensor  # the surrogate moves the loss: keepA and A u != 0
-    entropy_on: Tensor  # the entropy moves the loss
-    live: Tensor  # anything moves the loss
-
-    def take(self, index: Tensor | slice) -> Rows:
-        """The rows of ``index``."""
-        return Rows(*(column[index] for column in self))
 
 
 class TokenLoss(NamedTuple):
@@ -61,60 +30,6 @@ class TokenLoss(NamedTuple):
     clipped: Tensor
     grad_logprob: Tensor
     grad_entropy: Tensor
-
-
-class Result(NamedTuple):
-    """Loss, statistics [N], and the float32 gradients of the loss, empty where not needed."""
-
-    loss: Tensor
-    logprob: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    d_hidden: Tensor
-    d_weight: Tensor
-    d_bias: Tensor
-
-
-def read_rows(
-    target: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    token_weight: Tensor,
-    advantage_keep: Tensor | None,
-    entropy_keep: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_weight: Tensor | None,
-    ppo: PPOOptions,
-) -> Rows:
-    """Clear whatever does not count, so that nothing after this meets a NaN that was not to be read."""
-    token_weight = token_weight.float()
-    counted = (token_weight != 0) & (target != IGNORE_TARGET)
-    advantage_on = counted if advantage_keep is None else counted & advantage_keep
-    advantage = advantage.float().where(advantage_on, 0.0)
-    if rollout_weight is None:
-        rollout_weight = torch.ones_like(token_weight)
-    rollout_weight = rollout_weight.float().where(advantage_on, 0.0)
-    surrogate_on = advantage * rollout_weight != 0
-
-    if ppo.entropy_coef == 0:
-        entropy_on = torch.zeros_like(counted)
-    else:
-        entropy_on = counted if entropy_keep is None else counted & entropy_keep
-    if ref_logprob is None or ppo.kl_coef == 0:
-        ref_logprob = torch.zeros_like(token_weight)
-    return Rows(
-        target=target.where(counted, 0),
-        old_logprob=old_logprob.float().where(counted, 0.0),
-        ref_logprob=ref_logprob.float().where(counted, 0.0),
-        advantage=advantage,
-        rollout_weight=rollout_weight,
-        token_weight=token_weight.where(counted, 0.0),
-        counted=counted,
-        surrogate_on=surrogate_on,
-        entropy_on=entropy_on,
-        live=counted if ppo.kl_coef != 0 else surrogate_on | entropy_on,
-    )
 
 
 def token_loss(rows: Rows, logprob: Tensor, entropy: Tensor, ppo: PPOOptions) -> TokenLoss:
@@ -143,21 +58,6 @@ def token_loss(rows: Rows, logprob: Tensor, entropy: Tensor, ppo: PPOOptions) ->
     return TokenLoss(w * loss, ratio, clipped, w * grad_logprob, grad_entropy)
 
 
-def chunks(rows: Rows, limit: int, *, compact: bool, dead_row_stats: bool) -> Iterator[tuple[Tensor | slice, bool]]:
-    """Yield (rows of a chunk, whether gradients can differ from 0 there), compacted at the cost of one host sync."""
-    n = len(rows.live)
-    if not compact:
-        even = even_size(n, limit)
-        yield from ((slice(start, min(start + even, n)), True) for start in range(0, n, even))
-        return
-    dead = rows.counted & ~rows.live
-    order = torch.where(rows.live, 0, torch.where(dead, 1, 2)).argsort(stable=True)
-    n_live, n_dead = torch.stack([rows.live.sum(), dead.sum()]).tolist()
-    yield from ((index, True) for index in row_spans(order[:n_live], n, limit))
-    if dead_row_stats:
-        yield from ((index, False) for index in row_spans(order[n_live : n_live + n_dead], n, limit))
-
-
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -172,7 +72,7 @@ def forward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> Result:
+) -> LossAndGradients:
     """A row's gradient depends on that row alone, so it is formed while the row's logits are there: three GEMMs."""
     n = len(hidden)
     loss, logprob, entropy, ratio = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
@@ -220,4 +120,4 @@ def forward(
             d_hidden[index] = mm_f32(grad, w_for_gradient)
         if need_weight:
             addmm_f32_(d_weight, grad.t(), x)
-    return Result(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)
+    return LossAndGradients(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)

@@ -10,7 +10,8 @@ from asyppo_kernels._gemm import accumulate_f32, gradient_operand, mm_f32, mm_in
 from asyppo_kernels._policy_head import HeadOptions, gradient_buffers, lines_per_block
 from asyppo_kernels._policy_head_kernels import HeadScalars, Workspace, bytes_per_logit, launch_shape, padded
 from asyppo_kernels.linear_ppo_loss.kernels import loss_kernel
-from asyppo_kernels.linear_ppo_loss.torch_form import PPOOptions, Result, Rows, chunks
+from asyppo_kernels.linear_ppo_loss.result import LossAndGradients
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, Rows, chunks
 
 
 def forward(
@@ -27,7 +28,7 @@ def forward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> Result:
+) -> LossAndGradients:
     """A row's gradient depends on that row alone, so it is formed while the row's logits are there: three GEMMs."""
     n, v = len(hidden), len(weight)
     loss, logprob, entropy, ratio = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
@@ -111,4 +112,4 @@ def forward(
     if first_gradient:
         d_weight.zero_()
         d_bias.zero_()
-    return Result(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)
+    return LossAndGradients(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)
