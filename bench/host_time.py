@@ -386,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
         if package in where["versions"]
     )
     print(
-        f"Microseconds a call on the host, the median, float32, launches of Triton left out. {where['device']['name']}, "
+        f"Microseconds a call on the host, the median, float32, no launches. {where['device']['name']}, "
         f"{where['device']['threads']} thread{'s' if where['device']['threads'] > 1 else ''}; {versions}.\n"
     )
     print(table(measured))

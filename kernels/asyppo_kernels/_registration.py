@@ -7,7 +7,7 @@ back. The positions are read from the signature of the op's forward, so that an 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,26 +104,34 @@ class Op:
         """Take the way that this call asks for."""
         if torch.compiler.is_compiling() or _somebody_looks():
             return self.registered(*args, **kwargs)
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if not _are_plain(tensors):
-            return self.registered(*args, **kwargs)
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-            return self.forward(*args, **kwargs)
-        if self.function is None:
-            return self.registered(*args, **kwargs)
-        return self.function.apply(*self.signature.positional(args, kwargs))
+        args = self.signature.positional(args, kwargs)
+        needs_grad = False
+        for x in args:
+            if isinstance(x, Tensor):
+                if not _is_plain(x):
+                    return self.registered(*args)
+                needs_grad = needs_grad or x.requires_grad
+        if not (needs_grad and torch.is_grad_enabled()):
+            return self.forward(*args)
+        return self.registered(*args) if self.function is None else self.function.apply(*args)
+
+
+def define(name: str) -> Callable[[Callable[..., Any]], Op]:
+    """Decorate the forward of an ``Op`` that has no derivative."""
+    return lambda forward: Op(name, forward)
 
 
 def _somebody_looks() -> bool:
     """Whether a mode, a transform or a tracer is active. A default device is a mode that looks at constructors only."""
+    functions = _len_torch_function_stack()
     return bool(
         _len_torch_dispatch_stack()
-        or any(type(_get_function_stack_at(i)) is not DeviceContext for i in range(_len_torch_function_stack()))
+        or (functions and any(type(_get_function_stack_at(i)) is not DeviceContext for i in range(functions)))
         or _are_functorch_transforms_active()
         or _get_tracing_state()
     )
 
 
-def _are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether memory is all there is to the tensors."""
-    return all((type(x) is Tensor or type(x) is Parameter) and not (x.is_meta or x.is_neg()) for x in tensors)
+def _is_plain(x: Tensor) -> bool:
+    """Whether memory is all there is to a tensor."""
+    return (type(x) is Tensor or type(x) is Parameter) and not (x.is_meta or x.is_neg())
