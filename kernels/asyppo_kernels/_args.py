@@ -95,3 +95,13 @@ def choose_backend(op: str, backend: str, device: torch.device, *, has_triton: b
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The context in which a Triton launch finds the device of ``x``."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up. Triton's own is made for kernels and takes the host as long as a tensor's creation."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the least power of 2 that is at least n >= 1; see ``cdiv``."""
+    return 1 << (n - 1).bit_length()

@@ -156,9 +156,7 @@ def log2_gap(x, scale, offset, FINITE: tl.constexpr):
 
 
 @triton.jit
-def add_block(
-    x, scale, offset, total, weighted, VECTOR: tl.constexpr, ENTROPY: tl.constexpr, FINITE: tl.constexpr
-):
+def add_block(x, scale, offset, total, weighted, VECTOR: tl.constexpr, ENTROPY: tl.constexpr, FINITE: tl.constexpr):
     """The three numbers of each group in ``row_statistics``, with a block of the row added to them.
 
     A group takes the VECTOR neighbours that a thread loads at once, from as many places of the block as make GROUP:

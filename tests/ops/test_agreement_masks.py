@@ -292,22 +292,22 @@ def test_compiles_to_one_graph(backend, dynamic):
 def test_opcheck(backend):
     std, mask = make("uniform", 6, 9), torch.rand(6, 9) < 0.5
     if backend == "triton":
-        torch.library.opcheck(_triton_op, (std, mask, 200_000, 100_000))
-        torch.library.opcheck(_triton_op, (std.bfloat16(), mask.T.contiguous().T, 0, 0))
+        torch.library.opcheck(_triton_op.registered, (std, mask, 200_000, 100_000))
+        torch.library.opcheck(_triton_op.registered, (std.bfloat16(), mask.T.contiguous().T, 0, 0))
         counts = state = torch.zeros(4, dtype=torch.int64)
         for level in range(TRITON_LEVELS):
-            torch.library.opcheck(_triton_count_op, (std, mask, counts, state, level, 200_000, 100_000))
+            torch.library.opcheck(_triton_count_op.registered, (std, mask, counts, state, level, 200_000, 100_000))
             counts, state = _triton_count_op(std, mask, counts, state, level, 200_000, 100_000)
-        torch.library.opcheck(_triton_apply_op, (std, mask, counts, state, 200_000, 100_000))
+        torch.library.opcheck(_triton_apply_op.registered, (std, mask, counts, state, 200_000, 100_000))
         return
     state = torch.zeros(2, 2, dtype=torch.int64)
     for level in range(len(torch_form.SHIFTS)):
-        torch.library.opcheck(_count_op, (std, mask, state, level))
+        torch.library.opcheck(_count_op.registered, (std, mask, state, level))
         counts = _count_op(std, mask, state, level)
-        torch.library.opcheck(_descend_op, (counts, state, level, 200_000, 100_000))
+        torch.library.opcheck(_descend_op.registered, (counts, state, level, 200_000, 100_000))
         state = _descend_op(counts, state, level, 200_000, 100_000)
-    torch.library.opcheck(_apply_op, (std, mask, state))
-    torch.library.opcheck(_apply_op, (std.bfloat16(), mask.T.contiguous().T, state))
+    torch.library.opcheck(_apply_op.registered, (std, mask, state))
+    torch.library.opcheck(_apply_op.registered, (std.bfloat16(), mask.T.contiguous().T, state))
 
 
 def test_a_distributed_tensor_is_refused(backend, world_of_one):

@@ -425,9 +425,9 @@ def test_compiles_to_one_graph(backend, dynamic, by_row):
 
 def test_opcheck(backend):
     value, reward, mask = make(2, 3, 41)
-    torch.library.opcheck(_op, (value, reward, mask, 0.99, 0.95, 1.0))
-    torch.library.opcheck(_op, (value, reward, mask, 0.99, 0.0, 1.0, torch.rand(3)))
-    torch.library.opcheck(_op, (value[:1].bfloat16(), reward.T.contiguous().T, mask, 1.0, 0.95, 1.0))
+    torch.library.opcheck(_op.registered, (value, reward, mask, 0.99, 0.95, 1.0))
+    torch.library.opcheck(_op.registered, (value, reward, mask, 0.99, 0.0, 1.0, torch.rand(3)))
+    torch.library.opcheck(_op.registered, (value[:1].bfloat16(), reward.T.contiguous().T, mask, 1.0, 0.95, 1.0))
 
 
 def test_errors_name_the_argument(backend):

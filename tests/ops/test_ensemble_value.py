@@ -276,11 +276,11 @@ def test_compiles_to_one_graph(backend, dynamic):
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(backend, dtype, bias):
     hidden, weight, b = make(2, 5, 6, dtype, bias=bias)
-    torch.library.opcheck(_forward_op, (hidden, weight, b))
-    torch.library.opcheck(_forward_op, (hidden.transpose(1, 2)[:, :, :4], weight[:, :4], b))
+    torch.library.opcheck(_forward_op.registered, (hidden, weight, b))
+    torch.library.opcheck(_forward_op.registered, (hidden.transpose(1, 2)[:, :, :4], weight[:, :4], b))
     plain = hidden.detach(), weight.detach()
     for needs in ((True, True, bias), (False, True, False), (True, False, False)):
-        torch.library.opcheck(_backward_op, (torch.randn(2, 5), *plain, dtype, *needs))
+        torch.library.opcheck(_backward_op.registered, (torch.randn(2, 5), *plain, dtype, *needs))
 
 
 def test_errors_name_the_argument(backend):

@@ -580,22 +580,22 @@ def test_compiles_to_one_graph(backend, dynamic):
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_opcheck(dtype):
     x, weight, residual = leaf(2, 5, 6, dtype=dtype), leaf(2, 6, dtype=dtype), leaf(2, 5, 6)
-    torch.library.opcheck(rms_norm._forward_op, (x, weight, residual, EPS))
-    torch.library.opcheck(rms_norm._forward_op, (x.transpose(0, 1)[:2], weight[:, :6], None, EPS))
+    torch.library.opcheck(rms_norm._forward_op.registered, (x, weight, residual, EPS))
+    torch.library.opcheck(rms_norm._forward_op.registered, (x.transpose(0, 1)[:2], weight[:, :6], None, EPS))
     grad, plain = torch.randn(2, 5, 6, dtype=dtype), (x.detach(), weight.detach())
     for summed, needs in ((grad, (True, True)), (None, (False, True)), (grad, (True, False))):
-        torch.library.opcheck(rms_norm._backward_op, (grad, summed, *plain, EPS, *needs))
+        torch.library.opcheck(rms_norm._backward_op.registered, (grad, summed, *plain, EPS, *needs))
 
     q, k, q_weight = leaf(2, 5, 3, 4, dtype=dtype), leaf(2, 5, 1, 4, dtype=dtype), leaf(2, 4, dtype=dtype)
     cos, sin = angles(5, 4, dtype=dtype)
-    torch.library.opcheck(qk_norm_rope._forward_op, (q, k, cos, sin, q_weight, None, EPS))
-    torch.library.opcheck(qk_norm_rope._forward_op, (q, k, cos, sin, None, None, EPS))
+    torch.library.opcheck(qk_norm_rope._forward_op.registered, (q, k, cos, sin, q_weight, None, EPS))
+    torch.library.opcheck(qk_norm_rope._forward_op.registered, (q, k, cos, sin, None, None, EPS))
     detached = q.detach(), None, cos, sin, q_weight.detach(), None
     for needs in (True, False):
-        torch.library.opcheck(qk_norm_rope._backward_op, (q.detach(), k.detach(), *detached, EPS, needs))
+        torch.library.opcheck(qk_norm_rope._backward_op.registered, (q.detach(), k.detach(), *detached, EPS, needs))
 
-    torch.library.opcheck(swiglu._forward_op, (x, x.detach().flip(0).requires_grad_()))
-    torch.library.opcheck(swiglu._backward_op, (grad, x.detach(), x.detach()))
+    torch.library.opcheck(swiglu._forward_op.registered, (x, x.detach().flip(0).requires_grad_()))
+    torch.library.opcheck(swiglu._backward_op.registered, (grad, x.detach(), x.detach()))
 
 
 @backends

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
+from asyppo_kernels._registration import define
 from asyppo_kernels.agreement_masks import torch_form
 from asyppo_kernels.agreement_masks.result import AgreementMasks
 
@@ -106,7 +107,7 @@ def _all_reduce(counts: Tensor, group: ProcessGroup) -> Tensor:
     return wait_tensor(all_reduce(counts, "sum", group))
 
 
-@torch.library.custom_op("asyppo::agreement_count", mutates_args=())
+@define("asyppo::agreement_count")
 def _count_op(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
     return torch_form.count(std, mask, state, level)
 
@@ -116,7 +117,7 @@ def _(std: Tensor, mask: Tensor, state: Tensor, level: int) -> Tensor:
     return state.new_empty(torch_form.rows(level), torch_form.BINS[level])
 
 
-@torch.library.custom_op("asyppo::agreement_descend", mutates_args=())
+@define("asyppo::agreement_descend")
 def _descend_op(counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int) -> Tensor:
     return torch_form.descend(counts, state, level, low_ppm, high_ppm)
 
@@ -126,7 +127,7 @@ def _(counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int) ->
     return torch.empty_like(state)
 
 
-@torch.library.custom_op("asyppo::agreement_apply", mutates_args=())
+@define("asyppo::agreement_apply")
 def _apply_op(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch_form.apply(std, mask, state)
 
@@ -146,7 +147,7 @@ def _(std: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor,
 # Of Triton, whose form is imported where it is asked for, since Triton is not built for every platform.
 
 
-@torch.library.custom_op("asyppo::agreement_masks_triton", mutates_args=())
+@define("asyppo::agreement_masks_triton")
 def _triton_op(std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from asyppo_kernels.agreement_masks import triton_form
 
@@ -158,7 +159,7 @@ def _(std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int) -> tuple[Tensor, T
     return _fake_apply(std, mask)
 
 
-@torch.library.custom_op("asyppo::agreement_count_triton", mutates_args=())
+@define("asyppo::agreement_count_triton")
 def _triton_count_op(
     std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int
 ) -> tuple[Tensor, Tensor]:
@@ -174,7 +175,7 @@ def _(
     return state.new_empty(TRITON_WIDTHS[level]), torch.empty_like(state)
 
 
-@torch.library.custom_op("asyppo::agreement_apply_triton", mutates_args=())
+@define("asyppo::agreement_apply_triton")
 def _triton_apply_op(
     std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, low_ppm: int, high_ppm: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
+from asyppo_kernels._registration import define
 from asyppo_kernels.ensemble_gae.result import EnsembleGAE
 
 
@@ -70,7 +71,7 @@ def _form(form: str) -> ModuleType:
     return importlib.import_module(f"asyppo_kernels.ensemble_gae.{form}_form")
 
 
-@torch.library.custom_op("asyppo::ensemble_gae", mutates_args=())
+@define("asyppo::ensemble_gae")
 def _op(
     value: Tensor,
     reward: Tensor,

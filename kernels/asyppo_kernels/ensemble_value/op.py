@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_tensor, choose_backend
+from asyppo_kernels._registration import Op
 from asyppo_kernels.ensemble_value.result import EnsembleValue
 
 
@@ -53,11 +54,11 @@ def _form(form: str) -> ModuleType:
     return importlib.import_module(f"asyppo_kernels.ensemble_value.{form}_form")
 
 
-@torch.library.custom_op("asyppo::ensemble_value", mutates_args=())
-def _forward_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, form: str = "torch"
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: str = "torch") -> tuple[Tensor, Tensor, Tensor]:
     return _form(form).forward(hidden, weight, bias)
+
+
+_forward_op = Op("asyppo::ensemble_value", forward)
 
 
 @_forward_op.register_fake
@@ -67,8 +68,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: str = "torch") 
     return value, value.new_empty(n), value.new_empty(n)
 
 
-@torch.library.custom_op("asyppo::ensemble_value_backward", mutates_args=())
-def _backward_op(
+def backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -79,6 +79,9 @@ def _backward_op(
     form: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _form(form).backward(grad, hidden, weight, bias_dtype, (needs_hidden, needs_weight, needs_bias))
+
+
+_backward_op = Op("asyppo::ensemble_value_backward", backward)
 
 
 @_backward_op.register_fake
@@ -103,9 +106,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, bias, ctx.form = inputs
     ctx.save_for_backward(hidden, weight)
     ctx.bias_dtype = torch.float32 if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)  # mean and std are detached: no zeros are made for them
 
 
-def _backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_std: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # of a caller of the op itself who uses no value
+        return None, None, None, None
     hidden, weight = ctx.saved_tensors
     needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_hidden, grad_weight, grad_bias = _backward_op(
@@ -119,4 +125,4 @@ def _backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_std: Tensor) -> tu
     )
 
 
-torch.library.register_autograd("asyppo::ensemble_value", _backward, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyppo_kernels._args import Backend, choose_backend
 from asyppo_kernels._policy_head import KEPT_LOGITS_BYTES, HeadOptions, check_policy_head, gradient_buffers
-from asyppo_kernels._registration import Signature
+from asyppo_kernels._registration import Op
 from asyppo_kernels.linear_logprob.result import LinearLogprob
 
 HEAD = ("hidden", "weight", "bias")  # what gets gradients
@@ -113,10 +113,7 @@ def forward(
         return *stats, kept
 
 
-SIGNATURE = Signature(forward)
-_forward_op = torch.library.custom_op(
-    "asyppo::linear_logprob", forward, mutates_args=(), tags=torch.Tag.cudagraph_unsafe
-)
+_forward_op = Op("asyppo::linear_logprob", forward, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 @_forward_op.register_fake
@@ -181,9 +178,7 @@ def backward(
         )
 
 
-_backward_op = torch.library.custom_op(
-    "asyppo::linear_logprob_backward", backward, mutates_args=(), tags=torch.Tag.cudagraph_unsafe
-)
+_backward_op = Op("asyppo::linear_logprob_backward", backward, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 @_backward_op.register_fake
@@ -211,7 +206,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given = SIGNATURE.named(inputs)
+    given = _forward_op.signature.named(inputs)
     ctx.save_for_backward(*(given[name] for name in ("hidden", "weight", "target", "bias")), *output[1:])
     ctx.has_entropy = given["entropy"]
     ctx.options = {name: given[name] for name in ("temperature", "softcap", "logits_dtype", "compute_dtype", "form")}
@@ -226,12 +221,12 @@ def _backward(
         grad_logprob = torch.zeros_like(saved[-2])
     if not ctx.has_entropy:
         grad_entropy = None
-    needs = SIGNATURE.named(ctx.needs_input_grad)
+    needs = _forward_op.signature.named(ctx.needs_input_grad)
     needed = {name: needs[name] for name in HEAD}
     grads = _backward_op(
         *saved, grad_logprob, grad_entropy, **ctx.options, **{f"need_{name}": need for name, need in needed.items()}
     )
-    return SIGNATURE.gradients({name: grad for name, grad in zip(HEAD, grads, strict=True) if needed[name]})
+    return _forward_op.signature.gradients({name: grad for name, grad in zip(HEAD, grads, strict=True) if needed[name]})
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
-from asyppo_kernels._registration import Signature
+from asyppo_kernels._registration import Op
 from asyppo_kernels.linear_ppo_loss.result import LinearPPOLoss
 from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
 
@@ -244,15 +244,12 @@ def forward(
         )
 
 
-SIGNATURE = Signature(forward)
-_forward_op = torch.library.custom_op(
-    "asyppo::linear_ppo_loss", forward, mutates_args=(), tags=torch.Tag.cudagraph_unsafe
-)
+_forward_op = Op("asyppo::linear_ppo_loss", forward, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 @_forward_op.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    given = SIGNATURE.named(args)
+    given = _forward_op.signature.named(args)
     hidden, weight, bias, target = (given[name] for name in (*HEAD, "target"))
     need_hidden, need_weight, need_bias = (given[f"need_{name}"] for name in HEAD)
     statistics = (hidden.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
@@ -266,7 +263,7 @@ def scale_cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
 
 
-_scale_cast_op = torch.library.custom_op("asyppo::scale_cast", scale_cast, mutates_args=())
+_scale_cast_op = Op("asyppo::scale_cast", scale_cast)
 
 
 @_scale_cast_op.register_fake
@@ -275,14 +272,14 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given = SIGNATURE.named(inputs)
+    given = _forward_op.signature.named(inputs)
     ctx.dtypes = {name: given[name].dtype for name in HEAD if given[f"need_{name}"]}
     ctx.save_for_backward(*output[-3:])
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     formed = dict(zip(HEAD, ctx.saved_tensors, strict=True))
-    return SIGNATURE.gradients(
+    return _forward_op.signature.gradients(
         {name: _scale_cast_op(formed[name], grad_loss, dtype) for name, dtype in ctx.dtypes.items()}
     )
 

@@ -9,6 +9,18 @@ import triton.language as tl
 
 
 @triton.jit
+def load_tile(x, m, row, column, stride, mask):
+    """Rows and columns of critic m of ``x`` [M, N, columns], 0 where ``mask`` is false."""
+    return tl.load(x + m * stride[0] + row * stride[1] + column * stride[2], mask=mask, other=0.0)
+
+
+@triton.jit
+def row_scale(wide, h, eps):
+    """One over the root mean square of each row, as a column."""
+    return tl.rsqrt(tl.sum(wide * wide, axis=1) / h + eps)[:, None]
+
+
+@triton.jit
 def rms_norm_kernel(
     x,
     residual,
@@ -35,14 +47,13 @@ def rms_norm_kernel(
     column = tl.arange(0, BLOCK_H).to(tl.int64)[None, :]
     inside = (row < n) & (column < h)
     out = (m * n + row) * h + column
-    value = tl.load(x + m * x_m + row * x_n + column * x_h, mask=inside, other=0.0)
+    value = load_tile(x, m, row, column, (x_m, x_n, x_h), inside)
     if residual is not None:
-        more = tl.load(residual + m * residual_m + row * residual_n + column * residual_h, mask=inside, other=0.0)
+        more = load_tile(residual, m, row, column, (residual_m, residual_n, residual_h), inside)
         value = (value.to(tl.float32) + more.to(tl.float32)).to(summed.dtype.element_ty)
         tl.store(summed + out, value, mask=inside)
     wide = value.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / h + eps)
-    unit = (wide * scale[:, None]).to(value.dtype).to(tl.float32)
+    unit = (wide * row_scale(wide, h, eps)).to(value.dtype).to(tl.float32)
     w = tl.load(weight + m * weight_m + column * weight_h, mask=column < h, other=0.0).to(tl.float32)
     tl.store(normed + out, (unit * w).to(normed.dtype.element_ty), mask=inside)
 
@@ -88,11 +99,11 @@ def rms_norm_backward_kernel(
     for start in range(0, part_rows, ROWS):
         row = first + start + tl.arange(0, ROWS)[:, None]
         inside = (row < n) & in_columns
-        value = tl.load(summed + m * summed_m + row * summed_n + column * summed_h, mask=inside, other=0.0)
-        at = grad_normed + m * grad_normed_m + row * grad_normed_n + column * grad_normed_h
-        g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        value = load_tile(summed, m, row, column, (summed_m, summed_n, summed_h), inside)
+        g = load_tile(grad_normed, m, row, column, (grad_normed_m, grad_normed_n, grad_normed_h), inside)
+        g = g.to(tl.float32)
         wide = value.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / h + eps)[:, None]
+        scale = row_scale(wide, h, eps)
         unit = wide * scale
         if partial is not None:
             total += g * unit.to(value.dtype).to(tl.float32)
@@ -100,8 +111,8 @@ def rms_norm_backward_kernel(
             g *= w
             g = scale * (g - unit * (tl.sum(g * unit, axis=1) / h)[:, None])
             if grad_summed is not None:
-                at = grad_summed + m * grad_summed_m + row * grad_summed_n + column * grad_summed_h
-                g += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                more = load_tile(grad_summed, m, row, column, (grad_summed_m, grad_summed_n, grad_summed_h), inside)
+                g += more.to(tl.float32)
             tl.store(grad_input + (m * n + row) * h + column, g.to(grad_input.dtype.element_ty), mask=inside)
     if partial is not None:
         line = partial + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + m) * h
@@ -117,6 +128,23 @@ def load_halves(at, stride, column, mask, half):
 
 
 @triton.jit
+def store_halves(at, column, mask, half, first, second):
+    """The two halves of the last dimension, contiguous, rounded to the dtype of the memory."""
+    at += column
+    tl.store(at, first.to(at.dtype.element_ty), mask=mask)
+    tl.store(at + half, second.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_angles(cos, cos_d, sin, sin_d, half, HALF: tl.constexpr):
+    """Cosine and sine of one token: the two halves of each."""
+    column = tl.arange(0, HALF).to(tl.int64)[None, :]
+    cosines = load_halves(cos, cos_d, column, column < half, half)
+    sines = load_halves(sin, sin_d, column, column < half, half)
+    return cosines, sines
+
+
+@triton.jit
 def head_scale(first, second, half, eps):
     """One over the root mean square of each head, as a column."""
     squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
@@ -126,29 +154,29 @@ def head_scale(first, second, half, eps):
 @triton.jit
 def rotate_heads(
     x,
+    x_stride,
     weight,
+    weight_d,
     out,
+    angles,
     heads,
     half,
     eps,
-    x_h,
-    x_d,
-    weight_d,
-    cos_first,
-    cos_second,
-    sin_first,
-    sin_second,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Norm (unless ``weight`` is None) and rotate all heads of one token, HEADS at a time."""
+    """Norm (unless ``weight`` is None) and rotate all heads of one token, HEADS at a time.
+
+    ``x_stride`` is that of a head and of a dimension, ``angles`` what ``load_angles`` returns.
+    """
+    cos, sin = angles
     column = tl.arange(0, HALF).to(tl.int64)[None, :]
     if weight is not None:
         w_first, w_second = load_halves(weight, weight_d, column, column < half, half)
     for start in range(0, heads, HEADS):
         head = start + tl.arange(0, HEADS).to(tl.int64)[:, None]
         inside = (head < heads) & (column < half)
-        first, second = load_halves(x + head * x_h, x_d, column, inside, half)
+        first, second = load_halves(x + head * x_stride[0], x_stride[1], column, inside, half)
         if weight is not None:
             kind = x.dtype.element_ty
             scale = head_scale(first, second, half, eps)
@@ -157,11 +185,8 @@ def rotate_heads(
             if weight.dtype.element_ty == kind:  # else torch promotes to float32, and nothing is rounded
                 first = first.to(kind).to(tl.float32)
                 second = second.to(kind).to(tl.float32)
-        to = out + head * 2 * half + column
-        rotated = first * cos_first - second * sin_first
-        tl.store(to, rotated.to(out.dtype.element_ty), mask=inside)
-        rotated = second * cos_second + first * sin_second
-        tl.store(to + half, rotated.to(out.dtype.element_ty), mask=inside)
+        to = out + head * 2 * half
+        store_halves(to, column, inside, half, first * cos[0] - second * sin[0], second * cos[1] + first * sin[1])
 
 
 @triton.jit
@@ -204,81 +229,54 @@ def qk_norm_rope_kernel(
     """A program owns all heads, of query and key, of one token of one critic: cosine and sine are read once."""
     m = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, HALF).to(tl.int64)[None, :]
-    cos_first, cos_second = load_halves(cos + m * cos_m + token * cos_n, cos_d, column, column < half, half)
-    sin_first, sin_second = load_halves(sin + m * sin_m + token * sin_n, sin_d, column, column < half, half)
-    rotate_heads(
-        q + m * q_m + token * q_n,
-        q_weight if q_weight is None else q_weight + m * q_weight_m,
-        q_out + (m * n + token) * q_heads * 2 * half,
-        q_heads,
-        half,
-        eps,
-        q_h,
-        q_d,
-        q_weight_d,
-        cos_first,
-        cos_second,
-        sin_first,
-        sin_second,
-        Q_HEADS,
-        HALF,
-    )
-    rotate_heads(
-        k + m * k_m + token * k_n,
-        k_weight if k_weight is None else k_weight + m * k_weight_m,
-        k_out + (m * n + token) * k_heads * 2 * half,
-        k_heads,
-        half,
-        eps,
-        k_h,
-        k_d,
-        k_weight_d,
-        cos_first,
-        cos_second,
-        sin_first,
-        sin_second,
-        K_HEADS,
-        HALF,
-    )
+    angles = load_angles(cos + m * cos_m + token * cos_n, cos_d, sin + m * sin_m + token * sin_n, sin_d, half, HALF)
+    q += m * q_m + token * q_n
+    k += m * k_m + token * k_n
+    if q_weight is not None:
+        q_weight += m * q_weight_m
+    if k_weight is not None:
+        k_weight += m * k_weight_m
+    q_out += (m * n + token) * q_heads * 2 * half
+    k_out += (m * n + token) * k_heads * 2 * half
+    rotate_heads(q, (q_h, q_d), q_weight, q_weight_d, q_out, angles, q_heads, half, eps, Q_HEADS, HALF)
+    rotate_heads(k, (k_h, k_d), k_weight, k_weight_d, k_out, angles, k_heads, half, eps, K_HEADS, HALF)
 
 
 @triton.jit
 def unrotate_heads(
     grad,
+    grad_stride,
     x,
+    x_stride,
     weight,
-    grad_x,
-    total_first,
-    total_second,
+    weight_d,
+    out,
+    total,
+    angles,
     heads,
     half,
     eps,
-    grad_h,
-    grad_d,
-    x_h,
-    x_d,
-    weight_d,
-    cos_first,
-    cos_second,
-    sin_first,
-    sin_second,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """The gradient of ``rotate_heads``; returns the totals with this token's share in the gradient of weight added."""
+    """The gradient of ``rotate_heads``; returns ``total`` with this token's share in the gradient of weight added.
+
+    The strides are those of a head and of a dimension; ``total`` has two halves, as the angles.
+    """
+    cos, sin = angles
+    total_first, total_second = total
     column = tl.arange(0, HALF).to(tl.int64)[None, :]
     if weight is not None:
         w_first, w_second = load_halves(weight, weight_d, column, column < half, half)
     for start in range(0, heads, HEADS):
         head = start + tl.arange(0, HEADS).to(tl.int64)[:, None]
         inside = (head < heads) & (column < half)
-        up_first, up_second = load_halves(grad + head * grad_h, grad_d, column, inside, half)
-        first = up_first * cos_first + up_second * sin_second
-        second = up_second * cos_second - up_first * sin_first
+        up_first, up_second = load_halves(grad + head * grad_stride[0], grad_stride[1], column, inside, half)
+        first = up_first * cos[0] + up_second * sin[1]
+        second = up_second * cos[1] - up_first * sin[0]
         if weight is not None:
             kind = x.dtype.element_ty
-            x_first, x_second = load_halves(x + head * x_h, x_d, column, inside, half)
+            x_first, x_second = load_halves(x + head * x_stride[0], x_stride[1], column, inside, half)
             scale = head_scale(x_first, x_second, half, eps)
             x_first *= scale
             x_second *= scale
@@ -290,18 +288,15 @@ def unrotate_heads(
             dot = (dot / (2 * half))[:, None]
             first = scale * (first - x_first * dot)
             second = scale * (second - x_second * dot)
-        to = grad_x + head * 2 * half + column
-        tl.store(to, first.to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(to + half, second.to(grad_x.dtype.element_ty), mask=inside)
+        store_halves(out + head * 2 * half, column, inside, half, first, second)
     return total_first, total_second
 
 
 @triton.jit
-def store_total(partial, first, second, half, HALF: tl.constexpr):
+def store_total(partial, total, half, HALF: tl.constexpr):
     """What one part adds to the gradient of one critic's weight [D]."""
     column = tl.arange(0, HALF)
-    tl.store(partial + column, tl.sum(first, axis=0), mask=column < half)
-    tl.store(partial + half + column, tl.sum(second, axis=0), mask=column < half)
+    store_halves(partial, column, column < half, half, tl.sum(total[0], axis=0), tl.sum(total[1], axis=0))
 
 
 @triton.jit
@@ -361,63 +356,51 @@ def qk_norm_rope_backward_kernel(
     """
     m = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * part_tokens
-    column = tl.arange(0, HALF).to(tl.int64)[None, :]
-    q_first = tl.zeros((Q_HEADS, HALF), tl.float32)
-    q_second = tl.zeros((Q_HEADS, HALF), tl.float32)
-    k_first = tl.zeros((K_HEADS, HALF), tl.float32)
-    k_second = tl.zeros((K_HEADS, HALF), tl.float32)
+    if q_weight is not None:
+        q_weight += m * q_weight_m
+    if k_weight is not None:
+        k_weight += m * k_weight_m
+    q_total = tl.zeros((Q_HEADS, HALF), tl.float32), tl.zeros((Q_HEADS, HALF), tl.float32)
+    k_total = tl.zeros((K_HEADS, HALF), tl.float32), tl.zeros((K_HEADS, HALF), tl.float32)
     for token in range(first, tl.minimum(first + part_tokens, n)):
-        cos_first, cos_second = load_halves(cos + m * cos_m + token * cos_n, cos_d, column, column < half, half)
-        sin_first, sin_second = load_halves(sin + m * sin_m + token * sin_n, sin_d, column, column < half, half)
-        q_first, q_second = unrotate_heads(
+        angles = load_angles(cos + m * cos_m + token * cos_n, cos_d, sin + m * sin_m + token * sin_n, sin_d, half, HALF)
+        q_total = unrotate_heads(
             grad_q + m * grad_q_m + token * grad_q_n,
-            q if q_weight is None else q + m * q_m + token * q_n,
-            q_weight if q_weight is None else q_weight + m * q_weight_m,
+            (grad_q_h, grad_q_d),
+            q if q is None else q + m * q_m + token * q_n,
+            (q_h, q_d),
+            q_weight,
+            q_weight_d,
             q_out + (m * n + token) * q_heads * 2 * half,
-            q_first,
-            q_second,
+            q_total,
+            angles,
             q_heads,
             half,
             eps,
-            grad_q_h,
-            grad_q_d,
-            q_h,
-            q_d,
-            q_weight_d,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
             Q_HEADS,
             HALF,
         )
-        k_first, k_second = unrotate_heads(
+        k_total = unrotate_heads(
             grad_k + m * grad_k_m + token * grad_k_n,
-            k if k_weight is None else k + m * k_m + token * k_n,
-            k_weight if k_weight is None else k_weight + m * k_weight_m,
+            (grad_k_h, grad_k_d),
+            k if k is None else k + m * k_m + token * k_n,
+            (k_h, k_d),
+            k_weight,
+            k_weight_d,
             k_out + (m * n + token) * k_heads * 2 * half,
-            k_first,
-            k_second,
+            k_total,
+            angles,
             k_heads,
             half,
             eps,
-            grad_k_h,
-            grad_k_d,
-            k_h,
-            k_d,
-            k_weight_d,
-            cos_first,
-            cos_second,
-            sin_first,
-            sin_second,
             K_HEADS,
             HALF,
         )
     line = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + m) * 2 * half
     if q_partial is not None:
-        store_total(q_partial + line, q_first, q_second, half, HALF)
+        store_total(q_partial + line, q_total, half, HALF)
     if k_partial is not None:
-        store_total(k_partial + line, k_first, k_second, half, HALF)
+        store_total(k_partial + line, k_total, half, HALF)
 
 
 @triton.jit
@@ -450,6 +433,16 @@ def add_parts_kernel(
 
 
 @triton.jit
+def element_tile(n, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The critic, rows, columns and mask of a program that owns ROWS rows and BLOCK columns of one critic."""
+    m = tl.program_id(1).to(tl.int64)
+    slices = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // slices).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tl.program_id(0) % slices).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return m, row, column, (row < n) & (column < width)
+
+
+@triton.jit
 def swiglu_kernel(
     gate,
     up,
@@ -466,13 +459,9 @@ def swiglu_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program owns a tile of ROWS rows and BLOCK columns of one critic."""
-    m = tl.program_id(1).to(tl.int64)
-    slices = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // slices).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (tl.program_id(0) % slices).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < n) & (column < width)
-    g = tl.load(gate + m * gate_m + row * gate_n + column * gate_i, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + m * up_m + row * up_n + column * up_i, mask=inside, other=0.0).to(tl.float32)
+    m, row, column, inside = element_tile(n, width, ROWS, BLOCK)
+    g = load_tile(gate, m, row, column, (gate_m, gate_n, gate_i), inside).to(tl.float32)
+    u = load_tile(up, m, row, column, (up_m, up_n, up_i), inside).to(tl.float32)
     kind = out.dtype.element_ty
     result = (g * tl.sigmoid(g)).to(kind).to(tl.float32) * u
     tl.store(out + (m * n + row) * width + column, result.to(kind), mask=inside)
@@ -500,14 +489,10 @@ def swiglu_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program owns a tile of ROWS rows and BLOCK columns of one critic; silu(gate) is computed again."""
-    m = tl.program_id(1).to(tl.int64)
-    slices = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // slices).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (tl.program_id(0) % slices).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < n) & (column < width)
-    dy = tl.load(grad + m * grad_m + row * grad_n + column * grad_i, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + m * gate_m + row * gate_n + column * gate_i, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + m * up_m + row * up_n + column * up_i, mask=inside, other=0.0).to(tl.float32)
+    m, row, column, inside = element_tile(n, width, ROWS, BLOCK)
+    dy = load_tile(grad, m, row, column, (grad_m, grad_n, grad_i), inside).to(tl.float32)
+    g = load_tile(gate, m, row, column, (gate_m, gate_n, gate_i), inside).to(tl.float32)
+    u = load_tile(up, m, row, column, (up_m, up_n, up_i), inside).to(tl.float32)
     kind = grad_gate.dtype.element_ty
     sigmoid = tl.sigmoid(g)
     out = (m * n + row) * width + column

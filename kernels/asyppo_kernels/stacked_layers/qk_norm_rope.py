@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
+from asyppo_kernels._registration import Op
 from asyppo_kernels.stacked_layers import torch_form
 
 
@@ -72,13 +72,15 @@ def stacked_qk_norm_rope(
     return _forward_op(q, k, cos, sin, q_weight, k_weight, float(eps))
 
 
-@torch.library.custom_op("asyppo::stacked_qk_norm_rope", mutates_args=())
-def _forward_op(
+def forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     from asyppo_kernels.stacked_layers import triton_form  # when it is used: not every platform has Triton
 
     return triton_form.qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps)
+
+
+_forward_op = Op("asyppo::stacked_qk_norm_rope", forward)
 
 
 @_forward_op.register_fake
@@ -88,8 +90,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("asyppo::stacked_qk_norm_rope_backward", mutates_args=())
-def _backward_op(
+def backward(
     grad_q: Tensor,
     grad_k: Tensor,
     q: Tensor | None,
@@ -105,6 +106,9 @@ def _backward_op(
     from asyppo_kernels.stacked_layers import triton_form
 
     return triton_form.qk_norm_rope_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, eps, needs_weights)
+
+
+_backward_op = Op("asyppo::stacked_qk_norm_rope_backward", backward)
 
 
 @_backward_op.register_fake

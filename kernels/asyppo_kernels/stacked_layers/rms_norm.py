@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
+from asyppo_kernels._registration import Op
 from asyppo_kernels.stacked_layers import torch_form
 
 
@@ -61,12 +62,14 @@ def stacked_rms_norm(
     return StackedRMSNorm(normed, x if residual is None else summed)
 
 
-@torch.library.custom_op("asyppo::stacked_rms_norm", mutates_args=())
-def _forward_op(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(normed, summed); without a residual summed is empty."""
     from asyppo_kernels.stacked_layers import triton_form  # when it is used: not every platform has Triton
 
     return triton_form.rms_norm(x, weight, residual, eps)
+
+
+_forward_op = Op("asyppo::stacked_rms_norm", forward)
 
 
 @_forward_op.register_fake
@@ -76,8 +79,7 @@ def _(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[T
     return normed, x.new_empty(0 if residual is None else x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("asyppo::stacked_rms_norm_backward", mutates_args=())
-def _backward_op(
+def backward(
     grad_normed: Tensor,
     grad_summed: Tensor | None,
     summed: Tensor,
@@ -90,6 +92,9 @@ def _backward_op(
     from asyppo_kernels.stacked_layers import triton_form
 
     return triton_form.rms_norm_backward(grad_normed, grad_summed, summed, weight, eps, needs_input, needs_weight)
+
+
+_backward_op = Op("asyppo::stacked_rms_norm_backward", backward)
 
 
 @_backward_op.register_fake
@@ -118,7 +123,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
     summed, weight = ctx.saved_tensors
     x_dtype, residual_dtype = ctx.dtypes
-    needs_x, needs_weight, needs_residual = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_residual, _ = ctx.needs_input_grad
     if residual_dtype is None:
         grad_summed = None  # of the empty tensor
     grad: Tensor | None = grad_summed
@@ -131,7 +136,7 @@ def _backward(ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None) 
         grad.to(x_dtype) if needs_x and grad is not None else None,
         grad_weight if needs_weight else None,
         grad.to(residual_dtype) if needs_residual and grad is not None else None,
-        None,
+        None,  # of eps
     )
 
 

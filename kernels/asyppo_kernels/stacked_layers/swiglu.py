@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_tensor, choose_backend
+from asyppo_kernels._registration import Op
 from asyppo_kernels.stacked_layers import torch_form
 
 
@@ -39,11 +39,13 @@ def stacked_swiglu(gate: Tensor, up: Tensor, *, backend: Backend = "auto") -> Te
     return _forward_op(gate, up)
 
 
-@torch.library.custom_op("asyppo::stacked_swiglu", mutates_args=())
-def _forward_op(gate: Tensor, up: Tensor) -> Tensor:
+def forward(gate: Tensor, up: Tensor) -> Tensor:
     from asyppo_kernels.stacked_layers import triton_form  # when it is used: not every platform has Triton
 
     return triton_form.swiglu(gate, up)
+
+
+_forward_op = Op("asyppo::stacked_swiglu", forward)
 
 
 @_forward_op.register_fake
@@ -51,11 +53,13 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("asyppo::stacked_swiglu_backward", mutates_args=())
-def _backward_op(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     from asyppo_kernels.stacked_layers import triton_form
 
     return triton_form.swiglu_backward(grad, gate, up)
+
+
+_backward_op = Op("asyppo::stacked_swiglu_backward", backward)
 
 
 @_backward_op.register_fake

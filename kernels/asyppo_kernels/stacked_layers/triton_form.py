@@ -8,10 +8,9 @@ device. Inputs are read by their strides, outputs are contiguous.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
-from asyppo_kernels._args import device_guard
+from asyppo_kernels._args import cdiv, device_guard, next_power_of_2
 from asyppo_kernels.stacked_layers import kernels
 
 TILE = 2048  # elements that a program has in flight of each tensor
@@ -27,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> 
     rows, block_h, num_warps = _row_tile(n, h)
     if n:
         with device_guard(x):
-            kernels.rms_norm_kernel[(triton.cdiv(n, rows), m)](
+            kernels.rms_norm_kernel[(cdiv(n, rows), m)](
                 x,
                 residual,
                 weight,
@@ -61,7 +60,7 @@ def rms_norm_backward(
     grad_weight = weight.new_empty(weight.shape if needs_weight else 0)
     rows, block_h, num_warps = _row_tile(n, h)
     part_rows = _part(n, rows, m) if needs_weight else rows
-    parts = triton.cdiv(n, part_rows)
+    parts = cdiv(n, part_rows)
     partial = weight.new_empty((parts, m, h), dtype=torch.float32) if needs_weight else None
     with device_guard(summed):
         if n:
@@ -144,7 +143,7 @@ def qk_norm_rope_backward(
     ]
     wanted = [g for g in grad_weights if g.numel()]
     part_tokens = _part(n, 1, m) if wanted else 1
-    parts = triton.cdiv(n, part_tokens)
+    parts = cdiv(n, part_tokens)
     partial = cos.new_empty((len(wanted), parts, m, d), dtype=torch.float32)
     lines = iter(partial)
     with device_guard(grad_q):
@@ -189,7 +188,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     rows, block = _element_tile(n, width)
     if n:
         with device_guard(gate):
-            kernels.swiglu_kernel[(triton.cdiv(n, rows) * triton.cdiv(width, block), m)](
+            kernels.swiglu_kernel[(cdiv(n, rows) * cdiv(width, block), m)](
                 gate, up, out, n, width, *gate.stride(), *up.stride(), ROWS=rows, BLOCK=block
             )
     return out
@@ -202,7 +201,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     rows, block = _element_tile(n, width)
     if n:
         with device_guard(gate):
-            kernels.swiglu_backward_kernel[(triton.cdiv(n, rows) * triton.cdiv(width, block), m)](
+            kernels.swiglu_backward_kernel[(cdiv(n, rows) * cdiv(width, block), m)](
                 grad,
                 gate,
                 up,
@@ -221,45 +220,45 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 def _row_tile(n: int, h: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program that holds whole rows: 16 elements a thread, for rows up to 8192 long."""
-    block_h = triton.next_power_of_2(h)
-    rows = min(max(1, TILE // block_h), triton.next_power_of_2(max(n, 1)))
+    block_h = next_power_of_2(h)
+    rows = min(max(1, TILE // block_h), next_power_of_2(max(n, 1)))
     return rows, block_h, min(16, max(4, rows * block_h // 512))  # 16 warps are 1,024 threads on AMD
 
 
 def _head_tile(q_heads: int, k_heads: int, d: int) -> dict[str, int]:
     """The heads of one token that a program holds at a time."""
-    half = triton.next_power_of_2(d // 2)
+    half = next_power_of_2(d // 2)
     most = max(1, TILE // half // 2)
     return {
-        "Q_HEADS": min(most, triton.next_power_of_2(q_heads)),
-        "K_HEADS": min(most, triton.next_power_of_2(k_heads)),
+        "Q_HEADS": min(most, next_power_of_2(q_heads)),
+        "K_HEADS": min(most, next_power_of_2(k_heads)),
         "HALF": half,
     }
 
 
 def _element_tile(n: int, width: int) -> tuple[int, int]:
     """(rows, columns) of a program of elementwise work."""
-    block = min(TILE // 2, triton.next_power_of_2(width))  # 3072 and 4864 are nearer to its multiples than to TILE's
-    return min(TILE // block, triton.next_power_of_2(max(n, 1))), block
+    block = min(TILE // 2, next_power_of_2(width))  # 3072 and 4864 are nearer to its multiples than to TILE's
+    return min(TILE // block, next_power_of_2(max(n, 1))), block
 
 
 def _part(n: int, rows: int, m: int) -> int:
     """Rows of a part: a multiple of ``rows``, such that M critics have about PROGRAMS parts."""
-    return rows * max(1, triton.cdiv(n, rows * max(1, PROGRAMS // m)))
+    return rows * max(1, cdiv(n, rows * max(1, PROGRAMS // m)))
 
 
 def _add_parts(partial: Tensor, outs: list[Tensor]) -> None:
     """Add ``partial`` [weights, parts, M, columns] over the parts into the weights' gradients [M, columns]."""
     weights, parts = partial.shape[:2]
     columns = outs[0].numel()
-    block = min(32, triton.next_power_of_2(columns))
-    kernels.add_parts_kernel[(triton.cdiv(columns, block), weights)](
+    block = min(32, next_power_of_2(columns))
+    kernels.add_parts_kernel[(cdiv(columns, block), weights)](
         partial,
         outs[0],
         outs[1] if weights == 2 else None,
         parts,
         columns,
-        BLOCK_P=min(64, triton.next_power_of_2(max(parts, 1))),
+        BLOCK_P=min(64, next_power_of_2(max(parts, 1))),
         BLOCK_C=block,
     )
 
