@@ -14,10 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.aot_case import Case
 
 README = Path(__file__).parents[1] / "kernels" / "README.md"
 BEGIN, END = "<!-- aot: begin, written by python -m bench.aot -->", "<!-- aot: end -->"
@@ -37,30 +39,6 @@ ANY = {
     "cuda": {"load": r"\bLDG\.E", "store": r"\bSTG\.E"},
     "hip": {"load": r"(?:global|buffer)_load_", "store": r"(?:global|buffer)_store_"},
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel as a launch of it is specialised, and what it may take.
-
-    ``signature`` holds the arguments that are not constant, in any order: pointers such as ``"*fp32"`` (always found
-    divisible by 16), ``"i32"``, ``"fp32"``. ``constants`` holds the constexprs, and None for pointers left out.
-    ``divisible`` names the integers that a launch finds divisible by 16. ``wide`` says which of "load" and "store" have
-    to be there with 16 bytes a lane. ``threads`` of a program are given where a launch fixes these rather than the
-    warps, which have 64 lanes on AMD. Budgets: registers a thread (NVIDIA), bytes of shared memory a program.
-    """
-
-    op: str
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    divisible: Sequence[str] = ()
-    num_warps: int = 4
-    threads: int | None = None
-    wide: Sequence[str] = ("load",)
-    max_registers: int = 128
-    max_shared: int = 16384
 
 
 @dataclass(frozen=True)

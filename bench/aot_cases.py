@@ -9,7 +9,7 @@ from asyppo_kernels._policy_head_kernels import launch_shape
 from asyppo_kernels.linear_logprob import kernels as linear_logprob
 from asyppo_kernels.linear_ppo_loss import kernels as linear_ppo_loss
 from bench import aot_ensemble, aot_stacked
-from bench.aot import Case
+from bench.aot_case import Case
 
 VOCABULARY = 151_936
 

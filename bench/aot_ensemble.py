@@ -8,7 +8,7 @@ from asyppo_kernels.agreement_masks import kernels as masks
 from asyppo_kernels.agreement_masks import triton_form as levels
 from asyppo_kernels.ensemble_gae import kernels as gae
 from asyppo_kernels.ensemble_value import kernels as value
-from bench.aot import Case
+from bench.aot_case import Case
 
 
 def integers(names: str, width: str = "i32") -> Mapping[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from asyppo_kernels.stacked_layers import kernels
 from asyppo_kernels.stacked_layers.triton_form import _element_tile, _head_tile, _row_tile
-from bench.aot import Case
+from bench.aot_case import Case
 from bench.aot_ensemble import integers
 
 CRITICS, TOKENS, WIDTH, INTERMEDIATE = 2, 32_768, 1024, 3072

@@ -39,7 +39,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "version",
     ),
     "bench": (
-        "__init__ conftest test_ops test_scaling run gpu_check aot",
+        "__init__ conftest test_ops test_scaling run gpu_check aot host_time",
         "compare report plots",
         "suite",
         "contenders",
@@ -49,6 +49,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "cases environment",
         "aot_cases",
         "aot_ensemble aot_stacked",
+        "aot_case",
     ),
 }
 

@@ -281,7 +281,7 @@ def write_gradient(
     for i in range(1, n_full + 1):
         start = last - i * BLOCK
         raw = tl.load(z_row + start + lane)
-        if OVERLAPS:
+        if OVERLAPS:  # noqa: SIM102 (a constant, and a number of the loop)
             if (i & (i + 1)) == 0:
                 tl.debug_barrier()
         x, slope = capped(raw, bias_ptr, start + lane, None, inv_softcap, SOFTCAP)
