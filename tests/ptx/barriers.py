@@ -1,4 +1,4 @@
-"""Leave out each barrier of the compiled kernels in turn: a barrier whose absence nothing shows is not tested, or not needed."""
+"""Leave out each barrier of the compiled kernels in turn: one whose absence nothing shows is not tested, or not needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ptx.program import Program
 # One case of each kernel with barriers, of several steps where a barrier guards against the step after.
 QUICK = {
     ("linear_ppo_loss", "V = 5,003"),
-    ("ensemble_value", "K = 2, H = 600, several steps a part"),
+    ("ensemble_value", "K = 2, H = 1,100, several blocks a row, several steps a part"),
     ("ensemble_gae", "K = 2, T = 1,500, two blocks"),
     ("stacked_rms_norm", "H = 1,000, residual, several steps a part"),
 }
@@ -96,5 +96,3 @@ def table(rows: list[Row]) -> str:
         cells = " | ".join(str(count) for count in (sum(counts), *counts))
         lines.append(f"| `{row.case.op}` | {row.case.name} | `{row.kernel}` | {cells} |")
     return "\n".join(lines)
-
-

@@ -35,7 +35,8 @@ def ensemble_value(
     def call(backend: str, cast: torch.dtype | None = None) -> Results:
         values = {"hidden": hidden, "weight": weight} | ({} if bias_values is None else {"bias": bias_values})
         leaves = {
-            name: leaf(x, cast, 0 if name == "bias" else offset, grad=name in needs.split()) for name, x in values.items()
+            name: leaf(x, cast, 0 if name == "bias" else offset, grad=name in needs.split())
+            for name, x in values.items()
         }
         x = leaves["hidden"]
         arranged = {
@@ -153,7 +154,7 @@ CASES = [
     value("K = 2, weight's gradient only", needs="weight"),
     value("K = 2, hidden's gradient only", needs="hidden"),
     value("K = 3, many parts", k=3, n=5000, h=8),
-    value("K = 2, H = 600, several steps a part", programs=8, n=85, h=600, quick=True),
+    value("K = 2, H = 1,100, several blocks a row, several steps a part", programs=8, n=85, h=1100, quick=True),
     gae("K = 2, T = 37", quick=True),
     gae("K = 1, T = 1, B = 1", k=1, b=1, t=1, holes=False),
     gae("K = 5, T = 100, B = 9", k=5, b=9, t=100),

@@ -180,7 +180,9 @@ CASES = [
     loss("V = 5,003, fp32, all clipped, no entropy", dtype=F32, entropy_coef=0.0, all_clipped=True),
     logprob("V = 101, one block", v=101),
     logprob("V = 16,421, blocks as on a GPU", 8192, v=16421, n=4, h=16, quick=True),
-    logprob("V = 16,421, bias, softcap", 8192, v=16421, n=4, h=16, bias=BF16, softcap=20.0, temperature=0.7, quick=True),
+    logprob(
+        "V = 16,421, bias, softcap", 8192, v=16421, n=4, h=16, bias=BF16, softcap=20.0, temperature=0.7, quick=True
+    ),
     logprob("V = 5,003, slices of the vocabulary", workspace=30_000, quick=True),
     logprob("V = 5,003, slices, fp32 bias", 512, workspace=30_001, bias=F32, softcap=20.0),
     logprob("V = 5,003, no entropy", entropy=False),

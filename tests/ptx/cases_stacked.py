@@ -79,9 +79,7 @@ def stacked_qk_norm_rope(
         arguments = [q, k, cos.to(cast or cos.dtype), sin.to(cast or sin.dtype)]
         named = {name: leaves[name] for name in weight_values}
         if backend == "reference":
-            out = reference.stacked_qk_norm_rope_reference(
-                *arguments, **{"q_weight": None, "k_weight": None} | named
-            )
+            out = reference.stacked_qk_norm_rope_reference(*arguments, **{"q_weight": None, "k_weight": None} | named)
         else:
             out = ops.stacked_qk_norm_rope(*arguments, **named, backend=backend)
         return {"q": out[0].detach(), "k": out[1].detach()} | differentiate(list(out), upstream, leaves)
@@ -89,9 +87,7 @@ def stacked_qk_norm_rope(
     return call
 
 
-def stacked_swiglu(
-    m: int = 2, n: int = 7, width: int = 100, dtype: torch.dtype = BF16, halves: bool = True
-) -> Call:
+def stacked_swiglu(m: int = 2, n: int = 7, width: int = 100, dtype: torch.dtype = BF16, halves: bool = True) -> Call:
     """``halves``: of one tensor."""
     inputs = Inputs()
     both, upstream = (3 * inputs.normal(m, n, 2 * width)).to(dtype), inputs.normal(m, n, width)

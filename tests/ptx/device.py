@@ -121,7 +121,9 @@ def _execute(kernel: Any, x: int, y: int, z: int, stream: int, function: Any, pa
         if kind != "constexpr":
             values.append((kind, value))
     raw = [
-        struct.pack("<Q", memory.address(value.data_ptr())) if kind.startswith("*") else struct.pack(FORMATS[kind], value)
+        struct.pack("<Q", memory.address(value.data_ptr()))
+        if kind.startswith("*")
+        else struct.pack(FORMATS[kind], value)
         for kind, value in values
     ]
     if kernel.metadata.global_scratch_size or getattr(kernel.metadata, "profile_scratch_size", 0):

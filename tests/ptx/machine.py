@@ -60,7 +60,9 @@ class Machine:
         self.schedule, self.traffic = schedule, traffic
         self.rng = np.random.default_rng((schedule.seed, seed))
         self.warps = program.threads // 32
-        self.parameters = dict(zip(program.parameters, parameters, strict=True))
+        # Arguments side by side, eight bytes each.
+        self.parameters = b"".join(raw.ljust(8, b"\0") for raw in parameters)
+        self.parameter_at = {name: 8 * k for k, name in enumerate(program.parameters)}
         self.issues: dict[tuple[str, str, str], tuple[str, int]] = {}
         self.executed = np.zeros(len(program.code), np.int64)
         # The narrowest access to each memory: races are looked for in pieces of so many bytes.
@@ -115,12 +117,15 @@ class Wave:
             f"%ctaid.{axis}": np.repeat(at.astype(np.uint32)[:, None], 32, 1) for axis, at in position.items()
         }
         self.special |= {
-            f"%nctaid.{axis}": np.full(self.shape, size, np.uint32) for axis, size in zip("xyz", machine.grid, strict=True)
+            f"%nctaid.{axis}": np.full(self.shape, size, np.uint32)
+            for axis, size in zip("xyz", machine.grid, strict=True)
         }
         # Shared memory of the programs, side by side.
         self.stride = (machine.shared + 127) // 128 * 128 + 128
         self.shared = np.full(n * self.stride, 0xFF, np.uint8)
-        self.shared_start = np.broadcast_to(np.repeat(np.arange(n) * self.stride, self.per_program)[:, None], self.shape)
+        self.shared_start = np.broadcast_to(
+            np.repeat(np.arange(n) * self.stride, self.per_program)[:, None], self.shape
+        )
         self.global_shadow = machine.global_shadow
         self.shared_shadow = machine.shadow("shared", n * self.stride) if machine.schedule.races else None
         self.registers: dict[str, Array] = {}
@@ -170,6 +175,8 @@ class Wave:
             return self.special[operand.name].view(dtype_of(kind))
         if operand.name in self.program.shared:
             return self.constant(SHARED_BASE, dtype_of(kind))
+        if operand.name in self.program.parameters:
+            return self.constant(self.machine.parameter_at[operand.name], dtype_of(kind))
         array = self.register(operand.name)
         if (array.dtype == np.bool_) != (kind == "pred") or (kind != "pred" and array.itemsize * 8 != bits_of(kind)):
             raise PTXError(f"{operand.name} is not of type {kind}")
@@ -193,7 +200,9 @@ class Wave:
         """The lanes that run an instruction; None for all."""
         return (lambda s: None) if i.guard is None else self.predicate(i.guard)
 
-    def write(self, i: Instruction, evaluate: Callable[[slice], Array], to: Operand | None = None) -> Callable[[slice], None]:
+    def write(
+        self, i: Instruction, evaluate: Callable[[slice], Array], to: Operand | None = None
+    ) -> Callable[[slice], None]:
         """The instruction that puts ``evaluate`` into its first operand, or ``to``, under its guard."""
         to = i.operands[0] if to is None else to
         assert isinstance(to, Register)

@@ -114,7 +114,16 @@ class Shadow:
         self.read_at[g] = first
 
     def write(
-        self, at: Array, width: int, warp: Array, epoch: Array, pc: int, held: Array, holds: Array, *, atomic: bool = False
+        self,
+        at: Array,
+        width: int,
+        warp: Array,
+        epoch: Array,
+        pc: int,
+        held: Array,
+        holds: Array,
+        *,
+        atomic: bool = False,
     ) -> None:
         """Note writes, and report those that race. ``held``, ``holds``: memory has the value before, and afterwards."""
         g, warp, epoch, held, holds = self._granules(at, width, warp, epoch, held, holds)

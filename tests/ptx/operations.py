@@ -139,7 +139,9 @@ def low_float(w: Wave, i: Instruction, function: Callable[..., Array]) -> Run:
 
     def evaluate(s: slice) -> Array:
         parts = [down(function(*(source[k](s) for source in sources))) for k in range(len(sources[0]))]
-        return parts[0] if len(parts) == 1 else parts[0].astype(np.uint32) | (parts[1].astype(np.uint32) << np.uint32(16))
+        return (
+            parts[0] if len(parts) == 1 else parts[0].astype(np.uint32) | (parts[1].astype(np.uint32) << np.uint32(16))
+        )
 
     return w.write(i, evaluate)
 
@@ -332,9 +334,7 @@ def cvt(w: Wave, pc: int, i: Instruction) -> Run:
     if to in ("bf16x2", "f16x2") and source == "f32" and rounding == {"rn"}:
         high, low = (w.value(x, "f32") for x in i.operands[1:])
         down = ar.f32_to_bf16 if to == "bf16x2" else ar.f32_to_f16
-        return w.write(
-            i, lambda s: (down(high[s]).astype(np.uint32) << np.uint32(16)) | down(low[s]).astype(np.uint32)
-        )
+        return w.write(i, lambda s: (down(high[s]).astype(np.uint32) << np.uint32(16)) | down(low[s]).astype(np.uint32))
     floats = {"bf16": ar.bf16_to_f32, "f16": ar.f16_to_f32}
     if to == "f32" and source in floats and not rounding:
         up, bits = floats[source], w.low(i.operands[1], "b16")
@@ -464,14 +464,24 @@ def ld(w: Wave, pc: int, i: Instruction) -> Run:
 
 
 def ld_param(w: Wave, i: Instruction) -> Run:
-    """A launch's argument."""
+    """A launch's argument, by name or by an address that the kernel chose."""
     kind, (to, address) = i.parts[-1], i.operands
     assert isinstance(address, Address)
     assert isinstance(to, Register)
-    raw = w.machine.parameters[address.base][address.offset : address.offset + bits_of(kind) // 8]
-    wide = (SIGNED if kind[0] == "s" else UNSIGNED)[w.register(to.name).itemsize * 8]
-    constant = w.constant(np.frombuffer(raw, dtype_of(kind))[0], wide)
-    return w.write(i, lambda s: constant[s])
+    width, wide = bits_of(kind) // 8, (SIGNED if kind[0] == "s" else UNSIGNED)[w.register(to.name).itemsize * 8]
+    if address.base in w.program.parameters:
+        first = w.machine.parameter_at[address.base] + address.offset
+        constant = w.constant(np.frombuffer(w.machine.parameters, dtype_of(kind), 1, first)[0], wide)
+        return w.write(i, lambda s: constant[s])
+    base, flat = w.value(Register(address.base), "s64"), np.frombuffer(w.machine.parameters, np.uint8)
+
+    def evaluate(s: slice) -> Array:
+        at = base[s] + address.offset
+        if (at < 0).any() or (at + width > len(flat)).any():
+            raise PTXError(f"out of bounds: an argument beyond the last: {i}")
+        return flat[at[..., None] + np.arange(width)].view(dtype_of(kind))[..., 0].astype(wide)
+
+    return w.write(i, evaluate)
 
 
 @operation("st")
