@@ -1,0 +1,98 @@
+"""Leave out each barrier of the compiled kernels in turn: one whose absence nothing shows is not tested, or not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tests.ptx.case import Case
+from tests.ptx.cases import choose
+from tests.ptx.device import Launch
+from tests.ptx.faults import findings
+from tests.ptx.machine import Schedule
+from tests.ptx.operations import access_width
+from tests.ptx.program import Program
+
+# One case of each kernel with barriers, of several steps where a barrier guards against the step after.
+QUICK = {
+    ("linear_ppo_loss", "V = 5,003"),
+    ("ensemble_value", "K = 2, H = 1,100, several blocks a row, several steps a part"),
+    ("ensemble_gae", "K = 2, T = 1,500, two blocks"),
+    ("stacked_rms_norm", "H = 1,000, residual, several steps a part"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The barriers of one kernel in one case."""
+
+    case: Case
+    kernel: str
+    caught: int
+    idle: int  # no warp comes there
+    redundant: tuple[str, ...]  # nothing between it and the barriers around it needs it
+    missed: tuple[str, ...]
+
+
+def mutate_all(ops: list[str], text: str, *, quick: bool, say: Callable[[str], None] = print) -> list[Row]:
+    """Of all cases that are quick ones of ``check``; ``quick``: of those in QUICK."""
+    rows = []
+    seen = set[str]()  # kernels as compiled, which several cases may share
+    for case in choose(ops, text, quick=True):
+        if quick and (case.op, case.name) not in QUICK:
+            continue
+        _, session = case.run(Schedule())
+        launches = {launch.kernel.hash: launch for launch in session.launches if launch.machine.warps > 1}
+        for name, launch in launches.items():
+            if name not in seen and launch.machine.program.barriers():
+                seen.add(name)
+                rows.append(mutate(case, launch))
+                say(f"{case.op}, {case.name}: {rows[-1].kernel}: {rows[-1].caught} caught; {list(rows[-1].missed)}")
+    return rows
+
+
+def mutate(case: Case, launch: Launch) -> Row:
+    """Each barrier of one kernel."""
+    program, missed, redundant, caught, idle = launch.machine.program, [], [], 0, 0
+    for at in program.barriers():
+        if not launch.machine.executed[at]:
+            idle += 1
+        elif _stands_alone(program, at):
+            redundant.append(str(program.code[at]))
+        elif findings(case, _without(launch.kernel.hash, at)):
+            caught += 1
+        else:
+            missed.append(f"{case.op}, {case.name}: {program.name}, instruction {at}: {program.code[at]}")
+    return Row(case, program.name, caught, idle, tuple(redundant), tuple(missed))
+
+
+def _without(name: str, at: int) -> Callable[[Any, Program], Program]:
+    return lambda kernel, program: program.without(at) if kernel.hash == name else program
+
+
+def _stands_alone(program: Program, at: int) -> bool:
+    """Whether no memory is touched between a barrier and the one before, or after, it, in straight code."""
+    for step in (-1, 1):
+        where = at + step
+        while 0 <= where < len(program.code):
+            i = program.code[where]
+            if i.op == "bar.sync":
+                return True
+            if i.parts[0] in ("bra", "ret") or access_width(i) or where in program.labels.values():
+                break
+            where += step
+    return False
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a row per kernel and case."""
+    lines = [
+        "| op | case | kernel | barriers | caught | next to another | not reached | missed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        counts = (row.caught, len(row.redundant), row.idle, len(row.missed))
+        cells = " | ".join(str(count) for count in (sum(counts), *counts))
+        lines.append(f"| `{row.case.op}` | {row.case.name} | `{row.kernel}` | {cells} |")
+    return "\n".join(lines)
