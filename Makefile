@@ -5,7 +5,7 @@ READY := .venv/.ready
 PEERS := .venv/.peers
 SITE := .venv/.site
 
-.PHONY: train test test-slow browser bench docs lint clean
+.PHONY: train test test-slow test-triton browser bench docs lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
@@ -16,6 +16,10 @@ test: $(READY) browser
 
 test-slow: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+
+# The ahead-of-time budgets and the emulator's quick cases with every minor version of Triton; minutes a version.
+test-triton: $(READY)
+	$(BIN)/python -m tests.ptx versions
 
 # The report's page is tested in Chromium. Root on Debian or Ubuntu gets it here; others are told what to do by the tests.
 browser:

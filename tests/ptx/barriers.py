@@ -1,4 +1,4 @@
-"""Leave out each barrier of the compiled kernels in turn: one whose absence nothing shows is not tested, or not needed."""
+"""Leave out each barrier of the compiled kernels in turn: what nothing shows the absence of is untested or unneeded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.ptx.machine import Schedule
 from tests.ptx.operations import access_width
 from tests.ptx.program import Program
 
-# One case of each kernel with barriers, of several steps where a barrier guards against the step after.
+# Cases of several steps, where a barrier guards against the step after. Those of ``ensemble_gae`` are left to the whole
+# command: some of its barriers guard conversions between layouts, and nothing shows yet which of these are needed.
 QUICK = {
     ("linear_ppo_loss", "V = 5,003"),
     ("ensemble_value", "K = 2, H = 1,100, several blocks a row, several steps a part"),
-    ("ensemble_gae", "K = 2, T = 1,500, two blocks"),
     ("stacked_rms_norm", "H = 1,000, residual, several steps a part"),
 }
 

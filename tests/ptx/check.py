@@ -54,7 +54,7 @@ def check(case: Case, schedules: Sequence[Schedule]) -> Outcome:
         except PTXError as error:
             problems.append(f"{_words(schedule)}: {error}")
             continue
-        found, error = compare(got, plain, want, schedule.noise)
+        found, error = compare(got, plain, want, schedule.noise, case.floor)
         worst = max(worst, error)
         if (schedule.capability, schedule.contract, schedule.noise) == (90, False, 0):
             if bits is not None and not all(_same(got[key], bits[key]) for key in got):
@@ -80,7 +80,8 @@ def check_all(
         outcomes.append(outcome)
         state = "PROBLEM" if outcome.problems else "clean"
         say(
-            f"{state:8}{case.op:22}{case.name:50} error {outcome.error:4.2f} of what is allowed, {outcome.seconds:5.1f} s"
+            f"{state:8}{case.op:22}{case.name:50} error {outcome.error:4.2f} of what is allowed, "
+            f"{outcome.seconds:5.1f} s"
         )
         for problem in outcome.problems:
             say(f"        {problem}")

@@ -1,8 +1,8 @@
 """Run one launch: programs in waves, warps under a schedule, and what every access has to satisfy.
 
 A register is an array [warps, 32] over the warps of a wave of programs. Neighbouring warps that stand at the same
-instruction run it in one call of numpy. A schedule says which warps run and how far; warps of a program meet at barriers.
-What the operations do is in ``operations.py``, what a race is in ``memory.py``.
+instruction run it in one call of numpy. A schedule says which warps run and how far; warps of a program meet at
+barriers. What the operations do is in ``operations.py``, what a race is in ``memory.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ READY, WAITING, DONE = range(3)
 class Schedule:
     """In which order warps run, and what else may differ from one GPU, or one compiler, to another.
 
-    ``lockstep``: all warps side by side, the one furthest behind first. ``random``: some neighbouring warps for a random
-    number of instructions, programs in random order. ``greedy``: one warp to its next barrier. ``lanes``: threads in
-    flight at once. ``noise``: relative error of the approximate functions. ``contract``: products fused into sums.
+    ``lockstep``: all warps side by side, the one furthest behind first. ``random``: some neighbouring warps for a
+    random number of instructions, programs in random order. ``greedy``: one warp to its next barrier. ``lanes``:
+    threads in flight at once. ``noise``: relative error of the approximate functions. ``contract``: products fused into
+    sums.
     """
 
     order: Literal["lockstep", "random", "greedy"] = "lockstep"
@@ -110,7 +111,7 @@ class Wave:
         self.warp_of = np.broadcast_to(self.warp.astype(np.int32)[:, None], self.shape)
         self.epoch = np.zeros(self.shape, np.int32)
         thread = (self.warp % self.per_program)[:, None] * 32 + LANES
-        x, y, z = machine.grid
+        x, y, _ = machine.grid
         program = self.warp // self.per_program
         position = {"x": program % x, "y": program // x % y, "z": program // (x * y)}
         self.special = {"%tid.x": thread.astype(np.uint32)} | {
@@ -233,7 +234,7 @@ class Wave:
         def locate(s: slice) -> Access | None:
             lanes = active(s)
             address = base[s].astype(np.int64) + operand.offset
-            lanes = np.broadcast_to(LANES < of, address.shape) if lanes is None else lanes & (LANES < of)
+            lanes = np.broadcast_to(of > LANES, address.shape) if lanes is None else lanes & (of > LANES)
             address, warp = address[lanes], self.warp_of[s][lanes]
             if not address.size:
                 return None

@@ -69,9 +69,9 @@ class Shadow:
     """Who wrote and who read each granule of a memory last, warps numbered over the whole launch.
 
     Two accesses of different warps race, if one writes, unless they are of one program and a barrier stands between
-    them: an epoch of a program ends at each barrier. So a race is found whatever the order in which the warps ran. Lanes
-    of one warp run in step. Several warps that store the same value to the same shared memory race, too, but do no harm:
-    so Triton stores what all of them hold.
+    them: an epoch of a program ends at each barrier. So a race is found whatever the order in which the warps ran.
+    Lanes of one warp run in step. Several warps that store the same value to the same shared memory race, too, but do
+    no harm: so Triton stores what all of them hold.
     """
 
     def __init__(

@@ -105,6 +105,8 @@ def setp(w: Wave, pc: int, i: Instruction) -> Run:
     if kind != "f32":
         compare = COMPARE[comparison]
         return w.write(i, lambda s: compare(a[s], b[s]))
+    if comparison in ("nan", "num"):  # whether either is NaN, whether neither is
+        return w.write(i, lambda s: (np.isnan(a[s]) | np.isnan(b[s])) == (comparison == "nan"))
     # Ordered comparisons are false where one is NaN, those that end in u are true.
     unordered = comparison.endswith("u")
     compare = COMPARE[comparison.removesuffix("u")]
@@ -300,11 +302,13 @@ def shift(w: Wave, pc: int, i: Instruction) -> Run:
 
 @operation("bfe")
 def bfe(w: Wave, pc: int, i: Instruction) -> Run:
-    if i.op != "bfe.u32" or not all(isinstance(x, Immediate) for x in i.operands[2:]):
+    if i.op not in ("bfe.u32", "bfe.s32") or not all(isinstance(x, Immediate) for x in i.operands[2:]):
         raise PTXError(f"a bfe the emulator does not know: {i}")
     position, length = (x.value for x in i.operands[2:] if isinstance(x, Immediate))
     a, mask = w.value(i.operands[1], "u32"), np.uint32((1 << length) - 1)
-    return w.write(i, lambda s: (a[s] >> np.uint32(position)) & mask)
+    # Signed, the field's highest bit fills what lies above it: x with the sign bit b is (x ^ b) - b.
+    sign = np.uint32(1 << (length - 1) if i.op == "bfe.s32" else 0)
+    return w.write(i, lambda s: (((a[s] >> np.uint32(position)) & mask) ^ sign) - sign)
 
 
 @operation("prmt")
@@ -368,7 +372,7 @@ def shfl(w: Wave, pc: int, i: Instruction) -> Run:
     if not isinstance(clamp, Immediate) or members != Immediate(-1) or mode not in ("up", "bfly", "idx"):
         raise PTXError(f"a shuffle the emulator does not know: {i}")
     a, count = w.value(source, "b32"), w.value(by, "u32")
-    if mode == "idx" and clamp.value != 31 or mode == "bfly" and clamp.value != 31 or mode == "up" and clamp.value:
+    if clamp.value != {"idx": 31, "bfly": 31, "up": 0}.get(mode, clamp.value):
         raise PTXError(f"a shuffle of part of a warp: {i}")
 
     def evaluate(s: slice) -> Array:
@@ -378,7 +382,7 @@ def shfl(w: Wave, pc: int, i: Instruction) -> Run:
 
     if isinstance(by, Immediate):  # one permutation for all
         n = by.value & 31
-        lane = LANES ^ n if mode == "bfly" else np.where(LANES < n, LANES, LANES - n) if mode == "up" else LANES * 0 + n
+        lane = LANES ^ n if mode == "bfly" else np.where(n > LANES, LANES, LANES - n) if mode == "up" else LANES * 0 + n
         return w.write(i, lambda s: a[s][:, lane])
     return w.write(i, evaluate)
 

@@ -1,7 +1,7 @@
 """Every minor version of Triton from 3.6 to the newest: the ahead-of-time budgets, and the quick cases in the emulator.
 
-Each version is installed beside the others, under ``.cache/triton``, and stands before the environment's own on the path
-of a process; torch and numpy are those of the environment.
+Each version is installed beside the others, under ``.cache/triton``, and stands before the environment's own on the
+path of a process; torch and numpy are those of the environment.
 """
 
 from __future__ import annotations
