@@ -30,7 +30,7 @@ CASES = [
         signature={"hidden": "*bf16", "weight": "*bf16", "bias": "*bf16"}
         | dict.fromkeys(("value", "mean", "std"), "*fp32")
         | integers(f"n h {VALUE_STRIDES}"),
-        constants={"hidden_h": 1, "weight_h": 1, "bias_k": 1, "K": 2, "BLOCK_N": 8, "BLOCK_H": 1024},
+        constants={"hidden_h": 1, "weight_h": 1, "bias_k": 1, "M": 2, "BLOCK_N": 8, "BLOCK_H": 1024},
         divisible=("n", "h", *VALUE_STRIDES.split()),
     ),
     Case(
@@ -67,7 +67,7 @@ CASES = [
             "summary": None,
             "chunks": 1,
             **CONTIGUOUS,
-            "K": 2,
+            "M": 2,
             "ROWS": 1,
             "BLOCK_T": 1024,
             "BLOCK_CHUNKS": 1,
@@ -90,7 +90,7 @@ CASES = [
             "summary": None,
             "chunks": 1,
             **CONTIGUOUS,
-            "K": 2,
+            "M": 2,
             "ROWS": 8,
             "BLOCK_T": 128,
             "BLOCK_CHUNKS": 1,
@@ -109,7 +109,7 @@ CASES = [
         | dict.fromkeys(("advantage", "returns", "mean_out", "std_out"), "*fp32")
         | integers(f"b t span {GAE_STRIDES}")
         | integers(GAE_NUMBERS, "fp32"),
-        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 1},
+        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "M": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 1},
         divisible=("b", "t", "span", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),
@@ -120,7 +120,7 @@ CASES = [
         name="summaries of chunks",
         kernel=gae.summary_kernel,
         signature=GAE_INPUTS | {"summary": "*fp32"} | integers(f"t span {GAE_STRIDES}") | integers(GAE_NUMBERS, "fp32"),
-        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "K": 2, "BLOCK_T": 1024},
+        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "M": 2, "BLOCK_T": 1024},
         divisible=("t", "span", *GAE_STRIDES.split()),
     ),
     Case(
@@ -133,7 +133,7 @@ CASES = [
         | dict.fromkeys(("summary", "advantage", "returns", "mean_out", "std_out"), "*fp32")
         | integers(f"t span chunks {GAE_STRIDES}")
         | integers(GAE_NUMBERS, "fp32"),
-        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "K": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 64},
+        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "M": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 64},
         divisible=("t", "span", "chunks", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),

@@ -434,8 +434,8 @@ def test_errors_name_the_argument(backend):
     value, reward, mask = make(2, 3, 4)
     for arguments, message in [
         ((None, reward, mask), "value: got NoneType"),
-        ((value[0], reward, mask), r"value: got shape \[3, 4\], needs \[K, B, T\]"),
-        ((value[:0], reward, mask), r"value: got shape \[0, 3, 4\], needs .*K >= 1"),
+        ((value[0], reward, mask), r"value: got shape \[3, 4\], needs \[M, B, T\]"),
+        ((value[:0], reward, mask), r"value: got shape \[0, 3, 4\], needs .*M >= 1"),
         ((value.long(), reward, mask), "value: got dtype torch.int64"),
         ((value, reward[:, :3], mask), r"reward: got shape \[3, 3\], needs \[B, T\]"),
         ((value, reward.double(), mask), "reward: got dtype torch.float64"),

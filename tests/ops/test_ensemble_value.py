@@ -287,15 +287,15 @@ def test_errors_name_the_argument(backend):
     hidden, weight, bias = (x.detach() for x in make(2, 5, 3))
     for arguments, message in [
         (([1.0], weight, bias), "hidden: got list"),
-        ((hidden[0], weight, bias), r"hidden: got shape \[5, 3\], needs \[K, N, H\]"),
-        ((hidden[:0], weight[:0], None), r"hidden: got shape \[0, 5, 3\], needs .*K >= 1"),
+        ((hidden[0], weight, bias), r"hidden: got shape \[5, 3\], needs \[M, N, H\]"),
+        ((hidden[:0], weight[:0], None), r"hidden: got shape \[0, 5, 3\], needs .*M >= 1"),
         ((hidden.double(), weight, bias), "hidden: got dtype torch.float64"),
-        ((hidden, weight[:1], bias), r"weight: got shape \[1, 3\], needs \[K, H\]"),
+        ((hidden, weight[:1], bias), r"weight: got shape \[1, 3\], needs \[M, H\]"),
         ((hidden, weight[:, :2], bias), r"weight: got shape \[2, 2\]"),
         ((hidden, weight.int(), bias), "weight: got dtype torch.int32"),
         ((hidden, weight.to("meta"), bias), "weight: got device meta, needs cpu"),
         ((hidden, weight.to_sparse(), bias), "weight: got layout torch.sparse_coo"),
-        ((hidden, weight, bias[:1]), r"bias: got shape \[1\], needs \[K\]"),
+        ((hidden, weight, bias[:1]), r"bias: got shape \[1\], needs \[M\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             ensemble_value(*arguments, backend=backend)

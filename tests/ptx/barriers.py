@@ -18,7 +18,7 @@ from tests.ptx.program import Program
 # command: some of its barriers guard conversions between layouts, and nothing shows yet which of these are needed.
 QUICK = {
     ("linear_ppo_loss", "V = 5,003"),
-    ("ensemble_value", "K = 2, H = 1,100, several blocks a row, several steps a part"),
+    ("ensemble_value", "M = 2, H = 1,100, several blocks a row, several steps a part"),
     ("stacked_rms_norm", "H = 1,000, residual, several steps a part"),
 }
 

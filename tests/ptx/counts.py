@@ -121,7 +121,7 @@ LINES = [
     _head(LOGPROB, "gradient_kernel", "fp32 logits", 8, None),
     _head(LOGPROB, "gradient_kernel", "bias, softcap", 30, None, **FULL),
     Line(
-        "`gae_kernel`, K = 2, fp32, T = 8,192",
+        "`gae_kernel`, M = 2, fp32, T = 8,192",
         "ensemble_gae",
         "gae_kernel",
         cases_ensemble.ensemble_gae,
@@ -139,7 +139,7 @@ LINES = [
     _masks(0, "apply_kernel", "", 30),
     *(
         Line(
-            f"`{kernel}` of ensemble_value, K = 2, bf16, H = 1,024",
+            f"`{kernel}` of ensemble_value, M = 2, bf16, H = 1,024",
             "ensemble_value",
             kernel,
             cases_ensemble.ensemble_value,

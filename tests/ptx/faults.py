@@ -61,7 +61,7 @@ FAULTS = [
     Fault(
         "an address two bytes off",
         "ensemble_value",
-        "K = 2, H = 1,024",
+        "M = 2, H = 1,024",
         _accesses("global", "ld", width=16),
         _moved,
         "misaligned: global access of 16 bytes",
@@ -77,7 +77,7 @@ FAULTS = [
     Fault(
         "a value that is never put into shared memory",
         "ensemble_gae",
-        "K = 2, T = 1,500, two blocks",
+        "M = 2, T = 1,500, two blocks",
         _accesses("shared", "st"),
         _left_out,
         "uninitialised shared memory is read",
@@ -85,7 +85,7 @@ FAULTS = [
     Fault(
         "an output that is never written",
         "ensemble_value",
-        "K = 2, H = 100",
+        "M = 2, H = 100",
         _accesses("global", "st"),
         _left_out,
         "NaN in ",

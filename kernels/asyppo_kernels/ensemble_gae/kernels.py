@@ -94,9 +94,9 @@ def read_steps(
     reward_t,
     mask_b,
     mask_t,
-    K: tl.constexpr,
+    M: tl.constexpr,
 ):
-    """Read a tile: which steps are there and which count, their rewards, mean and deviation over K critics.
+    """Read a tile: which steps are there and which count, their rewards, mean and deviation over M critics.
 
     Rewards are as they are found, masked ones included; mean and deviation of masked steps are 0.
     """
@@ -107,19 +107,19 @@ def read_steps(
     r = tl.load(reward + row * reward_b + time * reward_t, mask=inside, other=0.0).to(tl.float32)
     at = value + row * value_b + time * value_t
     first = tl.where(valid, tl.load(at, mask=inside, other=0.0).to(tl.float32), 0.0)
-    if K == 2:
+    if M == 2:
         half = 0.5 * (tl.where(valid, tl.load(at + value_k, mask=inside, other=0.0).to(tl.float32), 0.0) - first)
         mean = first + half
         std = tl.abs(half)
     else:
         shift = tl.zeros_like(first)
         squares = tl.zeros_like(first)
-        for k in tl.static_range(1, K):
+        for k in tl.static_range(1, M):
             at += value_k
             v = tl.where(valid, tl.load(at, mask=inside, other=0.0).to(tl.float32), 0.0)
             shift, squares = add_critic(k, v - first, shift, squares)
         mean = first + shift
-        std = tl.sqrt(squares / K)
+        std = tl.sqrt(squares / M)
     return inside, valid, r, mean, std
 
 
@@ -207,7 +207,7 @@ def summary_kernel(
     gamma,
     decay,
     value_decay,
-    K: tl.constexpr,
+    M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """A program writes down what one chunk of one row does to what comes after it, into ``summary`` [B, chunks, 7].
@@ -238,7 +238,7 @@ def summary_kernel(
         time = start + (blocks - 1 - i) * BLOCK_T + step
         _, valid, r, mean, _ = read_steps(
             value, reward, mask, rows[:, :, None], time, b, t, value_k, value_b, value_t, reward_b, reward_t, mask_b,
-            mask_t, K,
+            mask_t, M,
         )  # fmt: skip
         following, value_before = next_values(valid, mean, value_after, number)
         is_open = valid & (following != following) & (mean == mean)
@@ -323,7 +323,7 @@ def gae_kernel(
     gamma,
     decay,
     value_decay,
-    K: tl.constexpr,
+    M: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
@@ -348,7 +348,7 @@ def gae_kernel(
         time = start + (blocks - 1 - i) * BLOCK_T + step
         inside, valid, r, mean, std = read_steps(
             value, reward, mask, rows[:, :, None], time, b, t, value_k, value_b, value_t, reward_b, reward_t, mask_b,
-            mask_t, K,
+            mask_t, M,
         )  # fmt: skip
         at = rows[:, :, None].to(tl.int64) * t + time
         tl.store(mean_out + at, mean, mask=inside)

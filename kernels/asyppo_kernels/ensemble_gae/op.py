@@ -24,7 +24,7 @@ def ensemble_gae(
     value_lam: float = 1.0,
     backend: Backend = "auto",
 ) -> EnsembleGAE:
-    """Estimate advantages and returns on the mean of K critics (GAE, arXiv 1506.02438; AsyPPO, arXiv 2510.01656).
+    """Estimate advantages and returns on the mean of M critics (GAE, arXiv 1506.02438; AsyPPO, arXiv 2510.01656).
 
     With V the mean over critics and t' the next valid step after t, ``delta_t = reward_t + gamma V_t' - V_t`` and
     ``advantage_t = delta_t + gamma lam advantage_t'``; both V and the advantage are 0 after a row's last valid step.
@@ -34,7 +34,7 @@ def ensemble_gae(
     Valid steps may have holes between them and padding on either side; a row without any comes out 0.
 
     Args:
-        value: [K, B, T] float32, bfloat16 or float16; K >= 1. ``value[:, :, t]`` is the value of the state in which
+        value: [M, B, T] float32, bfloat16 or float16; M >= 1. ``value[:, :, t]`` is the value of the state in which
             token t is chosen, before that token is seen.
         reward: [B, T], in any of these dtypes.
         mask: [B, T] bool, True where the step counts.
@@ -49,10 +49,10 @@ def ensemble_gae(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout, or a number lies outside [0, 1].
     """
-    check_tensor("value", value, shape=(None, None, None), needs="[K, B, T]", dtypes=FLOATS)
+    check_tensor("value", value, shape=(None, None, None), needs="[M, B, T]", dtypes=FLOATS)
     k, b, t = value.shape
     if k == 0:
-        raise ValueError(f"value: got shape {list(value.shape)}, needs [K, B, T] with K >= 1")
+        raise ValueError(f"value: got shape {list(value.shape)}, needs [M, B, T] with M >= 1")
     check_tensor("reward", reward, shape=(b, t), needs="[B, T] of value", dtypes=FLOATS, device=value.device)
     check_tensor("mask", mask, shape=(b, t), needs="[B, T] of value", dtypes=(torch.bool,), device=value.device)
     row_lam, one_lam = None, cast(float, lam)

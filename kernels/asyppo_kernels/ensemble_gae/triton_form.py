@@ -58,7 +58,7 @@ def forward(
     with device_guard(value):
         if chunks > 1:
             kernels.summary_kernel[(b * (chunks - 1),)](
-                *inputs, summary, b, t, span, *strides, *numbers, K=k, BLOCK_T=block, num_warps=WARPS
+                *inputs, summary, b, t, span, *strides, *numbers, M=k, BLOCK_T=block, num_warps=WARPS
             )
         kernels.gae_kernel[(triton.cdiv(b, rows) * chunks,)](
             *inputs,
@@ -70,7 +70,7 @@ def forward(
             chunks,
             *strides,
             *numbers,
-            K=k,
+            M=k,
             ROWS=rows,
             BLOCK_T=block,
             BLOCK_CHUNKS=triton.next_power_of_2(chunks),

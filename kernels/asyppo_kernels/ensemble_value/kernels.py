@@ -36,17 +36,17 @@ def forward_kernel(
     weight_k,
     weight_h,
     bias_k,
-    K: tl.constexpr,
+    M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """A program owns BLOCK_N rows of all K critics: their values, and mean and standard deviation over the critics."""
+    """A program owns BLOCK_N rows of all M critics: their values, and mean and standard deviation over the critics."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = row < n
     first = tl.zeros((BLOCK_N,), tl.float32)
     shift = tl.zeros((BLOCK_N,), tl.float32)
     squares = tl.zeros((BLOCK_N,), tl.float32)
-    for k in tl.static_range(K):
+    for k in tl.static_range(M):
         hidden_row = hidden + row[:, None] * hidden_n
         products = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
         for start in range(0, h, BLOCK_H):
@@ -70,7 +70,7 @@ def forward_kernel(
         else:
             shift, squares = add_critic(k, score - first, shift, squares)
     tl.store(mean + row, first + shift, mask=in_rows)
-    tl.store(std + row, tl.sqrt(squares / K), mask=in_rows)
+    tl.store(std + row, tl.sqrt(squares / M), mask=in_rows)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def backward_kernel(
     """A program owns BLOCK_H columns of one critic on one part of the rows.
 
     It writes the gradient of hidden there (unless ``grad_hidden`` is None), and what the part adds to those of weight
-    and, in column h, bias (unless ``partial`` [parts, K, h + 1] is None).
+    and, in column h, bias (unless ``partial`` [parts, M, h + 1] is None).
     """
     part = tl.program_id(0)
     k = tl.program_id(1).to(tl.int64)

@@ -17,33 +17,33 @@ from asyppo_kernels.ensemble_value.result import EnsembleValue
 def ensemble_value(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto"
 ) -> EnsembleValue:
-    """Apply K critics' value heads and measure where the critics disagree.
+    """Apply M critics' value heads and measure where the critics disagree.
 
     ``value[k, n] = hidden[k, n] · weight[k] + bias[k]``, with its mean and population standard deviation over k: the
     advantage's baseline and the signal of the masks in AsyPPO (arXiv 2510.01656). Products accumulate in float32.
 
     Args:
-        hidden: [K, N, H] float32, bfloat16 or float16, the critics' last hidden states; K >= 1. Every row is read, so
+        hidden: [M, N, H] float32, bfloat16 or float16, the critics' last hidden states; M >= 1. Every row is read, so
             one that holds NaN makes weight's gradient NaN even where its own upstream gradient is 0.
-        weight: [K, H], in any of these dtypes.
-        bias: [K], in any of these dtypes.
+        weight: [M, H], in any of these dtypes.
+        bias: [M], in any of these dtypes.
         backend: "torch", "triton" (a GPU's, but for Triton's interpreter), or "auto": Triton on a GPU, torch elsewhere.
 
     Returns:
-        ``EnsembleValue(value, mean, std)``, float32. ``value`` [K, N] is differentiable in hidden, weight and bias,
+        ``EnsembleValue(value, mean, std)``, float32. ``value`` [M, N] is differentiable in hidden, weight and bias,
         whose gradients accumulate in float32 and come in the dtype of the input. ``mean`` and ``std`` [N] are detached.
         With one critic, and wherever the critics agree to the bit, std is exactly 0.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout.
     """
-    check_tensor("hidden", hidden, shape=(None, None, None), needs="[K, N, H]", dtypes=FLOATS)
+    check_tensor("hidden", hidden, shape=(None, None, None), needs="[M, N, H]", dtypes=FLOATS)
     k, _, h = hidden.shape
     if k == 0:
-        raise ValueError(f"hidden: got shape {list(hidden.shape)}, needs [K, N, H] with K >= 1")
-    check_tensor("weight", weight, shape=(k, h), needs="[K, H] of hidden", dtypes=FLOATS, device=hidden.device)
+        raise ValueError(f"hidden: got shape {list(hidden.shape)}, needs [M, N, H] with M >= 1")
+    check_tensor("weight", weight, shape=(k, h), needs="[M, H] of hidden", dtypes=FLOATS, device=hidden.device)
     if bias is not None:
-        check_tensor("bias", bias, shape=(k,), needs="[K] of hidden", dtypes=FLOATS, device=hidden.device)
+        check_tensor("bias", bias, shape=(k,), needs="[M] of hidden", dtypes=FLOATS, device=hidden.device)
     form = choose_backend("ensemble_value", backend, hidden.device, has_triton=True)
     value, mean, std = _forward_op(hidden, weight, bias, form)
     return EnsembleValue(value, mean.detach(), std.detach())

@@ -9,7 +9,7 @@ from asyppo_kernels.ensemble_value.result import EnsembleValue
 
 
 def ensemble_value_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> EnsembleValue:
-    """Return value [K, N], mean [N] and std [N]; see ``ensemble_value``."""
+    """Return value [M, N], mean [N] and std [N]; see ``ensemble_value``."""
     value = torch.einsum("knh,kh->kn", hidden, weight)
     if bias is not None:
         value = value + bias[:, None]

@@ -11,7 +11,7 @@ class EnsembleValue(NamedTuple):
     """What ``ensemble_value`` returns; all float32."""
 
     value: Tensor
-    """[K, N], differentiable."""
+    """[M, N], differentiable."""
     mean: Tensor
     """[N], mean over the critics, detached."""
     std: Tensor

@@ -20,7 +20,7 @@ def mean_and_std(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return value [K, N], mean [N] and std [N]."""
+    """Return value [M, N], mean [N] and std [N]."""
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the product to its own dtype
         value = torch.bmm(hidden.float(), weight.float().unsqueeze(-1)).squeeze(-1)
     if bias is not None:
@@ -31,7 +31,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 def backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias for ``grad`` [K, N]; one that is not needed is empty."""
+    """Return the gradients of hidden, weight and bias for ``grad`` [M, N]; one that is not needed is empty."""
     grad_hidden = hidden.new_empty(0)
     grad_weight = weight.new_empty(0)
     grad_bias = grad.new_empty(0, dtype=bias_dtype)

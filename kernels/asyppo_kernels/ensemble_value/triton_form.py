@@ -21,7 +21,7 @@ PROGRAMS = 1024  # about what the backward's rows are cut for: eight programs a 
 
 
 def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return value [K, N], mean [N] and std [N]."""
+    """Return value [M, N], mean [N] and std [N]."""
     k, n, h = hidden.shape
     value = hidden.new_empty((k, n), dtype=torch.float32)
     mean, std = value.new_empty(n), value.new_empty(n)
@@ -41,7 +41,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
                 *hidden.stride(),
                 *weight.stride(),
                 0 if bias is None else bias.stride(0),
-                K=k,
+                M=k,
                 BLOCK_N=block_n,
                 BLOCK_H=block_h,
             )
@@ -51,7 +51,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 def backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias_dtype: torch.dtype, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias for ``grad`` [K, N]; one that is not needed is empty."""
+    """Return the gradients of hidden, weight and bias for ``grad`` [M, N]; one that is not needed is empty."""
     k, n, h = hidden.shape
     grad_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
     grad_weight = weight.new_empty((k, h) if needs[1] else 0)
