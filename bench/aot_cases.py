@@ -21,7 +21,7 @@ def policy_head() -> Iterator[Case]:
     rows = {"index_ptr": "*i64", "target_ptr": "*i64"}
     stats = dict.fromkeys(("entropy_ptr", "row_max_ptr", "log_sum_ptr"), "*fp32")
     # Three programs of 8 warps a multiprocessor. Shared memory holds the reductions.
-    budget: dict[str, Any] = {"max_registers": 80, "max_shared": 2048}
+    budget: dict[str, Any] = {"max_registers": 80, "max_shared": 4096}
     for logits, full, divisible in (
         ("fp32", False, True),
         ("bf16", False, True),
