@@ -48,7 +48,7 @@ def test_a_fault_of_each_kind_is_found() -> None:
 @pytest.mark.slow
 def test_each_barrier_left_out_is_found() -> None:
     printed = emulate("mutate", "--quick", "--no-write")
-    assert all(f"`{kernel}`" in printed for kernel in ("loss_kernel", "backward_kernel", "rms_norm_backward_kernel"))
+    assert all(f"`{kernel}`" in printed for kernel in ("loss_kernel", "forward_kernel", "rms_norm_backward_kernel"))
 
 
 @pytest.mark.slow
