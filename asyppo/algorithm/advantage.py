@@ -26,13 +26,13 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FU
     if outcome.values is None:
         raise ValueError("values: got None, needs the values [M, B, T] of critics")
     values, mask, learned = outcome.values, outcome.mask, outcome.learned
-    unseen = options.advantage_values == "cross_fit" and outcome.share is not None
-    fitted = without_own_critic(values, outcome.share) if unseen and outcome.share is not None else values
+    trained_by = outcome.share if options.advantage_values == "cross_fit" else None
+    fitted = values if trained_by is None else without_own_critic(values, trained_by)
     lam: float | Tensor = options.lam
     if options.length_adaptive_alpha is not None:
         lam = length_adaptive_lambda(mask.sum(dim=1), options.length_adaptive_alpha)
     gae = ops.ensemble_gae(fitted, outcome.reward, mask, gamma=options.gamma, lam=lam, value_lam=options.value_lambda)
-    std = torch.where(mask, values.std(dim=0, correction=0), 0.0) if unseen else gae.std
+    std = gae.std if trained_by is None else torch.where(mask, values.std(dim=0, correction=0), 0.0)
     advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options, ops)
     return LearningSignal(
         advantage=whiten(gae.advantage, learned, outcome.group, options.whiten),
