@@ -63,8 +63,8 @@ class Reference(Protocol):
 class Policy(nn.Module):
     """``policy(micro_batch)`` gives log-prob and entropy of its response tokens; with an ``Objective``, its loss.
 
-    Weights that are trained are float32, frozen ones in ``dtype``. The body runs in ``dtype`` under autocast, and
-    hidden states and the head's weight are cast to it before the op.
+    Weights that are trained are float32, frozen ones in ``dtype``. The body runs in ``dtype`` under autocast, and so
+    does the product of the head, in the op: its gradients come back in float32 without having been rounded.
     """
 
     ops: Ops = FUSED
@@ -146,11 +146,15 @@ class Policy(nn.Module):
             hidden = self.model.get_decoder()(
                 input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
             ).last_hidden_state
-        hidden = micro.select(hidden).to(self.dtype)
+        hidden = micro.select(hidden)
         output = self.model.get_output_embeddings()
-        bias = None if output.bias is None else output.bias.to(self.dtype)
-        head: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "softcap": self.softcap}
-        weight = output.weight.to(self.dtype)
+        weight = output.weight
+        head: dict[str, Any] = {
+            "bias": output.bias,
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "compute_dtype": self.dtype,
+        }
         if objective is None:
             return self.ops.linear_logprob(hidden, weight, micro.targets, **head)
         targets, options = objective.targets, objective.options

@@ -20,9 +20,13 @@ def logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> LinearLogprob:
     """Whole logits, in float32, of a head without a softcap."""
     assert softcap is None
+    if compute_dtype is not None:
+        hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
+        bias = None if bias is None else bias.to(compute_dtype)
     logp = F.log_softmax(F.linear(hidden, weight, bias).float() / temperature, dim=-1)
     return LinearLogprob(logp.gather(1, target[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1))
 
@@ -47,13 +51,14 @@ def policy_loss(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
+    compute_dtype: torch.dtype | None,
 ) -> LinearPPOLoss:
     """The clipped surrogate and the entropy bonus over whole logits; what the update here does without is left out."""
     assert ref_logprob is None
     assert rollout_weight is None
     assert dual_clip is None
     assert not kl_coef
-    logprob, entropy = logprobs(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap)
+    logprob, entropy = logprobs(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, compute_dtype=compute_dtype)
     assert entropy is not None
     ratio = torch.exp(logprob - old_logprob)
     inside = ratio.clamp(1 - clip_low, 1 + clip_high)
