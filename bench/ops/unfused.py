@@ -58,7 +58,9 @@ def policy_loss(
     assert rollout_weight is None
     assert dual_clip is None
     assert not kl_coef
-    logprob, entropy = logprobs(hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, compute_dtype=compute_dtype)
+    logprob, entropy = logprobs(
+        hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, compute_dtype=compute_dtype
+    )
     assert entropy is not None
     ratio = torch.exp(logprob - old_logprob)
     inside = ratio.clamp(1 - clip_low, 1 + clip_high)
