@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import make_dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from asyppo.models.policy import Policy
-from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Response
+from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Response, continuous
 from asyppo.rollout.samplers.base import WorkingWeights
 
 PAD, EOS, OTHER_EOS = 0, 1, 5
@@ -106,6 +107,13 @@ def test_no_prompts(tiny_lm: Make) -> None:
 def test_what_goes_wrong_is_said(tiny_lm: Make) -> None:
     with pytest.raises(RuntimeError, match=r"continuous batching: .*index out of range.*sampler: generate"):
         sampler(tiny_lm()).sample([torch.tensor([10_000])], max_completion_length=2, temperature=1.0)
+
+
+def test_the_settings_that_transformers_5_17_has(tiny_lm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ("block_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch", "allow_block_sharing")
+    older = make_dataclass("Older", [(name, Any, None) for name in (*known, "return_logprobs", "seed")])
+    monkeypatch.setattr(continuous, "ContinuousBatchingConfig", older)
+    assert sampler(tiny_lm())._batching(tiny_lm(), 10, 2).block_size == 32
 
 
 def test_in_the_loop(tiny_config: Make, tiny_trainer: Make) -> None:

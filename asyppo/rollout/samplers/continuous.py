@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -82,11 +83,13 @@ class ContinuousBatchingSampler:
         blocks = -(-longest // page)
         settings: dict[str, Any] = {
             "max_requests_per_batch": together,
-            "page_size": page,
             "return_logprobs": True,
             "seed": int(torch.randint(2**62, ())),
-            "auto_switch_to_flash": False,
         }
+        known = {field.name for field in fields(ContinuousBatchingConfig)}
+        settings["page_size" if "page_size" in known else "block_size"] = page  # transformers 5.17 has the latter
+        if "auto_switch_to_flash" in known:  # from 5.19 on
+            settings["auto_switch_to_flash"] = False
         if model.device.type == "cpu":
             # Room for as many at once, and no more: by default it is made for most of the memory, and masks with it.
             settings |= {
