@@ -26,7 +26,7 @@ from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.references import check_parameters, load, resolve
 from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, token_imbalance
-from asyppo.data.prompts import Row, fitting
+from asyppo.data.prompts import Row, fitting, prompt_tokens
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.loop import StepResult, TrainingError, TrainingLoop, TrainResult
@@ -41,7 +41,7 @@ from asyppo.metrics.step import (
     reward_metrics,
     time_metrics,
 )
-from asyppo.models.critics import CriticOptimizer, Critics
+from asyppo.models.critics import CriticOptimizer, Critics, check_tokens
 from asyppo.models.loading import critics_of, policy_of, prompt_limit
 from asyppo.models.policy import Objective, Policy, TokenStats
 from asyppo.models.tokenizer import load_tokenizer
@@ -108,6 +108,8 @@ class AsyPPOTrainer:
         limit = prompt_limit(config, policy, critics)
         self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
         self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
+        if critics is not None:
+            self._check_tokens(critics)
         self.callbacks = callbacks
         self.reference = policy.reference() if config.beta > 0 else None
         self.sampler = self._sampler_of(sampler, mesh)
@@ -123,6 +125,20 @@ class AsyPPOTrainer:
             self.critic_optimizer = CriticOptimizer(
                 critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
             )
+
+    def _check_tokens(self, critics: Critics) -> None:
+        """Raise ConfigError unless the critics read the policy's tokens as they are meant, in some of the prompts."""
+        rows = self.train_dataset
+        some = (
+            [rows[i * len(rows) // 64]["prompt"] for i in range(64)] if len(rows) > 64 else [r["prompt"] for r in rows]
+        )
+        check_tokens(
+            critics,
+            self.tokenizer,
+            prompt_tokens(some, self.tokenizer, self.config.data.chat_template_kwargs),
+            self.policy.model.config.get_text_config().vocab_size,
+            self.config.policy.trust_remote_code,
+        )
 
     def _sampler_of(self, sampler: Sampler | None, mesh: DeviceMesh | None) -> Sampler:
         """Return the sampler that is called: of all ranks where the models are sharded over a ``mesh``, which happens

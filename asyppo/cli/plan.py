@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedConfig
 
 from asyppo.config import AsyPPOConfig, ConfigError, ModelShape
-from asyppo.models.critics.loading import BackboneWithValueHead
+from asyppo.models.critics.loading import BackboneWithValueHead, value_head
 from asyppo.models.policy import compute_dtype
 from asyppo_kernels._policy_head import GPU_WORKSPACE_BYTES
 
@@ -329,8 +329,8 @@ def describe(
         parameters += trainable
     if config.critic.lora_r and is_critic:
         trainable = _adapter_parameters(model, config.critic.lora_r, None)
-        trainable += sum(p.numel() for p in model.score.parameters())
-        parameters += trainable - sum(p.numel() for p in model.score.parameters())
+        trainable += sum(p.numel() for p in value_head(model).parameters())
+        parameters += trainable - sum(p.numel() for p in value_head(model).parameters())
     return Model(name, source, model_config, parameters, trainable, largest, is_critic)
 
 
@@ -348,7 +348,8 @@ def _from_config(model_config: PreTrainedConfig, is_critic: bool) -> Any:
     if type(made) in AutoModelForTokenClassification._model_mapping:
         made.num_labels = 1
         return AutoModelForTokenClassification.from_config(made, dtype=torch.float32)
-    return BackboneWithValueHead(AutoModel.from_config(made, dtype=torch.float32))
+    head = AutoModelForCausalLM.from_config(made).get_output_embeddings()
+    return BackboneWithValueHead(AutoModel.from_config(made, dtype=torch.float32), head.in_features)
 
 
 def _layers(model: Any) -> list[nn.Module]:

@@ -50,7 +50,8 @@ class CriticConfig:
 
     model_name_or_path: str | None = None
     """Directory or hub name of the checkpoint that every critic starts from (the paper's: one checkpoint, new value
-    heads). None takes the policy's, which is what ``algorithm: ppo`` always does."""
+    heads): a causal model of any family, made for the policy's tokenizer, which is checked on prompts; its embeddings
+    may be padded to another size. None takes the policy's, which is what ``algorithm: ppo`` always does."""
     num_critics: int = setting(2, at_least=1)
     """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
     share: Literal["disjoint", "all"] = "disjoint"
@@ -82,7 +83,8 @@ class CriticConfig:
     another, which is also what happens, with a warning, to models that are not Llama, Mistral, Qwen2 or Qwen3."""
     lora_r: int = setting(0, at_least=0, renamed_from=("lora_rank",))
     """r > 0: the critics are LoRA adapters of rank r on every linear layer, and value heads, over one frozen backbone,
-    so that M of them take the memory of one. 0: each has all weights of its own, the paper's."""
+    so that M of them take the memory of one; of Llama, Mistral, Qwen2 and Qwen3. 0: each has all weights of its own,
+    the paper's."""
     lora_alpha: float = setting(16.0, above=0)
     """The adapters' products are scaled by lora_alpha / lora_r. Our choice."""
     gradient_checkpointing: bool = False

@@ -51,11 +51,10 @@ def critics_of(critics: Critics | str | None, config: AsyPPOConfig, policy: Poli
         return critics
     if not config.num_critics:
         raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
-    vocab_size = policy.model.config.get_text_config().vocab_size
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         options = _shared(config) | {"device": policy.device}
-        return load_critics(critics, config.num_critics, config.critic, vocab_size=vocab_size, **options)
+        return load_critics(critics, config.num_critics, config.critic, **options)
 
 
 def _shared(config: AsyPPOConfig) -> dict[str, Any]:

@@ -10,21 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3ForCausalLM,
     Qwen3ForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from asyppo.config import ConfigError, CriticConfig
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.critics import Critics, OneByOneCritics, StackedCritics, load_critics
+from asyppo.models.critics.loading import value_head
 
 CPU = torch.device("cpu")
 VOCAB = 19
@@ -120,17 +125,64 @@ def test_attention_dropout_is_off(
     assert torch.equal(critics.values(batch, 1000), critics.values(batch, 1000))
 
 
-def test_another_vocabulary_is_refused(tiny_lm: TinyLM, tmp_path: Path) -> None:
+def test_too_small_a_vocabulary_is_refused(tiny_lm: TinyLM, tmp_path: Path) -> None:
     tiny_lm().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"critic\.model_name_or_path: .* vocabulary of 19 tokens, needs .* 20"):
+    with pytest.raises(ConfigError, match=r"critic\.model_name_or_path: .* embeddings of 19 tokens, needs .* 20"):
         load(tmp_path, vocab_size=20)
 
 
-def test_a_model_without_a_linear_head_called_score(tmp_path: Path, ragged_batch: Callable[..., Batch]) -> None:
-    """GPT-2 calls its head ``classifier``: it either works or is refused, in words."""
-    config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"critic\.model_name_or_path: GPT2ForTokenClassification"):
+FAMILIES: dict[str, dict[str, Any]] = {
+    # Token classifiers whose head is called classifier.
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+    "gpt_neox": {},
+    "falcon": {},
+    "bloom": {"n_layer": 1, "n_head": 2},
+    "mpt": {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 32, "expansion_ratio": 2},
+    # No token classifier; and one whose hidden states come out narrower than they are inside.
+    "gptj": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "rotary_dim": 4},
+    "opt": {"word_embed_proj_dim": 8, "do_layer_norm_before": False, "ffn_dim": 32},
+    "mamba": {"state_size": 4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_whose_head_is_called_or_made_otherwise(
+    family: str, tmp_path: Path, ragged_batch: Callable[..., Batch]
+) -> None:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model(family, **shape | FAMILIES[family], vocab_size=VOCAB)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    critics, batch = load(tmp_path), ragged_batch()
+    heads = [value_head(model) for model in critics.models]
+    assert not torch.equal(heads[0].weight, heads[1].weight)
+    value = critics.values(batch, 1000)
+    for m, model in enumerate(critics.models):
+        for b in range(len(batch)):
+            start, end = int(batch.prompt_length[b]), int(batch.length[b])
+            hidden = model.base_model(input_ids=batch.tokens[b : b + 1, :end]).last_hidden_state[0, start - 1 : end - 1]
+            torch.testing.assert_close(value[m, b, : end - start], heads[m](hidden)[:, 0], atol=1e-5, rtol=1e-4)
+    critics.backward(batch, [torch.arange(len(batch))] * 2, lambda m, micro, value: value.square().sum(), 1000)
+    assert all(float(head.weight.grad.abs().max()) > 0 for head in heads)
+    critics.save_pretrained(tmp_path)
+    for m in range(2):
+        again = load(tmp_path / f"critic_{m}", 1).values(batch, 1000)
+        torch.testing.assert_close(again[0], value[m], atol=1e-6, rtol=1e-6)
+
+
+def bert() -> BertForMaskedLM:
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForMaskedLM(BertConfig(vocab_size=VOCAB, **shape))
+
+
+def t5() -> T5ForConditionalGeneration:
+    config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [bert, t5])
+def test_a_model_that_reads_what_comes_later(make: Callable[[], Any], tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"critic\.model_name_or_path: .*(Bert|T5)\w+\) reads tokens behind the one"):
         load(tmp_path)
 
 

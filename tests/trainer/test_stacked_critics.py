@@ -419,7 +419,7 @@ def test_a_causal_language_model_loads(tied: bool, tmp_path: Path) -> None:
     assert not torch.equal(critics.score.weight[0], critics.score.weight[1])
     with pytest.raises(ConfigError, match=r"got 3 checkpoints, needs 1 or critic\.num_critics = 2"):
         StackedCritics.from_pretrained([tmp_path] * 3, 2)
-    with pytest.raises(ConfigError, match="needs the policy's 20"):
+    with pytest.raises(ConfigError, match="needs those of the policy's tokenizer, 20"):
         StackedCritics.from_pretrained(tmp_path, 2, vocab_size=20)
 
 

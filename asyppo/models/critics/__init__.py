@@ -14,6 +14,7 @@ from asyppo.models.critics.lora import LoraCritics
 from asyppo.models.critics.one_by_one import OneByOneCritics
 from asyppo.models.critics.optimizer import CriticOptimizer
 from asyppo.models.critics.stacked import StackedCritics, why_not_stacked
+from asyppo.models.critics.tokens import check_tokens
 
 __all__ = [
     "CriticOptimizer",
@@ -21,6 +22,7 @@ __all__ = [
     "LoraCritics",
     "OneByOneCritics",
     "StackedCritics",
+    "check_tokens",
     "load_critics",
     "make_critics",
 ]
@@ -33,13 +35,14 @@ def load_critics(
     num_critics: int,
     config: CriticConfig,
     *,
-    vocab_size: int,
+    vocab_size: int | None = None,
     dtype: torch.dtype,
     device: torch.device,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Critics:
-    """Load the critics that ``config`` asks for from the checkpoint ``path``. Raises ConfigError."""
+    """Load the critics that ``config`` asks for from the checkpoint ``path``. Raises ConfigError; one cause is that it
+    has embeddings of fewer than ``vocab_size`` tokens."""
     if config.lora_r:
         return LoraCritics.from_pretrained(
             path,

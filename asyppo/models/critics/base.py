@@ -30,6 +30,8 @@ class Critics(nn.Module, ABC):
     config: Any
     """The configuration of their architecture."""
     ops: Ops = FUSED
+    last_token: int | None = None
+    """Where the policy has embeddings of more tokens: the last that critics have one of, which stands for those."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +39,10 @@ class Critics(nn.Module, ABC):
 
     def __len__(self) -> int:
         return len(self.models)
+
+    def readable(self, input_ids: Tensor) -> Tensor:
+        """Return ``input_ids`` with ``last_token`` in place of what lies beyond."""
+        return input_ids if self.last_token is None else input_ids.clamp(max=self.last_token)
 
     @abstractmethod
     def shard(self, mesh: DeviceMesh) -> None:

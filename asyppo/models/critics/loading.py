@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from asyppo.config import ConfigError
@@ -21,11 +21,11 @@ VALUE_HEAD = "value_head.safetensors"
 class BackboneWithValueHead(nn.Module):
     """A value model of a family that has no token classifier: its backbone, and a linear head called ``score``."""
 
-    def __init__(self, backbone: PreTrainedModel):
+    def __init__(self, backbone: PreTrainedModel, hidden_size: int):
+        """``hidden_size`` is that of the hidden states that come out, which in some families is not the layers'."""
         super().__init__()
         self.base_model = backbone
         self.config = backbone.config
-        hidden_size = backbone.config.get_text_config().hidden_size
         self.score = nn.Linear(hidden_size, 1, device=backbone.device)
 
     @property
@@ -52,7 +52,7 @@ def load_value_models(
     """Load M value models from one checkpoint, or each from its own.
 
     A head of the checkpoint is taken; where there is none, each model gets one of its own, drawn from torch's global
-    generator. Raises ConfigError if one cannot be loaded or its vocabulary is not of ``vocab_size`` tokens.
+    generator. Raises ConfigError if one cannot be loaded or has embeddings of fewer than ``vocab_size`` tokens.
     """
     if isinstance(path_or_paths, str | Path):
         path_or_paths = [path_or_paths] * num_critics
@@ -65,18 +65,19 @@ def load_value_models(
     how: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     for path in map(str, path_or_paths):
         model, _ = load_value_model(path, device, **how)
-        check_vocabulary(model, path, vocab_size)
+        check_vocabulary(model.config, path, vocab_size)
         models.append(model)
     return models
 
 
-def check_vocabulary(model: Any, path: str, vocab_size: int | None) -> None:
-    """Raise ConfigError if the vocabulary of ``model`` is not of ``vocab_size`` tokens; None: any will do."""
-    got = model.config.get_text_config().vocab_size
-    if vocab_size is not None and got != vocab_size:
+def check_vocabulary(config: PreTrainedConfig, path: str, vocab_size: int | None) -> None:
+    """Raise ConfigError if the model of ``config`` has embeddings of fewer than ``vocab_size`` tokens; None: any number
+    will do."""
+    got = config.get_text_config().vocab_size
+    if vocab_size is not None and got < vocab_size:
         raise ConfigError(
-            f"critic.model_name_or_path: {path!r} has a vocabulary of {got} tokens, needs the policy's "
-            f"{vocab_size}: critics read the policy's tokens"
+            f"critic.model_name_or_path: {path!r} has embeddings of {got} tokens, needs those of the policy's "
+            f"tokenizer, {vocab_size}: critics read the policy's tokens"
         )
 
 
@@ -91,8 +92,8 @@ def draw_head(head: nn.Linear) -> None:
 def load_value_model(
     path: str, device: torch.device, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, bool]:
-    """Return a model with a ``base_model`` and a linear head called ``score``, and whether that was drawn anew.
-    Raises ConfigError."""
+    """Return a model with a ``base_model`` and a ``value_head``, and whether that was drawn anew: transformers' token
+    classifier of the family, or the family's backbone with a head of our own where it has none. Raises ConfigError."""
     how: dict[str, Any] = {
         "setting": "critic.model_name_or_path",
         "attn_implementation": attn_implementation,
@@ -101,7 +102,8 @@ def load_value_model(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of
     try:
-        if _has_token_classifier(path, trust_remote_code):
+        saved_head = Path(path) / VALUE_HEAD
+        if not saved_head.exists() and _has_token_classifier(path, trust_remote_code):
             model, report = load_pretrained(
                 AutoModelForTokenClassification,
                 path,
@@ -111,27 +113,60 @@ def load_value_model(
                 config_attributes={"classifier_dropout": 0.0},
                 **how,
             )
-            head_is_new = "score.weight" in report["missing_keys"]
+            head_is_new = f"{_name_of_head(model)}.weight" in report["missing_keys"]
         else:
             backbone, _ = load_pretrained(AutoModel, path, device, **how)
-            model = BackboneWithValueHead(backbone)
-            head_is_new = not (Path(path) / VALUE_HEAD).exists()
+            model = BackboneWithValueHead(backbone, _hidden(backbone, [0]).shape[-1])
+            head_is_new = not saved_head.exists()
             if not head_is_new:
-                model.score.load_state_dict(load_file(Path(path) / VALUE_HEAD, device=str(device)))
+                model.score.load_state_dict(load_file(saved_head, device=str(device)))
+        check_causal(model, path)
     finally:
         transformers_logging.set_verbosity(verbosity)
-    check_head(model)
     if head_is_new:
-        draw_head(model.score)
+        draw_head(value_head(model))
     return model, head_is_new
 
 
-def check_head(model: Any) -> None:
-    """Raise ConfigError unless ``model`` has a linear head called ``score``."""
-    if not isinstance(getattr(model, "score", None), nn.Linear):
+def value_head(model: Any) -> nn.Linear:
+    """Return the head of a value model, whatever its family calls it: the one layer beside the body that is linear, to
+    one number. Raises ConfigError if there is none."""
+    return getattr(model, _name_of_head(model))
+
+
+def _name_of_head(model: Any) -> str:
+    heads = {name: part.out_features for name, part in model.named_children() if isinstance(part, nn.Linear)}
+    if list(heads.values()) != [1]:
         raise ConfigError(
-            f"critic.model_name_or_path: {type(model).__name__} has no linear head called score, needs one"
+            f"critic.model_name_or_path: {type(model).__name__} has the heads {heads or 'none'} (outputs by name), "
+            "needs a single one with a single output, the value"
         )
+    return next(iter(heads))
+
+
+@torch.no_grad()
+def check_causal(model: Any, path: str) -> None:
+    """Raise ConfigError if the hidden states of ``model`` know tokens that come later: its values would, too."""
+    one, other = _hidden(model.base_model.eval(), [0, 1, 2]), _hidden(model.base_model, [0, 1, 1])
+    if not torch.allclose(one[:2], other[:2], rtol=1e-5, atol=1e-5 * float(one.abs().max())):
+        raise ConfigError(
+            f"critic.model_name_or_path: {path!r} ({type(model.base_model).__name__}) reads tokens behind the one it "
+            "stands at, needs a causal model: a value is of what has been written"
+        )
+
+
+@torch.no_grad()
+def _hidden(body: Any, tokens: list[int]) -> torch.Tensor:
+    """Hidden states [T, H] of a few tokens. Raises ConfigError if the model does not take these alone."""
+    ids = torch.tensor([tokens], device=body.device)
+    try:
+        return body(input_ids=ids, use_cache=False).last_hidden_state[0]
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"critic.model_name_or_path: {type(body).__name__} cannot read tokens alone ({why}), needs a language model "
+            "with a decoder only"
+        ) from error
 
 
 def _has_token_classifier(path: str, trust_remote_code: bool) -> bool:

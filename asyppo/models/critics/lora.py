@@ -105,7 +105,7 @@ class LoraCritics(Stacked):
             saved = [Path(path) for path in path_or_paths]
             base = _common_base(saved, num_critics, r, alpha)
         model, head_is_new = load_value_model(str(base), torch.device(device))
-        check_vocabulary(model, str(base), vocab_size)
+        check_vocabulary(model.config, str(base), vocab_size)
         heads = [cast(nn.Linear, model.score)]
         for _ in range(num_critics - 1):
             head = nn.Linear(model.score.in_features, 1, bias=model.score.bias is not None, device=device)

@@ -15,7 +15,7 @@ from asyppo.data.batch import Batch, MicroBatch, micro_batches
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import between_replicas_once, decoder_layers, release, shard
 from asyppo.models.critics.base import Critics, Loss
-from asyppo.models.critics.loading import check_head, load_value_models
+from asyppo.models.critics.loading import load_value_models, value_head
 from asyppo.models.hub import use_liger_kernels
 
 
@@ -25,11 +25,11 @@ class OneByOneCritics(Critics):
     def __init__(
         self, models: Sequence[Any], *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
     ):
-        """``models`` have a ``base_model`` and a linear head called ``score``; float32 weights, while passes run in
-        ``dtype``. Raises ConfigError if a model has no such head."""
+        """``models`` have a ``base_model`` and a ``value_head``; float32 weights, while passes run in ``dtype``. Raises
+        ConfigError if a model has no such head."""
         super().__init__()
         for model in models:
-            check_head(model)
+            value_head(model)
             if gradient_checkpointing:
                 body = model.base_model
                 # Its name in newer versions of transformers, and in older ones.
@@ -70,11 +70,12 @@ class OneByOneCritics(Critics):
         model = self.models[m]
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
             hidden = model.base_model(
-                input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
+                input_ids=self.readable(micro.input_ids), attention_mask=micro.attention_mask, use_cache=False
             ).last_hidden_state
         hidden = micro.select(hidden).to(self.dtype)
-        weight, bias = model.score.weight.to(self.dtype), model.score.bias
-        return self.ops.ensemble_value(hidden[None], weight, None if bias is None else bias.to(self.dtype)).value[0]
+        head = value_head(model)
+        bias = None if head.bias is None else head.bias.to(self.dtype)
+        return self.ops.ensemble_value(hidden[None], head.weight.to(self.dtype), bias).value[0]
 
     def shard(self, mesh: DeviceMesh) -> None:
         """See Critics."""

@@ -163,7 +163,7 @@ class Stacked(Critics):
                 f"{list(input_ids.shape)}"
             )
         mask = torch.ones_like(own, dtype=torch.bool) if attention_mask is None else attention_mask.view_as(own).bool()
-        layout = Layout(own, mask, count, self.varlen)
+        layout = Layout(self.readable(own), mask, count, self.varlen)
         self._padding.add(mask.sum(), layout.tokens.numel())
         if positions is not None:
             return self._values(layout, layout.index(positions))
@@ -295,7 +295,8 @@ class StackedCritics(Stacked):
         """Load M critics from one checkpoint, or each from its own; causal language models will do.
 
         Where a checkpoint has no value head, each critic gets one of its own, drawn from torch's global generator.
-        Raises ConfigError if something cannot be loaded or stacked, or its vocabulary is not of ``vocab_size`` tokens.
+        Raises ConfigError if something cannot be loaded or stacked, or has embeddings of fewer than ``vocab_size``
+        tokens.
         """
         models = load_value_models(path_or_paths, num_critics, vocab_size=vocab_size, device=torch.device(device))
         return cls(models, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
