@@ -128,10 +128,8 @@ class AsyPPOTrainer:
 
     def _check_tokens(self, critics: Critics) -> None:
         """Raise ConfigError unless the critics read the policy's tokens as they are meant, in some of the prompts."""
-        rows = self.train_dataset
-        some = (
-            [rows[i * len(rows) // 64]["prompt"] for i in range(64)] if len(rows) > 64 else [r["prompt"] for r in rows]
-        )
+        rows, count = self.train_dataset, min(64, len(self.train_dataset))
+        some = [rows[i * len(rows) // count]["prompt"] for i in range(count)]
         check_tokens(
             critics,
             self.tokenizer,

@@ -164,8 +164,8 @@ def _hidden(body: Any, tokens: list[int]) -> torch.Tensor:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(
-            f"critic.model_name_or_path: {type(body).__name__} cannot read tokens alone ({why}), needs a language model "
-            "with a decoder only"
+            f"critic.model_name_or_path: {type(body).__name__} cannot read tokens alone ({why}), needs a language "
+            "model with a decoder only"
         ) from error
 
 
