@@ -26,11 +26,13 @@ def gradient_operand(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else operand(x)
 
 
-def mm_f32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of two operands of one dtype, in float32."""
+def mm_f32(a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
+    """``scale * (a @ b)`` of two operands of one dtype, in float32."""
     if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32)
+        nothing = a.new_empty(())
+        return torch.mm(a, b) if scale == 1 else torch.addmm(nothing, a, b, beta=0, alpha=scale)
+    product = torch.mm(a, b, out_dtype=torch.float32)
+    return product if scale == 1 else product.mul_(scale)
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:

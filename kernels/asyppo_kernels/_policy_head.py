@@ -1,11 +1,13 @@
 """What the two policy-head ops share: logits of some rows, their statistics, and the gradient of those statistics.
 
-The functions work in place on one float32 block of logits [n, V]. On a CPU they pass over it in tiles that its cache
-holds, and a chunk of rows costs that one block; on a GPU it costs ``BLOCKS`` such blocks.
+The functions work in place on one float32 block of logits [n, V], which are in base 2: z times log2 e, since exp2 takes
+less time than exp, and the factor none in the product. On a CPU they pass over the block in tiles that its cache holds,
+and a chunk of rows costs that one block; on a GPU it costs ``BLOCKS`` such blocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,9 +21,13 @@ IGNORE_TARGET = -100
 TILE = 128  # rows or columns of a tile of a matrix product
 BLOCKS = 3  # float32 blocks of logits alive at once below on a GPU: z, p, and the slope of the softcap
 GPU_WORKSPACE_BYTES = 5 * 2**29  # 2.5 GiB
-CPU_WORKSPACE_BYTES = 2**28  # every chunk reads the whole weight, so that few rows at a time are slow
+CPU_ROWS = 256  # every chunk of rows reads the whole weight, so that few rows at a time are slow; but within
+CPU_LEAST_BYTES = 2**25
+CPU_WORKSPACE_BYTES = 2**28
+CPU_SLICE_BYTES = 2**25  # slices of the vocabulary read the weight once, however many
 CPU_TILE_BYTES = 2**20  # a thread's part of the logits between whose passes the cache keeps it
 KEPT_LOGITS_BYTES = 2**26  # a CPU keeps logits of at most this for the backward, which then has a product less
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 LOWEST = -1e20  # stands in for a logit of -inf: exp of both is 0, but 0 * -inf is NaN
 
 
@@ -32,13 +38,18 @@ class HeadOptions(NamedTuple):
     softcap: float | None
     logits_dtype: torch.dtype
 
+    @property
+    def unit(self) -> float:
+        """What products and bias are multiplied by: they are then the argument of tanh, or logits in base 2."""
+        return LOG2_E / self.temperature if self.softcap is None else 1 / self.softcap
+
 
 class RowStats(NamedTuple):
     """Of each row of logits: the target's log-prob, the entropy, the maximum, and log sum exp(z - max)."""
 
     logprob: Tensor
     entropy: Tensor  # empty if not asked for
-    row_max: Tensor
+    row_max: Tensor  # in the base of z
     log_sum: Tensor
 
 
@@ -110,14 +121,21 @@ def lines_per_block(
 ) -> int:
     """How many rows of ``length`` logits (or columns of ``length`` rows) fit the workspace; at least one.
 
-    An element takes ``bytes_per_element``; None is what the functions below take on this device.
+    An element takes ``bytes_per_element``; None is what the functions below take on this device. A workspace of None is
+    2.5 GiB, and on a CPU what ``CPU_ROWS`` rows take, from 32 to 256 MiB.
     """
     cpu = device.type == "cpu"
-    if workspace_bytes is None:
-        workspace_bytes = CPU_WORKSPACE_BYTES if cpu else GPU_WORKSPACE_BYTES
     if bytes_per_element is None:
         bytes_per_element = 4 if cpu else 4 * BLOCKS
+    if workspace_bytes is None:
+        full = max(CPU_LEAST_BYTES, CPU_ROWS * bytes_per_element * length)
+        workspace_bytes = min(CPU_WORKSPACE_BYTES, full) if cpu else GPU_WORKSPACE_BYTES
     return max(1, workspace_bytes // (bytes_per_element * max(1, length)))
+
+
+def slice_bytes(device: torch.device) -> int | None:
+    """The workspace for slices of the vocabulary: a CPU wins nothing by large ones."""
+    return min(CPU_SLICE_BYTES, CPU_WORKSPACE_BYTES) if device.type == "cpu" else None
 
 
 def even_size(count: int, limit: int) -> int:
@@ -146,18 +164,25 @@ def tiles(z: Tensor) -> Iterator[slice]:
 
 
 def products(hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
-    """Float32 hidden weight^T of these rows and this slice of the vocabulary, as stored in ``logits_dtype``."""
-    z = mm_f32(hidden, weight.t())
-    return z if options.logits_dtype == torch.float32 else z.to(options.logits_dtype).float()
+    """Float32 hidden weight^T of these rows and this slice of the vocabulary, as stored in ``logits_dtype``, in the
+    unit of ``options``."""
+    if options.logits_dtype == torch.float32:
+        return mm_f32(hidden, weight.t(), scale=options.unit)
+    return mm_f32(hidden, weight.t()).to(options.logits_dtype).float().mul_(options.unit)
+
+
+def bias_in(bias: Tensor | None, options: HeadOptions) -> Tensor | None:
+    """Float32 ``bias`` in the unit of ``options``."""
+    return None if bias is None else bias.float() * options.unit
 
 
 def logits_(z: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    """Make logits of products."""
+    """Make logits in base 2 of products, given ``bias_in``."""
     if bias is not None:
         z.add_(bias)
     if options.softcap is not None:
-        z.div_(options.softcap).tanh_().mul_(options.softcap)
-    return z if options.temperature == 1 else z.div_(options.temperature)
+        z.tanh_().mul_(options.softcap * LOG2_E / options.temperature)
+    return z
 
 
 def subtract_max_(z: Tensor, row_max: Tensor, bias: Tensor | None) -> Tensor:
@@ -166,24 +191,31 @@ def subtract_max_(z: Tensor, row_max: Tensor, bias: Tensor | None) -> Tensor:
     return z if bias is None else z.clamp_min_(LOWEST)
 
 
+def leaves_exp(options: HeadOptions, *, entropy: bool) -> bool:
+    """Whether ``row_stats_`` leaves exp(z - max z), all that a gradient then needs, in place of z - max z."""
+    return not entropy and options.softcap is None
+
+
 def row_stats_(z: Tensor, target: Tensor, bias: Tensor | None, options: HeadOptions, *, entropy: bool) -> RowStats:
-    """The statistics of whole rows of products, which become z - max z.
+    """The statistics of whole rows of products, which become z - max z, or exp of that: see ``leaves_exp``.
 
     Target logit and normaliser come from the same z and the sum holds exp(0) = 1, so no log-prob is above 0.
     """
     logprob, row_max, log_sum = (z.new_empty(len(z)) for _ in range(3))
     row_entropy = z.new_empty(len(z) if entropy else 0)
+    bias = bias_in(bias, options)
+    in_place = leaves_exp(options, entropy=entropy)
     for rows in tiles(z):
         tile = logits_(z[rows], bias, options)
         row_max[rows] = peak = tile.amax(dim=1)
         target_logit = tile.gather(1, target[rows, None]).squeeze(1) - peak
         subtract_max_(tile, peak, bias)
-        exp = tile.exp()
+        exp = tile.exp2_() if in_place else tile.exp2()
         total = exp.sum(dim=1)
         log_sum[rows] = log_total = total.log()
-        logprob[rows] = target_logit - log_total
+        logprob[rows] = LN_2 * target_logit - log_total
         if entropy:
-            row_entropy[rows] = log_total - exp.mul_(tile).sum(dim=1) / total
+            row_entropy[rows] = log_total - exp.mul_(tile).sum(dim=1) * LN_2 / total
     return RowStats(logprob, row_entropy, row_max, log_sum)
 
 
@@ -199,12 +231,13 @@ def product_gradient(
     *,
     out: Tensor,
     first_column: int = 0,
+    is_exp: bool = False,
 ) -> Tensor:
     """The gradient with respect to hidden weight^T + bias, given z - max z and those of log-prob and entropy.
 
     With log p = z - max z - log_sum:  d logprob / d z_j = [j is the target] - p_j,  d H / d z_j = -p_j (log p_j + H).
-    ``entropy`` is read with ``grad_entropy`` only. ``z`` holds the columns of the vocabulary from ``first_column`` on.
-    The result is ``out``, which may be ``z`` itself.
+    ``entropy`` is read with ``grad_entropy`` only. ``z`` holds the columns of the vocabulary from ``first_column`` on;
+    with ``is_exp`` it is exp(z - max z). The result is ``out``, which may be ``z`` itself.
     """
     grad_logprob = grad_logprob / options.temperature
     # With e = exp(z - max z), the gradient is e (slope z + constant) off the target: two passes and an exponential.
@@ -214,6 +247,7 @@ def product_gradient(
     if grad_entropy is not None:
         slope_of_z = -grad_entropy / (options.temperature * total)
         constant = constant + (entropy - log_sum) * slope_of_z
+        slope_of_z = slope_of_z * LN_2
     column = target - first_column
     inside = (column >= 0) & (column < z.shape[1])
     column, at_target = column.where(inside, 0), grad_logprob.where(inside, 0.0)
@@ -221,13 +255,13 @@ def product_gradient(
         tile, grad = z[rows], out[rows]
         slope = None
         if options.softcap is not None:  # 1 - tanh^2, with tanh recovered from z
-            tanh = tile.add(row_max[rows, None]).mul_(options.temperature / options.softcap)
+            tanh = tile.add(row_max[rows, None]).mul_(options.temperature * LN_2 / options.softcap)
             slope = tanh.square_().neg_().add_(1.0)
-        exp = tile.exp()
+        exp = tile if is_exp else tile.exp2()
         if slope_of_z is None:
             torch.mul(exp, constant[rows, None], out=grad)
         else:
-            torch.addcmul(constant[rows, None], tile, slope_of_z[rows, None], out=grad).mul_(exp)
+            torch.mul(tile, slope_of_z[rows, None], out=grad).add_(constant[rows, None]).mul_(exp)
         grad.scatter_add_(1, column[rows, None], at_target[rows, None])
         if slope is not None:
             grad.mul_(slope)

