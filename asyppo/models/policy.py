@@ -21,6 +21,7 @@ from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
 from asyppo.models.adapters import add_lora, has_adapters
+from asyppo.models.head import head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo_kernels import LinearLogprob, LinearPPOLoss
 
@@ -83,8 +84,8 @@ class Policy(nn.Module):
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-        self.softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._check_head()
+        with self.autocast():
+            self.logit_scale, self.softcap = head_rule(model)
         self.checkpointed: list[nn.Module] = []
         if gradient_checkpointing:
             self._checkpoint_layers()
@@ -151,7 +152,7 @@ class Policy(nn.Module):
         weight = output.weight
         head: dict[str, Any] = {
             "bias": output.bias,
-            "temperature": self.temperature,
+            "temperature": self.temperature / self.logit_scale,
             "softcap": self.softcap,
             "compute_dtype": self.dtype,
         }
@@ -231,25 +232,6 @@ class Policy(nn.Module):
         finally:
             for module in self.checkpointed:
                 module.training = False
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare logits formed as the ops form them with the model's own, so that a head with a rule of its own is
-        refused rather than trained wrongly."""
-        training = self.model.training
-        self.model.eval()
-        ids = torch.arange(4, device=self.device)[None] % self.model.config.get_text_config().vocab_size
-        own = self.model(input_ids=ids, use_cache=False).logits.float()
-        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden).float()
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        self.model.train(training)
-        if not torch.allclose(own, logits, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
-            raise ConfigError(
-                f"policy: the logits of {type(self.model).__name__} are not a linear head on its last hidden states, "
-                "which the fused ops need (a logit scale or another rule of its own?)"
-            )
 
 
 class WithoutAdapters:

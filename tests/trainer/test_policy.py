@@ -85,21 +85,66 @@ def test_softcapped_head(ragged_batch: Callable[..., Batch]) -> None:
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+class ScaledBeforeTheCap(Gemma2ForCausalLM):
+    """Muse's head: c tanh(s x / c)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        cap = self.config.final_logit_softcapping
+        output.logits = cap * torch.tanh(3.0 * torch.atanh(output.logits / cap))
+        return output
+
+
+class OfOtherLogits(LlamaForCausalLM):
+    """A head that is not linear."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + 0.1 * output.logits.square()
+        return output
+
+
+GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 8, "final_logit_softcapping": 5.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("model", "config"),
+    ("model", "config", "scale", "softcap"),
     [
-        (CohereForCausalLM, CohereConfig(**SHAPE, logit_scale=0.0625)),
-        (GraniteForCausalLM, GraniteConfig(**SHAPE, logits_scaling=4.0)),
+        (CohereForCausalLM, CohereConfig(**SHAPE, logit_scale=0.0625), 0.0625, None),
+        (GraniteForCausalLM, GraniteConfig(**SHAPE, logits_scaling=3.0), 1 / 3, None),
+        (GraniteForCausalLM, GraniteConfig(**SHAPE, logits_scaling=1.0), 1.0, None),
+        (LlamaForCausalLM, LlamaConfig(**SHAPE), 1.0, None),
+        (Gemma2ForCausalLM, Gemma2Config(**SHAPE | GEMMA), 1.0, 5.0),
+        (ScaledBeforeTheCap, Gemma2Config(**SHAPE | GEMMA), 3.0, 5 / 3),
     ],
 )
-def test_a_head_with_a_rule_of_its_own_is_refused(model: Any, config: Any) -> None:
-    with pytest.raises(ConfigError, match=f"policy: the logits of {model.__name__} are not a linear head"):
-        Policy(model(config))
+def test_a_scale_of_the_logits_is_a_temperature(
+    ragged_batch: Callable[..., Batch], model: Any, config: Any, scale: float, softcap: float | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    policy, batch = Policy(model(config), temperature=0.8, dtype=dtype), ragged_batch()
+    # What a configuration says is exact, even if the logits are not.
+    exact = 1e-6 if model is not ScaledBeforeTheCap or dtype == torch.float32 else 1e-2
+    assert (policy.logit_scale, policy.softcap) == (
+        pytest.approx(scale, exact),
+        softcap and pytest.approx(softcap, exact),
+    )
+    if dtype == torch.float32:
+        got = policy.logprobs(batch, micro_batches(batch, torch.arange(len(batch)), 30))
+        with torch.no_grad():
+            expected = naive(policy.model, batch, 0.8)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
 
 
-def test_a_scale_of_one_is_accepted() -> None:
-    Policy(GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=1.0)))
-    Policy(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+def test_a_head_with_a_rule_of_its_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match="policy: the logits of OfOtherLogits are not a linear head"):
+        Policy(OfOtherLogits(LlamaConfig(**SHAPE)))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM are not finite; model\.norm\.weight has weights that are"):
+        Policy(model)
 
 
 def test_dropout_is_off(ragged_batch: Callable[..., Batch]) -> None:
