@@ -8,6 +8,7 @@ the allocator, on kernels of the GPU and on the text is bounded from above; ``AS
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,10 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedConfig
 
 from asyppo.config import AsyPPOConfig, ConfigError, ModelShape
 from asyppo.models.critics.loading import BackboneWithValueHead, value_head
+from asyppo.models.loading import room_for_prompts
 from asyppo.models.policy import compute_dtype
 from asyppo_kernels._policy_head import GPU_WORKSPACE_BYTES
 
@@ -38,11 +41,15 @@ _QWEN3 = {
 }
 _WARM_START_VOCABULARY = 386  # what its tokenizer comes to on chain sums
 
+# Kinds of layers, as configurations call them, that keep a state of fixed size.
+STATEFUL = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe"}
+
 ASSUMPTIONS = (
     "every response is {completion} tokens long, every prompt {prompt}",
     "activations are what transformers' own forward pass keeps; Liger's and the stacked critics' kernels keep less",
     "a backward pass needs, beside what is kept, as much as one layer keeps; so does a pass without gradients",
     "weights are sharded over several GPUs, the batch and activations are not: each has its own micro-batch",
+    "layers with a state in place of a cache (Mamba's and their like) keep little of it: it is not counted",
     "the context of CUDA, other libraries' workspaces and fragmentation are not counted: leave 10 % free",
 )
 
@@ -78,12 +85,27 @@ class Model:
         """Its language model's configuration."""
         return self.config.get_text_config()
 
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each layer, where the configuration tells them apart."""
+        return getattr(self.text, "layer_types", None) or getattr(self.text, "layers_block_type", None) or []
+
+    @property
+    def goes_token_by_token(self) -> bool:
+        """Whether transformers' own code of a layer loops over the tokens, rather than over chunks of them."""
+        stateful = not hasattr(self.text, "num_attention_heads") or any(kind in STATEFUL for kind in self.kinds)
+        return stateful and not any("chunk_size" in name or name == "block_size" for name in vars(self.text))
+
     def kv_bytes_per_token(self, element: int) -> int:
-        """Bytes of the key-value cache for one token of one sequence."""
+        """Bytes of the key-value cache for one token of one sequence; layers with a state have none."""
         text = self.text
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return 2 * text.num_hidden_layers * heads * head * element
+        queries = getattr(text, "num_attention_heads", None)
+        if queries is None:
+            return 0
+        layers = sum(kind not in STATEFUL for kind in self.kinds) if self.kinds else text.num_hidden_layers
+        head = getattr(text, "head_dim", None) or text.hidden_size // queries
+        heads = getattr(text, "num_key_value_heads", None) or queries
+        return 2 * layers * heads * head * element
 
 
 @dataclass
@@ -133,10 +155,11 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     shards = gpus // replicas
     dtype = compute_dtype(config.policy.dtype, torch.device("cuda"))
     element = dtype.itemsize
-    prompt = config.data.max_prompt_length or prompt_length
-    width = prompt + config.max_completion_length
     policy = describe(*_policy_config(config), config=config)
     critic = describe(*_critic_config(config), config=config, is_critic=True) if config.num_critics else None
+    room = room_for_prompts(config, [m.config for m in (policy, critic) if m is not None])
+    prompt = min(config.data.max_prompt_length or prompt_length, room)
+    width = prompt + config.max_completion_length
     plan = Plan([policy, *([critic] if critic else [])], gpus=gpus)
     plan.assumptions = [a.format(completion=config.max_completion_length, prompt=prompt) for a in ASSUMPTIONS]
 
@@ -362,11 +385,26 @@ def activations(model: Model, rows: int, width: int, dtype: torch.dtype, checkpo
     """Count what a forward pass over int64 [rows, width] tokens, some of them padding, keeps for the backward pass.
 
     The pass runs on fake tensors, which have shapes and no memory. With ``checkpointing`` a layer keeps its input only.
+    Layers that go through the tokens one by one would take minutes: what they keep is at most quadratic in the width,
+    and found from three short passes.
     """
+    short = (64, 128, 192)
+    if width <= max(short) or not model.goes_token_by_token:
+        return _counted(model, rows, width, dtype, checkpointing)
+    counts = [_counted(model, rows, w, dtype, checkpointing) for w in short]
+    # Lagrange's polynomial through the three.
+    weights = [math.prod((width - other) / (own - other) for other in short if other != own) for own in short]
+    kept, layer = (
+        round(sum(w * getattr(c, name) for w, c in zip(weights, counts, strict=True))) for name in ("kept", "layer")
+    )
+    return Activations(kept, layer, counts[0].casts)
+
+
+def _counted(model: Model, rows: int, width: int, dtype: torch.dtype, checkpointing: bool) -> Activations:
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = _from_config(model.config, model.is_critic)
         body = made.base_model
-        with _counting(made) as count:
+        with _counting(made) as count, _GroupedProducts():
             ids = torch.zeros(rows, width, dtype=torch.int64)
             mask = torch.ones_like(ids)
             with torch.autocast("cpu", dtype=torch.bfloat16) if dtype != torch.float32 else nullcontext():
@@ -377,6 +415,15 @@ def activations(model: Model, rows: int, width: int, dtype: torch.dtype, checkpo
     if checkpointing:
         kept += sum(min(0, inputs - size) for size in count.by_layer)
     return Activations(kept, largest, count.casts)
+
+
+class _GroupedProducts(TorchFunctionMode):
+    """Experts' products, [N, in] by [E, in, out], as one of the same size: torch's own have no fake form in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", None) in ("grouped_mm", "_grouped_mm"):
+            return args[0] @ args[1][0]
+        return func(*args, **(kwargs or {}))
 
 
 class _Count:

@@ -46,10 +46,9 @@ def head_rule(model: PreTrainedModel) -> HeadRule:
     name, head = type(model).__name__, model.get_output_embeddings()
     text = model.config.get_text_config()
     ids = torch.arange(4, device=model.device)[None] % text.vocab_size
-    with any_dtype_attention(model):
-        own = model(input_ids=ids, use_cache=False).logits.double()
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        plain = head(hidden)
+    own = model(input_ids=ids, use_cache=False).logits.double()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    plain = head(hidden)
     if not own.isfinite().all():
         bad = [n for n, p in model.named_parameters() if not p.isfinite().all()]
         where = f"{bad[0]} has weights that are not" if bad else "its weights are"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.distributed.processes import world_size
@@ -70,8 +71,14 @@ def _shared(config: AsyPPOConfig) -> dict[str, Any]:
 
 def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
     """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
-    configs = [m.config.get_text_config() for m in (policy.model, critics) if m is not None]
-    positions = [getattr(c, "max_position_embeddings", None) or sys.maxsize for c in configs]
+    return room_for_prompts(config, [m.config for m in (policy.model, critics) if m is not None])
+
+
+def room_for_prompts(config: AsyPPOConfig, models: Sequence[PreTrainedConfig]) -> int:
+    """Return how many of the positions of ``models`` the longest response leaves. Raises ConfigError if none."""
+    texts = [model.get_text_config() for model in models]
+    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+    positions = [next((n for name in names if (n := getattr(t, name, None))), sys.maxsize) for t in texts]
     if config.max_completion_length >= min(positions):
         raise ConfigError(
             f"max_completion_length: got {config.max_completion_length}, needs less than the {min(positions)} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,12 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyLoss, PolicyTargets, policy_loss
-from asyppo.config import ConfigError
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
 from asyppo.models.adapters import add_lora, has_adapters
-from asyppo.models.head import head_rule
+from asyppo.models.checkpointing import checkpoint_layers
+from asyppo.models.head import any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo_kernels import LinearLogprob, LinearPPOLoss
 
@@ -84,11 +83,10 @@ class Policy(nn.Module):
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-        with self.autocast():
+        with self.autocast(), any_dtype_attention(model):
             self.logit_scale, self.softcap = head_rule(model)
-        self.checkpointed: list[nn.Module] = []
-        if gradient_checkpointing:
-            self._checkpoint_layers()
+            if gradient_checkpointing:
+                checkpoint_layers(model.get_decoder(), "policy.gradient_checkpointing")
         try:
             model.generation_config.validate(strict=True)
         except ValueError:
@@ -143,7 +141,7 @@ class Policy(nn.Module):
         """Return what is known of the N response tokens of ``micro``: log-prob and entropy, or, given an ``objective``,
         its loss and statistics. Both in one method, so that a sharded root module gathers the head's weight around
         either."""
-        with self.autocast(), self._checkpointing():
+        with self.autocast():
             hidden = self.model.get_decoder()(
                 input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
             ).last_hidden_state
@@ -204,34 +202,6 @@ class Policy(nn.Module):
         if has_adapters(self.model):
             return WithoutAdapters(self)
         return copy.deepcopy(self).requires_grad_(False)
-
-    def _checkpoint_layers(self) -> None:
-        """Let the decoder's layers keep nothing but their input for the backward pass."""
-        model = self.model
-        # The name has changed; transformers warns of the old one.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable()
-        self.checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-        ids = torch.arange(4, device=self.device)[None] % model.config.get_text_config().vocab_size
-        with self._checkpointing():
-            one, other = (model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
-        if not torch.equal(one, other):
-            raise ConfigError(
-                f"policy.gradient_checkpointing: the layers of {type(model).__name__} have dropout of their own then, "
-                "needs a model whose config sets it to 0"
-            )
-
-    @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        """Layers checkpoint in training mode only. Theirs is switched on, but not that of the modules in them, so that
-        dropout stays off."""
-        for module in self.checkpointed:
-            module.training = True
-        try:
-            yield
-        finally:
-            for module in self.checkpointed:
-                module.training = False
 
 
 class WithoutAdapters:

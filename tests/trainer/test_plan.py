@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -143,15 +144,43 @@ def test_activations_are_those_of_a_real_pass(tiny_lm: Callable[..., Any], famil
     model = (tiny_lm(num_hidden_layers=5) if family == "qwen3" else gemma()).eval()
     policy = Policy(model, gradient_checkpointing=checkpointing)
 
-    def forward(**inputs: Any) -> Any:
-        with policy._checkpointing():
-            return model.get_decoder()(**inputs)
-
     described = describe("", "", model.config, config=AsyPPOConfig())
     counted = activations(described, 3, 40, torch.float32, checkpointing)
     assert counted.casts == 0
-    assert counted.kept == pytest.approx(kept_by(model, 3, 40, forward), rel=0.02)
+    assert counted.kept == pytest.approx(kept_by(model, 3, 40, policy.model.get_decoder()), rel=0.02)
     assert (counted.layer < counted.kept) is not checkpointing
+
+
+TINY = {"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+MOE = {"num_attention_heads": 2, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+MPT = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 16}
+
+
+@pytest.mark.parametrize(("family", "changes"), [("mamba", {}), ("olmoe", MOE), ("mpt", MPT)])
+def test_any_family_that_trains_has_a_plan(
+    tiny_config: Callable[..., AsyPPOConfig], tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    """Without attention, with experts, with positions for less than the prompts that are assumed."""
+    AutoConfig.for_model(family, **(changes if family == "mpt" else TINY | changes)).save_pretrained(tmp_path)
+    config = tiny_config(algorithm="grpo", max_tokens_per_micro_batch=40)
+    config.policy.model_name_or_path = str(tmp_path)
+    plan = make_plan(config, prompt_length=20)  # MPT has 16 positions, 5 of them for the response
+    assert plan.phases["policy update"]["activations"] > 0
+    cache = plan.phases["generation"]["key-value cache"]
+    assert (cache == 0) == (family == "mamba")
+    assert any(("11" if family == "mpt" else "20") in line for line in plan.assumptions[:1])
+
+
+@pytest.mark.slow
+def test_token_by_token_is_extrapolated() -> None:
+    """What three short passes say of a long one is what it keeps."""
+    described = describe("", "", AutoConfig.for_model("mamba", **TINY), config=AsyPPOConfig())
+    assert described.goes_token_by_token
+    found = activations(described, 2, 256, torch.float32, checkpointing=False)
+    with patch.object(type(described), "goes_token_by_token", False):
+        counted = activations(described, 2, 256, torch.float32, checkpointing=False)
+    assert found.kept == pytest.approx(counted.kept, rel=1e-3)
+    assert found.layer == pytest.approx(counted.layer, rel=1e-3)
 
 
 def test_autocast_copies_the_weights(tiny_lm: Callable[..., Any]) -> None:

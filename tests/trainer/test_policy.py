@@ -22,6 +22,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     Qwen3ForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 from asyppo.algorithm.options import PolicyLossOptions
@@ -273,21 +275,62 @@ def test_gradient_checkpointing_leaves_sampling_and_dropout_alone(ragged_batch: 
     assert cache.get_seq_length() == batch.tokens.shape[1]
 
 
-def test_layers_with_dropout_of_their_own_are_refused() -> None:
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=19,
-            hidden_size=16,
-            word_embed_proj_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            ffn_dim=32,
-            dropout=0.5,
-            pad_token_id=0,
+def opt(**changes: Any) -> OPTForCausalLM:
+    """Has dropout inside its layers."""
+    shape: dict[str, Any] = {
+        "vocab_size": 19,
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "dropout": 0.5,
+        "layerdrop": 0.5,
+        "init_std": 0.3,
+        "pad_token_id": 0,
+    }
+    return OPTForCausalLM(OPTConfig(**shape | changes))
+
+
+def zamba2() -> Zamba2ForCausalLM:
+    """Has layers in layers that can be checkpointed, both of them."""
+    return Zamba2ForCausalLM(
+        Zamba2Config(
+            **SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 2},
+            attention_head_dim=16,
+            layers_block_type=["mamba", "hybrid"],
+            hybrid_layer_ids=[1],
+            mamba_d_state=4,
+            mamba_ngroups=1,
+            n_mamba_heads=2,
+            mamba_headdim=16,
+            num_mem_blocks=1,
+            chunk_size=8,
         )
     )
-    Policy(model)
-    with pytest.raises(ConfigError, match=r"policy\.gradient_checkpointing: the layers of OPTForCausalLM have dropout"):
+
+
+@pytest.mark.parametrize("make", [opt, zamba2])
+def test_gradient_checkpointing_is_exact(ragged_batch: Callable[..., Batch], make: Callable[..., Any]) -> None:
+    batch = ragged_batch()
+    micro = next(iter(micro_batches(batch, torch.arange(len(batch)), 1000)))
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        policy = Policy(make(), gradient_checkpointing=checkpointing)
+        logprob = policy(micro).logprob
+        logprob.sum().backward()
+        found.append([logprob.detach(), *(p.grad for p in policy.parameters() if p.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_layers_that_give_another_gradient_computed_again_are_refused(tiny_lm: TinyLM) -> None:
+    model, calls = tiny_lm(), []
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda _m, _i, out: (calls.append(1), out * (1 + 0.1 * (len(calls) % 3)))[1])
+    with pytest.raises(
+        ConfigError, match=r"policy\.gradient_checkpointing: got True, needs False for Qwen3Model: .* off"
+    ):
         Policy(model, gradient_checkpointing=True)
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from asyppo.data.batch import Batch, MicroBatch, micro_batches
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import between_replicas_once, decoder_layers, release, shard
+from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.loading import load_value_models, value_head
+from asyppo.models.head import any_dtype_attention
 from asyppo.models.hub import use_liger_kernels
 
 
@@ -30,17 +31,11 @@ class OneByOneCritics(Critics):
         super().__init__()
         for model in models:
             value_head(model)
-            if gradient_checkpointing:
-                body = model.base_model
-                # Its name in newer versions of transformers, and in older ones.
-                enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
-                enable({"use_reentrant": False})
         self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
         self.dtype, self.config = dtype, models[0].config
-        if gradient_checkpointing:
-            for module in self.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True  # of the layer itself only: it looks there, dropout looks inside
+        for model in models if gradient_checkpointing else ():
+            with self._autocast(model), any_dtype_attention(model.base_model):
+                checkpoint_layers(model.base_model, "critic.gradient_checkpointing")
 
     @classmethod
     def from_pretrained(
@@ -68,7 +63,7 @@ class OneByOneCritics(Critics):
         """Return the values [N] of critic ``m`` at the response tokens of ``micro``."""
         self._padding.add(micro.attention_mask.sum(), micro.attention_mask.numel())
         model = self.models[m]
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32):
+        with self._autocast(model):
             hidden = model.base_model(
                 input_ids=self.readable(micro.input_ids), attention_mask=micro.attention_mask, use_cache=False
             ).last_hidden_state
@@ -76,6 +71,9 @@ class OneByOneCritics(Critics):
         head = value_head(model)
         bias = None if head.bias is None else head.bias.to(self.dtype)
         return self.ops.ensemble_value(hidden[None], head.weight.to(self.dtype), bias).value[0]
+
+    def _autocast(self, model: Any) -> torch.autocast:
+        return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """See Critics."""
