@@ -325,9 +325,14 @@ def test_gradient_checkpointing_is_exact(ragged_batch: Callable[..., Batch], mak
 
 
 def test_layers_that_give_another_gradient_computed_again_are_refused(tiny_lm: TinyLM) -> None:
-    model, calls = tiny_lm(), []
-    norm = model.model.layers[1].input_layernorm
-    norm.register_forward_hook(lambda _m, _i, out: (calls.append(1), out * (1 + 0.1 * (len(calls) % 3)))[1])
+    model = tiny_lm()
+    calls: list[int] = []
+
+    def drifting(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.extend([1] * torch.is_grad_enabled())
+        return output * (1 + 0.1 * (len(calls) % 3))
+
+    model.model.layers[1].input_layernorm.register_forward_hook(drifting)
     with pytest.raises(
         ConfigError, match=r"policy\.gradient_checkpointing: got True, needs False for Qwen3Model: .* off"
     ):
