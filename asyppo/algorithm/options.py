@@ -40,6 +40,7 @@ class PolicyLossOptions:
     delta: float | None = None
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
+    use_bias_correction_kl: bool = True
 
     @classmethod
     def of(cls, config: Any) -> PolicyLossOptions:

@@ -8,8 +8,8 @@ it is the fused op ``asyppo_kernels.linear_ppo_loss``, which forms the same sum 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,10 +95,34 @@ class Surrogate:
     value: Tensor
     """float32 [N], differentiable, multiplied by the importance weight."""
     clipped: Tensor
-    """bool [N]: the clip has taken the token's gradient, or what stands for it, away."""
+    """bool [N]: the clip, dual or not, has taken the token's gradient, or what stands for it, away."""
+    dual_clipped: Tensor | None = None
+    """bool [N]: of these, where the dual clip did; None: nowhere."""
+    ratio: Tensor | None = None
+    """float32 [N], differentiable: what the KL penalty is multiplied by with ``use_bias_correction_kl``; None: the
+    token's own ratio."""
 
 
 PolicyLoss = Callable[[PolicyTokens], Surrogate]
+
+
+class PolicyLossResult(NamedTuple):
+    """The loss of N tokens and, detached, [N], what is reported of it. Tokens without a weight hold zeros."""
+
+    loss: Tensor
+    """float32 scalar, differentiable."""
+    logprob: Tensor
+    """float32, in nats."""
+    entropy: Tensor
+    """float32, in nats."""
+    ratio: Tensor
+    """float32: π/π_old of the token."""
+    clipped: Tensor
+    """bool: the token's surrogate has no gradient, since clip or dual clip binds, or the clamp of the log-ratio."""
+    dual_clipped: Tensor
+    """bool: of these, where the dual clip binds."""
+    kl: Tensor
+    """float32: the KL penalty as it stands in the loss, before its coefficient; zeros without one."""
 
 
 def cispo(tokens: PolicyTokens) -> Surrogate:
@@ -112,7 +136,7 @@ def cispo(tokens: PolicyTokens) -> Surrogate:
 def gspo(tokens: PolicyTokens) -> Surrogate:
     """GSPO (arXiv 2507.18071, equation 5): PPO's clip on one ratio a response, the geometric mean of its tokens'."""
     ratio = tokens.response_mean(tokens.log_ratio).exp()
-    return clipped_surrogate(ratio, tokens)
+    return replace(clipped_surrogate(ratio, tokens), ratio=ratio)
 
 
 def clipped_surrogate(ratio: Tensor, tokens: PolicyTokens) -> Surrogate:
@@ -120,10 +144,12 @@ def clipped_surrogate(ratio: Tensor, tokens: PolicyTokens) -> Surrogate:
     a, options = tokens.advantage, tokens.options
     value = torch.minimum(ratio * a, ratio.clamp(1 - options.epsilon, 1 + options.epsilon_high) * a)
     clipped = torch.where(a > 0, ratio > 1 + options.epsilon_high, ratio < 1 - options.epsilon)
+    dual_clipped = None
     if options.delta is not None:
         value = torch.where(a < 0, value.maximum(options.delta * a), value)
-        clipped = clipped | ((a < 0) & (ratio > options.delta))
-    return Surrogate(tokens.importance_weight * value, clipped)
+        dual_clipped = (a < 0) & (ratio > options.delta)
+        clipped = clipped | dual_clipped
+    return Surrogate(tokens.importance_weight * value, clipped, dual_clipped)
 
 
 POLICY_LOSSES: dict[str, PolicyLoss | None] = {"ppo": None, "cispo": cispo, "gspo": gspo}
@@ -137,12 +163,12 @@ def policy_loss(
     targets: PolicyTargets,
     response: Tensor,
     options: PolicyLossOptions,
-) -> LinearPPOLoss:
+) -> PolicyLossResult:
     """Return the loss and statistics of N tokens, as ``asyppo_kernels.linear_ppo_loss`` does for its own surrogate.
 
-    loss = Σ w (-I^A s - entropy_coef I^H H + kl_coef k3), with s of ``surrogate``; log-prob and entropy float32 [N],
-    differentiable. What does not count is not read: NaN there changes nothing. Raises ValueError where ``surrogate``
-    returns something else than N numbers.
+    loss = Σ w (-I^A s - entropy_coef I^H H + kl_coef k3), with s of ``surrogate``, and k3 times its ratio with
+    ``use_bias_correction_kl``; log-prob and entropy float32 [N], differentiable. What does not count is not read: NaN
+    there changes nothing. Raises ValueError where ``surrogate`` returns something else than N numbers.
     """
     weight = targets.token_weight
     counted = weight != 0
@@ -160,22 +186,51 @@ def policy_loss(
         options=options,
     )
     result = surrogate(tokens)
-    for name, got in (("value", result.value), ("clipped", result.clipped)):
-        if got.shape != logprob.shape:
+    given = {name: getattr(result, name) for name in ("value", "clipped", "dual_clipped", "ratio")}
+    for name, got in given.items():
+        if got is not None and got.shape != logprob.shape:
             raise ValueError(f"policy_loss: {name} has shape {list(got.shape)}, needs [N] = {list(logprob.shape)}")
+    ratio = tokens.log_ratio.exp()
     token_loss = -result.value.where(keep, 0.0)
     if options.entropy_coef:
         token_loss = token_loss - options.entropy_coef * entropy.where(counted & targets.entropy_keep, 0.0)
+    kl = torch.zeros_like(logprob)
     if targets.ref_logprob is not None and options.kl_coef:
-        log_ref_ratio = (targets.ref_logprob.where(counted, 0.0) - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        token_loss = token_loss + options.kl_coef * (log_ref_ratio.expm1() - log_ref_ratio)
-    return LinearPPOLoss(
+        kl = k3(targets.ref_logprob.where(counted, 0.0), logprob)
+        if options.use_bias_correction_kl:
+            kl = kl * (ratio if result.ratio is None else result.ratio)
+        token_loss = token_loss + options.kl_coef * kl
+    moves = keep & (tokens.advantage != 0)
+    nowhere = torch.zeros_like(keep)
+    return PolicyLossResult(
         (weight * token_loss).where(counted, 0.0).sum(),
         logprob.detach(),
         entropy.detach(),
-        tokens.log_ratio.detach().exp().where(counted, 0.0),
-        result.clipped.detach() & keep & (tokens.advantage != 0),
+        ratio.detach().where(counted, 0.0),
+        result.clipped.detach() & moves,
+        nowhere if result.dual_clipped is None else result.dual_clipped.detach() & moves,
+        kl.detach().where(counted, 0.0),
     )
+
+
+def result_of_fused(fused: LinearPPOLoss, targets: PolicyTargets, options: PolicyLossOptions) -> PolicyLossResult:
+    """Return what the fused op found, with what follows from that."""
+    dual_clipped = torch.zeros_like(fused.clipped)
+    if options.delta is not None:  # the ratio is above the bound, and the upper clip leaves negative advantages alone
+        dual_clipped = fused.clipped & (targets.advantage < 0) & (fused.ratio > options.delta)
+    kl = torch.zeros_like(fused.logprob)
+    if targets.ref_logprob is not None and options.kl_coef:
+        counted = targets.token_weight != 0
+        kl = k3(targets.ref_logprob.where(counted, 0.0), fused.logprob).where(counted, 0.0)
+        if options.use_bias_correction_kl:
+            kl = kl * fused.ratio
+    return PolicyLossResult(*fused, dual_clipped, kl)
+
+
+def k3(ref_logprob: Tensor, logprob: Tensor) -> Tensor:
+    """Return exp(d) - d - 1, d = ref_logprob - logprob in ± ``LOG_RATIO_LIMIT``: the estimate of KL(π ‖ π_ref)."""
+    difference = (ref_logprob - logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return difference.expm1() - difference
 
 
 def importance_weights(old_logprob: Tensor, sampler_logprob: Tensor, clip_max: float) -> Tensor:

@@ -354,6 +354,10 @@ class AsyPPOConfig:
     use_kl_in_reward: bool = False
     """Take the penalty, log π_old - log π_ref at each token, off the reward, where critics and advantages see it
     (PPO of arXiv 2203.02155). Otherwise it is a term of the policy's loss (k3; GRPO of arXiv 2402.03300)."""
+    use_bias_correction_kl: bool = True
+    """Multiply that term by the ratio that the policy loss clips, with the gradient of both, so that its gradient is
+    that of the KL divergence (DeepSeek-V3.2, arXiv 2512.02556; TRL's name and default). False: plain k3, whose gradient
+    is another even on-policy. A penalty in the reward has none of either."""
     delta: float | None = None
     """Dual clip (arXiv 1912.09729): where the advantage is negative, the ratio counts up to this bound, which is above
     1 + epsilon_high. None does not bound it (our choice)."""

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from asyppo.algorithm.masked import masked_extremes, masked_mean, masked_moments
 from asyppo.algorithm.options import PolicyLossOptions
-from asyppo.algorithm.policy_losses import PolicyTargets
+from asyppo.algorithm.policy_losses import PolicyLossResult, PolicyTargets
 from asyppo.data.batch import Batch
 from asyppo.distributed.processes import sum_over_ranks, world_size
 from asyppo.metrics.diagnostics import explained_variance
 from asyppo.metrics.record import StepRecord
 from asyppo.rewards.computing import Rewards
-from asyppo_kernels import LinearPPOLoss
 
 Row = dict[str, float]
 
@@ -97,22 +96,19 @@ class PolicyUpdates:
         self.losses: list[float] = []
         self.norms: list[float | None] = []
 
-    def add(self, result: LinearPPOLoss, targets: PolicyTargets) -> None:
+    def add(self, result: PolicyLossResult, targets: PolicyTargets) -> None:
         """Count one micro-batch, given the loss's result and what its N tokens learned from."""
         weight, keep = targets.token_weight, targets.entropy_keep
         counts = weight != 0
-        kl = torch.zeros_like(result.logprob)
-        if targets.ref_logprob is not None:
-            difference = (targets.ref_logprob - result.logprob).clamp(-20, 20)
-            kl = difference.exp() - difference - 1
         # Left on the device: reading them here would make the host wait for every micro-batch.
         self.sums.append(
             torch.stack(
                 [
                     (weight * torch.where(keep, result.entropy, 0.0)).sum(),
-                    (weight * kl).sum(),
+                    (weight * result.kl).sum(),
                     torch.where(counts, targets.old_logprob - result.logprob, 0.0).sum(),
-                    (result.clipped & counts).sum(),
+                    (result.clipped & ~result.dual_clipped & counts).sum(),
+                    (result.dual_clipped & counts).sum(),
                     counts.sum(),
                 ]
             )
@@ -126,7 +122,8 @@ class PolicyUpdates:
     def row(self) -> Row:
         """Return the metrics: losses and norms as means over optimizer steps, the rest over tokens."""
         steps = len(self.losses)
-        entropy, kl, log_ratio, clipped, tokens = sum_over_ranks(torch.stack(self.sums).double().sum(dim=0)).tolist()
+        sums = sum_over_ranks(torch.stack(self.sums).double().sum(dim=0)).tolist()
+        entropy, kl, log_ratio, clipped, dual_clipped, tokens = sums
         entropy, kl, loss = entropy / steps, kl / steps, sum(self.losses) / steps
         norms = [norm for norm in self.norms if norm is not None]
         row = {
@@ -135,6 +132,7 @@ class PolicyUpdates:
             "actor/entropy_loss": entropy,
             "actor/ppo_kl": log_ratio / max(tokens, 1),
             "actor/pg_clipfrac": clipped / max(tokens, 1),
+            "actor/pg_clipfrac_lower": dual_clipped / max(tokens, 1),
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "actor/skipped_updates": float(steps - len(norms)),
         }

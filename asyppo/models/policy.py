@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import PolicyLossOptions
-from asyppo.algorithm.policy_losses import PolicyLoss, PolicyTargets, policy_loss
+from asyppo.algorithm.policy_losses import PolicyLoss, PolicyLossResult, PolicyTargets, policy_loss, result_of_fused
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
@@ -22,7 +22,7 @@ from asyppo.models.adapters import add_lora, has_adapters
 from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.head import any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
-from asyppo_kernels import LinearLogprob, LinearPPOLoss
+from asyppo_kernels import LinearLogprob
 
 
 def compute_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
@@ -137,7 +137,7 @@ class Policy(nn.Module):
         """Return the context in which the model computes in ``dtype``."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
 
-    def forward(self, micro: MicroBatch, objective: Objective | None = None) -> LinearLogprob | LinearPPOLoss:
+    def forward(self, micro: MicroBatch, objective: Objective | None = None) -> LinearLogprob | PolicyLossResult:
         """Return what is known of the N response tokens of ``micro``: log-prob and entropy, or, given an ``objective``,
         its loss and statistics. Both in one method, so that a sharded root module gathers the head's weight around
         either."""
@@ -162,7 +162,7 @@ class Policy(nn.Module):
             found = self.ops.linear_logprob(hidden, weight, read, **head)
             assert found.entropy is not None
             return policy_loss(objective.surrogate, found.logprob, found.entropy, targets, micro.response, options)
-        return self.ops.linear_ppo_loss(
+        fused = self.ops.linear_ppo_loss(
             hidden,
             weight,
             micro.targets,
@@ -178,8 +178,10 @@ class Policy(nn.Module):
             dual_clip=options.delta,
             entropy_coef=options.entropy_coef,
             kl_coef=options.kl_coef,
+            kl_bias_correction=options.use_bias_correction_kl,
             **head,
         )
+        return result_of_fused(fused, targets, options)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> TokenStats:

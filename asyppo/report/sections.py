@@ -97,7 +97,7 @@ def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
             runs,
             names,
             {"actor/pg_clipfrac": "clipped"},
-            says="Tokens whose ratio gives no gradient.",
+            says="Tokens whose gradient the clip has taken, the dual clip aside.",
             zero=True,
         ),
     )

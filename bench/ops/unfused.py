@@ -48,6 +48,7 @@ def policy_loss(
     rollout_weight: Tensor | None,
     dual_clip: float | None,
     kl_coef: float,
+    kl_bias_correction: bool,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,

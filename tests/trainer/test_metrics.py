@@ -9,14 +9,13 @@ import torch
 
 from asyppo.algorithm.masked import masked_extremes, masked_mean, masked_moments, masked_sum
 from asyppo.algorithm.options import PolicyLossOptions
-from asyppo.algorithm.policy_losses import PolicyTargets
+from asyppo.algorithm.policy_losses import PolicyLossResult, PolicyTargets
 from asyppo.algorithm.signal import LearningSignal
 from asyppo.data.batch import Batch, make_batch
 from asyppo.metrics import step as metrics
 from asyppo.metrics.record import StepRecord
 from asyppo.models.policy import TokenStats
 from asyppo.rewards.computing import Rewards
-from asyppo_kernels import LinearPPOLoss
 
 MASK = torch.tensor([[True, True], [True, False]])
 
@@ -112,10 +111,11 @@ def test_explained_variance_of_returns_that_do_not_vary() -> None:
     assert math.isnan(row["critic/vf_explained_var"])
 
 
-def update(loss: float, logprob: list, entropy: list, clipped: list) -> LinearPPOLoss:
+def update(loss: float, logprob: list, entropy: list, clipped: list, dual_clipped: list, kl: list) -> PolicyLossResult:
     """What the loss returned."""
     logprob_ = torch.tensor(logprob)
-    return LinearPPOLoss(torch.tensor(loss), logprob_, torch.tensor(entropy), logprob_.exp(), torch.tensor(clipped))
+    of_token = (torch.tensor(x) for x in (entropy, logprob_.exp().tolist(), clipped, dual_clipped, kl))
+    return PolicyLossResult(torch.tensor(loss), logprob_, *of_token)
 
 
 def test_policy_updates() -> None:
@@ -126,15 +126,14 @@ def test_policy_updates() -> None:
         token_weight=torch.tensor([0.5, 0.25, 0.0]),
         advantage_keep=torch.ones(3, dtype=torch.bool),
         entropy_keep=torch.tensor([True, False, True]),
-        ref_logprob=torch.tensor([-1.0, -2.0, -9.0]),
     )
-    updates.add(update(0.0, [-1.5, -2.0, 0.0], [2.0, 3.0, 0.0], [True, False, False]), targets)
+    none, last = [False] * 3, [False, True, True]
+    updates.add(update(0.0, [-1.5, -2.0, 0.0], [2.0, 3.0, 0.0], [True, False, False], none, [0.3, 0.0, 0.0]), targets)
     updates.stepped(0.7, 3.0)
-    updates.add(update(0.0, [-1.0, -2.5, 0.0], [1.0, 1.0, 0.0], [False, False, False]), targets)
+    updates.add(update(0.0, [-1.0, -2.5, 0.0], [1.0, 1.0, 0.0], last, last, [0.0, 0.5, 0.0]), targets)
     updates.stepped(0.5, None)
     row = updates.row()
-    k3 = math.exp(0.5) - 1.5
-    entropy, kl = (0.5 * 2 + 0.5 * 1) / 2, (0.5 * k3 + 0.25 * k3) / 2
+    entropy, kl = (0.5 * 2 + 0.5 * 1) / 2, (0.5 * 0.3 + 0.25 * 0.5) / 2
     expected = {
         "actor/loss": 0.6,
         # The loss is pg - 0.1 entropy + 0.2 KL.
@@ -142,7 +141,8 @@ def test_policy_updates() -> None:
         "actor/entropy_loss": entropy,
         "actor/kl_loss": kl,
         "actor/ppo_kl": (0.5 + 0.5) / 4,  # rows of weight 0 do not count
-        "actor/pg_clipfrac": 1 / 4,
+        "actor/pg_clipfrac": 1 / 4,  # verl's: without what the dual clip stopped
+        "actor/pg_clipfrac_lower": 1 / 4,
         "actor/grad_norm": 3.0,
         "actor/skipped_updates": 1.0,
     }

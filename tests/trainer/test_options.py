@@ -349,7 +349,8 @@ def test_dual_clip_bounds_the_ratio_where_the_advantage_is_negative(
         rows.append(trainer.update_policy(batch, signal, logprob - math.log(5), None, generator()).metrics)
     assert [call["dual_clip"] for call in losses] == [None, 3.0]
     assert [row["actor/pg_loss"] for row in rows] == pytest.approx([5.0, 3.0], rel=1e-4)
-    assert [row["actor/pg_clipfrac"] for row in rows] == [0, 1]
+    assert [row["actor/pg_clipfrac"] for row in rows] == [0, 0]
+    assert [row["actor/pg_clipfrac_lower"] for row in rows] == [0, 1]
 
 
 def test_truncated_importance_sampling(tiny_config: Make, tiny_trainer: Make, ragged_batch: Make, losses: list) -> None:

@@ -21,6 +21,7 @@ from asyppo.algorithm.policy_losses import (
     clipped_surrogate,
     gspo,
     policy_loss,
+    result_of_fused,
 )
 from asyppo_kernels import linear_logprob, linear_ppo_loss
 
@@ -67,11 +68,19 @@ def head(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(11, (9,), generator=generator)
 
 
-@pytest.mark.parametrize("delta", [None, 1.5])
-def test_around_ppo_it_is_the_fused_op(delta: float | None) -> None:
+@pytest.mark.parametrize(("delta", "correction"), [(None, True), (1.5, False), (1.5, True)])
+def test_around_ppo_it_is_the_fused_op(delta: float | None, correction: bool) -> None:
     """Loss, statistics and gradients: entropy bonus, KL, importance weights, masks, rows without a weight."""
-    options = PolicyLossOptions(epsilon=0.1, epsilon_high=0.2, delta=delta, entropy_coef=0.3, kl_coef=0.2)
+    options = PolicyLossOptions(
+        epsilon=0.1,
+        epsilon_high=0.2,
+        delta=delta,
+        entropy_coef=0.3,
+        kl_coef=0.2,
+        use_bias_correction_kl=correction,
+    )
     of = targets()
+    of = replace(of, old_logprob=of.old_logprob - 1)  # ratios on both sides of the clips
     hidden, weight, target = head()
     out = linear_logprob(hidden, weight, target.where(of.token_weight != 0, -100))
     assert out.entropy is not None
@@ -92,17 +101,72 @@ def test_around_ppo_it_is_the_fused_op(delta: float | None) -> None:
         dual_clip=delta,
         entropy_coef=0.3,
         kl_coef=0.2,
+        kl_bias_correction=correction,
     )
-    assert bool(fused.clipped.any())
-    for name, one, other in zip(fused._fields, got, fused, strict=True):
-        if name == "clipped":
-            assert torch.equal(one, other)
+    want = result_of_fused(fused, of, options)
+    assert bool(want.clipped.any())
+    assert bool(want.dual_clipped.any()) == (delta is not None)
+    assert not bool((want.dual_clipped & ~want.clipped).any())
+    for name, one, other in zip(want._fields, got, want, strict=True):
+        if one.dtype == torch.bool:
+            assert torch.equal(one, other), name
         else:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     for one, other in zip(
         torch.autograd.grad(got.loss, (hidden, weight)), torch.autograd.grad(fused.loss, (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("correction", [True, False])
+@pytest.mark.parametrize("name", ["ppo", "cispo", "gspo"])
+def test_the_kl_penalty_is_trls(name: str, correction: bool) -> None:
+    """Value and gradient of what ``beta`` adds to the loss, by the lines of TRL's GRPOTrainer: k3, with
+    ``use_bias_correction_kl`` times the importance weight, which is a response's where that is what is clipped."""
+    of = targets()
+    logprob = (-2 + 0.3 * torch.randn(9, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    counted = of.token_weight != 0
+    added = []
+    for kl_coef in (0.2, 0.0):
+        options = PolicyLossOptions(kl_coef=kl_coef, use_bias_correction_kl=correction)
+        surrogate = POLICY_LOSSES[name] or plain_ppo
+        added.append(policy_loss(surrogate, logprob, torch.ones(9), of, RESPONSE, options).loss)
+    got = added[0] - added[1]
+
+    assert of.ref_logprob is not None
+    ref_logprob, old_logprob = of.ref_logprob.where(counted, 0.0), of.old_logprob.where(counted, 0.0)
+    per_token_kl = torch.exp(ref_logprob - logprob) - (ref_logprob - logprob) - 1
+    if correction:
+        log_importance_weights = logprob - old_logprob
+        if name == "gspo":
+            of_response = torch.nn.functional.one_hot(RESPONSE).float() * counted[:, None]
+            log_importance_weights = ((log_importance_weights @ of_response) / of_response.sum(0))[RESPONSE]
+        per_token_kl = per_token_kl * torch.exp(log_importance_weights)
+    want = (0.2 * of.token_weight * per_token_kl)[counted].sum()
+
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    slopes = [torch.autograd.grad(x, logprob)[0] for x in (got, want)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
+
+
+def test_on_policy_the_corrected_penalty_has_the_gradient_of_the_kl_divergence() -> None:
+    """In expectation over the policy's tokens; plain k3 has another."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref = (
+        torch.randn(5, generator=generator).requires_grad_(),
+        torch.randn(5, generator=generator).log_softmax(0),
+    )
+    logprob = logits.log_softmax(0)
+    [want] = torch.autograd.grad((logprob.exp() * (logprob - ref)).sum(), logits)
+    one, yes = torch.zeros(5), torch.ones(5, dtype=torch.bool)
+    of = PolicyTargets(logprob.detach(), one, logprob.detach().exp(), yes, yes, ref)
+    gradients = {}
+    for correction in (True, False):
+        options = PolicyLossOptions(kl_coef=1.0, use_bias_correction_kl=correction)
+        loss = policy_loss(plain_ppo, logits.log_softmax(0), one, of, torch.arange(5), options).loss
+        [gradients[correction]] = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradients[True], want, rtol=1e-4, atol=1e-6)
+    assert float((gradients[False] - want).abs().max()) > 0.1
 
 
 def tokens(log_ratio: list[float], advantage: list[float], response: list[int], **changes: Any) -> PolicyTokens:

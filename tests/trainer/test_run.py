@@ -26,6 +26,7 @@ NAMES = {
     "actor/entropy",
     "actor/pg_loss",
     "actor/pg_clipfrac",
+    "actor/pg_clipfrac_lower",
     "actor/ppo_kl",
     "actor/grad_norm",
     "actor/lr",

@@ -171,6 +171,8 @@ def restated_step(
                 surrogate = torch.minimum(ratio * advantage[row][t], clipped * advantage[row][t])
                 difference = ref[row][t] - logprob[t]
                 kl = difference.exp() - difference - 1
+                if config.use_bias_correction_kl:
+                    kl = kl * ratio
                 objective = objective + weight * (
                     keep_advantage[row][t] * surrogate
                     + config.entropy_coef * keep_entropy[row][t] * entropy[t]
@@ -234,6 +236,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "warm-up of the critics": {"critic": {"warmup_steps": 1}},
     "reuse of the batch": {"num_iterations": 2, "num_mini_batches": 2},
     "KL to the reference": {"beta": 0.2, "num_iterations": 2},
+    "plain k3": {"beta": 0.2, "num_iterations": 2, "use_bias_correction_kl": False},
     "no entropy": {"entropy_coef": 0.0},
     "token-mean": {"loss_aggregation": "token-mean", "num_mini_batches": 2},
     "not whitened, short λ": {"whiten": "none", "lam": 0.5},
