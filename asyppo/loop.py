@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.prompts import Rows
 from asyppo.distributed.processes import first_of_ranks, from_main, rank
 from asyppo.evaluate import Evaluation, evaluate
+from asyppo.metrics.introduction import introduction
+from asyppo.metrics.samples import completions_table
 from asyppo.metrics.step import summary
 from asyppo.models.critics import Critics
 from asyppo.models.policy import Policy
@@ -34,7 +37,7 @@ from asyppo.rollout.samplers import Sampler
 from asyppo.run.callbacks import Callbacks
 from asyppo.run.directory import RunDirectory, open_run
 from asyppo.run.durable import WriteError
-from asyppo.run.progress import ProgressDisplay
+from asyppo.run.progress import ProgressDisplay, say
 from asyppo.run.rng import seed_everything
 from asyppo.run.signals import StopSignals
 
@@ -132,6 +135,7 @@ class TrainingLoop:
     def _train(self, run: RunDirectory, hooks: Callbacks) -> TrainResult:
         config = self.config
         first, checkpoint = self.resume(run, hooks)
+        self.introduce(run, first)
         hooks("on_train_begin")
         if first == 1 and not hooks.state.log_history and (evaluation := self.evaluate(run, step=0)) is not None:
             hooks.evaluated(0, evaluation.metrics())
@@ -143,6 +147,7 @@ class TrainingLoop:
                 hooks.begin_step()
                 result = self.trainer.step(step)
                 run.log_samples(result.samples)
+                self.show_completions(step, result, progress)
                 row = result.metrics
                 self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
                 hooks.end_step(step)
@@ -176,6 +181,22 @@ class TrainingLoop:
         unfinished = hooks.state.global_step < config.max_steps
         return TrainResult(run, checkpoint, before, after, received if unfinished else None)
 
+    def introduce(self, run: RunDirectory, first: int) -> None:
+        """Say what the run sets out with."""
+        trainer = self.trainer
+        again = f", which goes on after step {first - 1}" if first > 1 else ""
+        say(
+            f"run:        {run.path}{again}",
+            *introduction(self.config, trainer.policy, trainer.critics, trainer.train_dataset, trainer.eval_dataset),
+        )
+
+    def show_completions(self, step: int, result: StepResult, progress: ProgressDisplay) -> None:
+        """Print some of the samples of ``step``, where that is due."""
+        config = self.config
+        due = step == 1 or step % config.log_completions_steps == 0
+        if config.log_completions and due and result.samples:
+            progress.show(completions_table(result.samples[: config.num_completions_to_print]))
+
     def resume(self, run: RunDirectory, hooks: Callbacks) -> tuple[int, Path | None]:
         """Put everything back to the run's last checkpoint, and cut off what was logged after it. Returns the step to
         go on with, and the checkpoint; 1 and None where there is none."""
@@ -197,7 +218,19 @@ class TrainingLoop:
         if not rows:
             return None
         prompts = trainer.rollout.tokenize([row["prompt"] for row in rows])
-        evaluation = evaluate(trainer.sampler, trainer.tokenizer, rows, prompts, trainer.reward_funcs, self.config)
+        count = len(rows) * self.config.eval.num_generations
+        # While steps are shown, an evaluation is a part of its step.
+        display = ProgressDisplay("evaluate", count, seconds=math.inf if step else 5.0)
+        with display:
+            evaluation = evaluate(
+                trainer.sampler,
+                trainer.tokenizer,
+                rows,
+                prompts,
+                trainer.reward_funcs,
+                self.config,
+                progress=lambda count: display.advance(count=count),
+            )
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
         return evaluation
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,16 @@ def _quiet_libraries() -> None:
     # Threads of torch's OpenMP pool that spin while they wait make small models crawl on a machine that is busy with
     # something else. It reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # What other libraries say is about their own interfaces, which our users do not call. Whoever asks for it gets it.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        for category in (FutureWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
 
 
 def _train(namespace: Namespace) -> int:

@@ -255,6 +255,13 @@ class AsyPPOConfig:
     logging_samples: int = setting(16, at_least=0, may_change=True)
     """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
     log-probs of each token."""
+    log_completions: bool = setting(True, may_change=True)
+    """Print samples of a step with their rewards as a table, as TRL's ``log_completions``; of those that
+    ``logging_samples`` writes."""
+    log_completions_steps: int = setting(10, at_least=1, may_change=True)
+    """Print them after the first step and every n steps."""
+    num_completions_to_print: int | None = setting(1, at_least=1, may_change=True)
+    """Samples a table, TRL's ``num_completions_to_print``; None: all that are written."""
     diagnostics_steps: int = setting(0, at_least=0, may_change=True)
     """Every n steps also measure what fraction of the policy gradient's norm each mask removes, by four more backward
     passes; 0: never. Our choice."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +55,35 @@ def sample_rows(record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBa
             }
         )
     return rows
+
+
+LONGEST_TEXT = 400
+
+
+def completions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return rows of ``sample_rows`` as a table to print: what was asked, what came, and what it was given for it, by
+    reward function; as TRL's ``print_prompt_completions_sample``. Long texts lose their middle."""
+    names = list(rows[0]["rewards"])
+    table = Table(title=f"step {rows[0]['step']}", show_lines=True, expand=True)
+    table.add_column("prompt", ratio=1)
+    table.add_column("completion", ratio=1)
+    for name in [*names, "advantage"]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        advantage = row["advantage"]
+        numbers = [*(row["rewards"][name] for name in names), sum(advantage) / len(advantage)]
+        completion = row["completion"] + (" (cut off)" if row["truncated"] else "")
+        table.add_row(*map(_short_text, (row["prompt"], completion)), *map(_number, numbers))
+    return table
+
+
+def _short_text(text: str) -> Text:
+    half = LONGEST_TEXT // 2
+    return Text(text if len(text) <= LONGEST_TEXT else f"{text[:half]} … {text[-half:]}")
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
 
 
 def rounded(value: Any) -> Any:

@@ -172,7 +172,7 @@ def test_timer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 30.0, 70.0, 100.0])
+    ticks = iter([0.0, 10.0, 30.0, 50.0, 70.0, 100.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     stream = io.StringIO()
     with ProgressDisplay("step", 5, every=2, stream=stream) as progress:
