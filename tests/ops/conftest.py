@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.interpreter import quicken
+
 
 @pytest.fixture(scope="session", autouse=True)
 def rounding_to_nearest() -> None:
@@ -24,6 +26,7 @@ def rounding_to_nearest() -> None:
         return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
     interpreter._convert_float = rounded
+    quicken()
 
 
 @pytest.fixture(autouse=True)
