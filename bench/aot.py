@@ -75,15 +75,15 @@ def compile_case(case: Case, target: str) -> Compiled:
             f"{case.op}/{case.name}: signature and constants disagree with the kernel on {sorted(unknown)}"
         )
     aligned = [n for n in names if n in case.divisible or case.signature.get(n, "").startswith("*")]
+    backend, arch, warp_size = TARGETS[target]
     source = ASTSource(
         fn=case.kernel,
         signature={name: case.signature.get(name, "constexpr") for name in names},
-        constexprs=dict(case.constants),
+        constexprs={**case.constants, **(case.amd if backend == "hip" else {})},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    backend, arch, warp_size = TARGETS[target]
-    num_warps = case.threads // warp_size if case.threads else case.num_warps
-    kernel = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options={"num_warps": num_warps})
+    options = {"num_warps": case.num_warps}
+    kernel = triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
     code, registers, spills = _read_cuda(kernel) if backend == "cuda" else _read_hip(kernel)
     count = {
         (width, kind): len(re.findall(patterns[backend][kind], code))
@@ -102,7 +102,7 @@ def compile_case(case: Case, target: str) -> Compiled:
         name=case.name,
         kernel=case.kernel.__name__,
         target=target,
-        num_warps=num_warps,
+        num_warps=case.num_warps,
         registers=registers,
         spills=spills,
         shared=shared,

@@ -54,8 +54,9 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        threads=64,
-        max_registers=168,  # six programs a multiprocessor
+        num_warps=1,
+        max_registers=168,  # twelve programs a multiprocessor
+        amd={"BLOCK_T": 1024},
         name="scan",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -69,7 +70,7 @@ CASES = [
             **CONTIGUOUS,
             "M": 2,
             "ROWS": 1,
-            "BLOCK_T": 1024,
+            "BLOCK_T": 512,
             "BLOCK_CHUNKS": 1,
         },
         divisible=("b", "t", "span", *GAE_STRIDES.split()),
@@ -77,8 +78,9 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        threads=64,
-        max_registers=168,  # six programs a multiprocessor
+        num_warps=1,
+        max_registers=168,  # twelve programs a multiprocessor
+        amd={"ROWS": 8},
         name="scan of short rows",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -91,7 +93,7 @@ CASES = [
             "chunks": 1,
             **CONTIGUOUS,
             "M": 2,
-            "ROWS": 8,
+            "ROWS": 4,
             "BLOCK_T": 128,
             "BLOCK_CHUNKS": 1,
         },
@@ -100,8 +102,9 @@ CASES = [
     ),
     Case(
         op="ensemble_gae",
-        threads=64,
-        max_registers=168,  # six programs a multiprocessor
+        num_warps=1,
+        max_registers=168,  # twelve programs a multiprocessor
+        amd={"BLOCK_T": 1024},
         name="scan, a lambda a row",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
@@ -109,31 +112,33 @@ CASES = [
         | dict.fromkeys(("advantage", "returns", "mean_out", "std_out"), "*fp32")
         | integers(f"b t span {GAE_STRIDES}")
         | integers(GAE_NUMBERS, "fp32"),
-        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "M": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 1},
+        constants={"summary": None, "chunks": 1, **CONTIGUOUS, "M": 2, "ROWS": 1, "BLOCK_T": 512, "BLOCK_CHUNKS": 1},
         divisible=("b", "t", "span", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),
     Case(
         op="ensemble_gae",
-        threads=64,
-        max_registers=168,  # six programs a multiprocessor
+        num_warps=1,
+        max_registers=168,  # twelve programs a multiprocessor
+        amd={"BLOCK_T": 1024},
         name="summaries of chunks",
         kernel=gae.summary_kernel,
         signature=GAE_INPUTS | {"summary": "*fp32"} | integers(f"t span {GAE_STRIDES}") | integers(GAE_NUMBERS, "fp32"),
-        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "M": 2, "BLOCK_T": 1024},
+        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "M": 2, "BLOCK_T": 512},
         divisible=("t", "span", *GAE_STRIDES.split()),
     ),
     Case(
         op="ensemble_gae",
-        threads=64,
-        max_registers=168,  # six programs a multiprocessor
+        num_warps=1,
+        max_registers=168,  # twelve programs a multiprocessor
+        amd={"BLOCK_T": 1024},
         name="scan of chunks",
         kernel=gae.gae_kernel,
         signature=GAE_INPUTS
         | dict.fromkeys(("summary", "advantage", "returns", "mean_out", "std_out"), "*fp32")
         | integers(f"t span chunks {GAE_STRIDES}")
         | integers(GAE_NUMBERS, "fp32"),
-        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "M": 2, "ROWS": 1, "BLOCK_T": 1024, "BLOCK_CHUNKS": 64},
+        constants={"row_lam": None, "b": 1, **CONTIGUOUS, "M": 2, "ROWS": 1, "BLOCK_T": 512, "BLOCK_CHUNKS": 64},
         divisible=("t", "span", "chunks", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),

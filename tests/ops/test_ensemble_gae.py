@@ -114,6 +114,7 @@ def test_rows_walked_in_blocks(backend, t, few_rows, by_row, monkeypatch):
         from asyppo_kernels.ensemble_gae import triton_form
 
         monkeypatch.setattr(triton_form, "BLOCK", 16)
+        monkeypatch.setattr(triton_form, "LEAST_CHUNK", 16)
         monkeypatch.setattr(triton_form, "FEW_ROWS", few_rows)
         monkeypatch.setattr(triton_form, "MOST_CHUNKS", 5)
         assert (triton_form.chunks_of(5, t) > 3) == (few_rows > 0)
@@ -161,6 +162,16 @@ def test_worked_by_hand(backend):
     assert out.returns.tolist() == [[2.0, 4.0, 0.0, 8.0]]  # the discounted reward: 8 / 4, 8 / 2, 8
     assert out.mean.tolist() == [[1.0, 2.0, 0.0, 4.0]]
     assert out.std.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_any_byte_but_zero_counts(backend):
+    """A mask that is a view of other bytes."""
+    value, reward, mask = make(2, 2, 20)
+    bytes_ = (mask * torch.tensor([1, 2, 128, 255]).repeat(5)).to(torch.uint8)
+    assert len(bytes_.unique()) == 5
+    plain = ensemble_gae(value, reward, mask, backend=backend)
+    other = ensemble_gae(value, reward, bytes_.view(torch.bool), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
 def test_the_value_of_the_next_valid_step_enters(backend):
@@ -368,7 +379,7 @@ def test_inputs_are_left_alone(backend):
     ("b", "t", "launches"),
     [
         (1, 1, [("gae_kernel", (1,))]),
-        (9, 100, [("gae_kernel", (2,))]),  # eight short rows a program
+        (9, 100, [("gae_kernel", (3,))]),  # four short rows a program
         (2, 2100, [("gae_kernel", (2,))]),
         (2, 3100, [("summary_kernel", (6,)), ("gae_kernel", (8,))]),  # four chunks a row
         (1, 131_072, [("summary_kernel", (63,)), ("gae_kernel", (64,))]),

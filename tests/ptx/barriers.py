@@ -14,8 +14,8 @@ from tests.ptx.machine import Schedule
 from tests.ptx.operations import access_width
 from tests.ptx.program import Program
 
-# Cases of several steps, where a barrier guards against the step after. Those of ``ensemble_gae`` are left to the whole
-# command: some of its barriers guard conversions between layouts, and nothing shows yet which of these are needed.
+# Cases of several steps, where a barrier guards against the step after. A program of ``ensemble_gae`` is one warp, and
+# has none.
 QUICK = {
     ("linear_ppo_loss", "V = 16,421, blocks as on a GPU"),
     ("ensemble_value", "M = 2, H = 1,100, several blocks a row, several steps a part"),

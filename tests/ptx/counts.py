@@ -128,8 +128,7 @@ LINES = [
         {"b": 4, "t": 8192, "holes": False},
         elements=4 * 8192,
         full=512 * 8192,
-        budget=65,
-        target=40,
+        budget=41,
         settings={"ensemble_gae.triton_form.FEW_ROWS": 0},  # a program a row, as of 512 rows
     ),
     _masks(0, "count_kernel", ", level 0", 46),

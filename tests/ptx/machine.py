@@ -130,7 +130,10 @@ class Wave:
         self.global_shadow = machine.global_shadow
         self.shared_shadow = machine.shadow("shared", n * self.stride) if machine.schedule.races else None
         self.registers: dict[str, Array] = {}
-        self.code = [None if i.parts[0] in CONTROL else self._bind(pc, i) for pc, i in enumerate(self.program.code)]
+        self.code = [
+            None if i.parts[0] in CONTROL and i.op != "bar.warp.sync" else self._bind(pc, i)
+            for pc, i in enumerate(self.program.code)
+        ]
 
     def _bind(self, pc: int, i: Instruction) -> Callable[[slice], None]:
         operation = OPERATIONS.get(i.parts[0])

@@ -51,6 +51,14 @@ def nop(w: Wave, pc: int, i: Instruction) -> Run:
     return lambda s: None
 
 
+@operation("bar")
+def bar(w: Wave, pc: int, i: Instruction) -> Run:
+    """Of one warp, whose lanes run in step; that of a program's warps is not an operation."""
+    if i.op != "bar.warp.sync" or i.operands != (Immediate(-1),) or i.guard:
+        raise PTXError(f"a barrier the emulator does not know: {i}")
+    return lambda s: None
+
+
 @operation("mov")
 def mov(w: Wave, pc: int, i: Instruction) -> Run:
     check(i)

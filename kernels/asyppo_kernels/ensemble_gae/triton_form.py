@@ -16,8 +16,9 @@ from torch import Tensor
 from asyppo_kernels._args import device_guard
 from asyppo_kernels.ensemble_gae import kernels
 
-BLOCK = 1024  # steps that a program holds at once, of one row or of several short ones
-WARPS = 1 if torch.version.hip else 2  # 64 threads, each with sixteen of the block's steps
+LANES = 64 if torch.version.hip else 32  # of the one warp that a program has: no barrier, and no exchange but its own
+BLOCK = kernels.GROUP.value * LANES  # steps that a program holds at once, of one row or of several short ones
+LEAST_CHUNK = 1024  # in steps, a multiple of a block
 FEW_ROWS = 64
 PROGRAMS = 256  # about what a few long rows are cut for
 MOST_CHUNKS = 64
@@ -25,11 +26,11 @@ MOST_CHUNKS = 64
 
 def chunks_of(b: int, t: int) -> int:
     """How many programs share a row."""
-    blocks = triton.cdiv(t, BLOCK)
-    if b > FEW_ROWS or blocks < 4:
+    pieces = triton.cdiv(t, LEAST_CHUNK)
+    if b > FEW_ROWS or pieces < 4:
         return 1
-    span = triton.cdiv(blocks, min(blocks, MOST_CHUNKS, PROGRAMS // max(b, 1)))  # in blocks
-    return triton.cdiv(blocks, span)
+    span = triton.cdiv(pieces, min(pieces, MOST_CHUNKS, PROGRAMS // max(b, 1)))  # in pieces
+    return triton.cdiv(pieces, span)
 
 
 def forward(
@@ -50,7 +51,7 @@ def forward(
     block = max(kernels.GROUP.value, min(BLOCK, triton.next_power_of_2(t)))
     rows = min(max(1, BLOCK // block), triton.next_power_of_2(b))
     chunks = chunks_of(b, t)
-    span = block * triton.cdiv(triton.cdiv(t, block), chunks)
+    span = LEAST_CHUNK * triton.cdiv(triton.cdiv(t, LEAST_CHUNK), chunks)
     strides = (*value.stride(), *reward.stride(), *mask.stride())
     numbers = (gamma, gamma * lam, gamma * value_lam)
     inputs = (value, reward, mask.view(torch.uint8), None if row_lam is None else row_lam.contiguous())
@@ -58,7 +59,7 @@ def forward(
     with device_guard(value):
         if chunks > 1:
             kernels.summary_kernel[(b * (chunks - 1),)](
-                *inputs, summary, b, t, span, *strides, *numbers, M=k, BLOCK_T=block, num_warps=WARPS
+                *inputs, summary, b, t, span, *strides, *numbers, M=k, BLOCK_T=block, num_warps=1
             )
         kernels.gae_kernel[(triton.cdiv(b, rows) * chunks,)](
             *inputs,
@@ -74,6 +75,6 @@ def forward(
             ROWS=rows,
             BLOCK_T=block,
             BLOCK_CHUNKS=triton.next_power_of_2(chunks),
-            num_warps=WARPS,
+            num_warps=1,
         )
     return outputs
