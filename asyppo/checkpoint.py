@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from asyppo.distributed.processes import from_main, world_size
 from asyppo.distributed.sharding import whole_on_main
 from asyppo.models.critics import Critics
+from asyppo.models.hub import SaveDtype, save_model
 from asyppo.models.policy import Policy
 from asyppo.run import durable, rng
 
@@ -75,10 +76,12 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     trained: Trained,
     remembered: dict[str, Any],
+    save_dtype: SaveDtype = "auto",
 ) -> Path:
     """Write ``directory/checkpoint-{step}`` under a temporary name, flushed, and return it for ``publish_checkpoint``.
 
-    ``remembered`` is what else the loop needs, as JSON can hold it. Raises WriteError, which leaves nothing behind.
+    ``remembered`` is what else the loop needs, as JSON can hold it; ``save_dtype`` is for ``save_model``.
+    Raises WriteError, which leaves nothing behind.
     """
     partial = directory / f".checkpoint-{step}.partial"
 
@@ -88,7 +91,7 @@ def write_checkpoint(
         partial.mkdir(parents=True)
 
     def export_policy() -> None:
-        policy.model.save_pretrained(partial / "policy")
+        save_model(policy.model, partial / "policy", save_dtype)
         tokenizer.save_pretrained(partial / "policy")
 
     def finish() -> None:
@@ -105,7 +108,7 @@ def write_checkpoint(
                 from_main(export_policy)
             if critics is not None:
                 with whole_on_main(critics, *critics.models):
-                    from_main(lambda: critics.save_pretrained(partial))
+                    from_main(lambda: critics.save_pretrained(partial, save_dtype))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
                 dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=world_size() == 1)

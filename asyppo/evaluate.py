@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from asyppo.config import AsyPPOConfig
-from asyppo.data.prompts import Row, prompt_text
-from asyppo.rewards.computing import RewardFunc, RewardFunction, compute_rewards
+from asyppo.data.prompts import prompt_text
+from asyppo.data.rows import Row
+from asyppo.rewards.built_in import RewardFunc
+from asyppo.rewards.computing import compute_rewards
+from asyppo.rewards.function import RewardFunction
 from asyppo.rollout.samplers import Sampler
 
 
@@ -34,12 +38,14 @@ class Evaluation:
     """Which of ``num_generations`` responses to each prompt are right."""
 
     tasks: list[str]
-    """Of each prompt, its column ``task``; "" where it has none."""
+    """Of each prompt, the name of its task, as ``task_name`` has it."""
     right: list[list[bool]]
     """[prompt][response]."""
     samples: list[dict[str, Any]]
     """Every response, prompt by prompt: prompt, completion, reward (the weighted sum), rewards by function, truncated,
-    response_length in tokens, task."""
+    response_length in tokens, task, and under ``extra`` what reward functions logged of it."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """Means of the metrics that reward functions logged."""
 
     @property
     def num_generations(self) -> int:
@@ -69,13 +75,13 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Return the row of ``metrics.jsonl``: accuracy with its interval, pass@k, and each task's accuracy."""
         overall = self.estimate(1)
-        row = {
+        row = {f"eval/{name}": value for name, value in self.logged.items()} | {
             "eval/accuracy": overall.value,
             "eval/accuracy/ci_low": overall.low,
             "eval/accuracy/ci_high": overall.high,
         }
         row |= {f"eval/pass@{k}": self.estimate(k).value for k in self.ks()}
-        row |= {f"eval/{task or 'other'}/accuracy": self.estimate(1, task).value for task in self.task_names()}
+        row |= {f"eval/{task}/accuracy": self.estimate(1, task).value for task in self.task_names()}
         row["eval/response_length/mean"] = _mean([sample["response_length"] for sample in self.samples])
         row["eval/response_length/clip_ratio"] = _mean([sample["truncated"] for sample in self.samples])
         return row
@@ -105,6 +111,15 @@ class Evaluation:
             cells.append([name, *estimates])
         widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def task_name(row: Row) -> str:
+    """Return the name of a row's task: its column ``task``, as JSON where that is no text; "other" where it has none,
+    or one without a value."""
+    task = row.get("task")
+    if task is None or task == "":
+        return "other"
+    return task if isinstance(task, str) else json.dumps(task, sort_keys=True, default=str)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -145,12 +160,14 @@ def evaluate(
     config: AsyPPOConfig,
     *,
     progress: Callable[[int], None] = lambda count: None,
+    trainer_state: TrainerState | None = None,
 ) -> Evaluation:
     """Sample ``config.eval.num_generations`` responses to each of ``prompts``, the tokens (int64 [length]) of ``rows``,
     and see which are right: those that get a 1 from the first of ``reward_funcs`` that has a reward for them.
 
     Torch's generator is seeded with ``data.eval_seed`` and put back afterwards, so evaluations compare like with like
     and training does not notice them. ``progress`` is called now and then with the number of new samples.
+    Reward functions see ``trainer_state``.
     """
     num_generations = config.eval.num_generations
     numbers = [i for i in range(len(prompts)) for _ in range(num_generations)]
@@ -173,7 +190,9 @@ def evaluate(
     repeated = [rows[i] for i in numbers]
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
     ids = [response.tokens.tolist() for response in responses]
-    rewards = compute_rewards(reward_funcs, repeated, completions, ids, weights=config.reward_weights)
+    rewards = compute_rewards(
+        reward_funcs, repeated, completions, ids, weights=config.reward_weights, trainer_state=trainer_state
+    )
     samples = [
         {
             "prompt": prompt_text(row["prompt"]),
@@ -182,14 +201,22 @@ def evaluate(
             "rewards": sample_rewards,
             "truncated": response.truncated,
             "response_length": len(response.tokens),
-            "task": row.get("task", ""),
+            "task": task_name(row),
+            **({"extra": extra} if extra else {}),
         }
-        for row, completion, score, sample_rewards, response in zip(
-            repeated, completions, rewards.scores, rewards.by_sample, responses, strict=True
+        for row, completion, score, sample_rewards, response, extra in zip(
+            repeated,
+            completions,
+            rewards.scores,
+            rewards.by_sample,
+            responses,
+            rewards.extra_by_sample,
+            strict=True,
         )
     ]
     right = [
         next((r for r in sample_rewards.values() if r is not None), 0.0) >= 1 for sample_rewards in rewards.by_sample
     ]
     starts = range(0, len(right), num_generations)
-    return Evaluation([row.get("task", "") for row in rows], [right[s : s + num_generations] for s in starts], samples)
+    tasks = [task_name(row) for row in rows]
+    return Evaluation(tasks, [right[s : s + num_generations] for s in starts], samples, rewards.logged.means())

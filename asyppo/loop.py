@@ -22,7 +22,8 @@ from asyppo.checkpoint import (
     write_checkpoint,
 )
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.data.prompts import Rows
+from asyppo.data.rows import Rows
+from asyppo.data.schedule import PROMPT_ORDER
 from asyppo.distributed.processes import first_of_ranks, from_main, rank
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.metrics.introduction import introduction
@@ -31,7 +32,7 @@ from asyppo.metrics.step import summary
 from asyppo.models.critics import Critics
 from asyppo.models.policy import Policy
 from asyppo.report import report_at_the_end
-from asyppo.rewards.computing import RewardFunction
+from asyppo.rewards.function import RewardFunction
 from asyppo.rollout.collecting import Rollout
 from asyppo.rollout.samplers import Sampler
 from asyppo.run.callbacks import Callbacks
@@ -124,6 +125,7 @@ class TrainingLoop:
             processing_class=self.trainer.tokenizer,
             optimizer=self.trainer.policy_optimizer,
         )
+        self.trainer.rollout.trainer_state = hooks.state
         with open_run(self.config) as run:
             try:
                 return self._train(run, hooks)
@@ -204,7 +206,7 @@ class TrainingLoop:
         checkpoint = from_main(lambda: last_valid_checkpoint(run.path))
         seed_everything(self.config.seed * 1_000_003)
         if checkpoint is not None:
-            self._check_data(trainer_state(checkpoint)["data"])
+            self._check_data(trainer_state(checkpoint), checkpoint)
             state = load_checkpoint(checkpoint, self.trainer.trained())
             self.trainer.weights_changed()
         self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -230,6 +232,7 @@ class TrainingLoop:
                 trainer.reward_funcs,
                 self.config,
                 progress=lambda count: display.advance(count=count),
+                trainer_state=trainer.rollout.trainer_state,
             )
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
         return evaluation
@@ -247,10 +250,18 @@ class TrainingLoop:
             "accuracy": (row or {}).get("eval/accuracy"),
             "callbacks": {} if hooks is None else hooks.state_dict(),
             "data": {name: rows.digest for name, rows in self._data().items()},
+            "prompt_order": PROMPT_ORDER,
         }
         trainer = self.trainer
         partial = write_checkpoint(
-            run.path, step, trainer.policy, trainer.critics, trainer.tokenizer, trainer.trained(), remembered
+            run.path,
+            step,
+            trainer.policy,
+            trainer.critics,
+            trainer.tokenizer,
+            trainer.trained(),
+            remembered,
+            self.config.save_dtype,
         )
         if row is not None:
             row["timing_s/save_checkpoint"] = time.perf_counter() - start
@@ -264,9 +275,15 @@ class TrainingLoop:
     def _data(self) -> dict[str, Rows]:
         return {"train_dataset": self.trainer.train_dataset, "eval_dataset": self.trainer.eval_dataset}
 
-    def _check_data(self, digests: Mapping[str, str]) -> None:
+    def _check_data(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        if state.get("prompt_order") != PROMPT_ORDER:
+            raise ConfigError(
+                f"resume: {checkpoint} is of an asyppo that drew prompts in another order; going on would train on "
+                f"some of them twice and on others never; needs that version, or a new run, which can start from "
+                f"{checkpoint / 'policy'}"
+            )
         for field, rows in self._data().items():
-            if rows.digest != digests[field]:
+            if rows.digest != state["data"][field]:
                 raise ConfigError(
                     f"resume: {field}: the rows of {rows.name} are not those that the run began with, needs the same; "
                     "other rows need a new run"

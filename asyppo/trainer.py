@@ -26,7 +26,9 @@ from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.references import check_parameters, load, resolve
 from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, token_imbalance
-from asyppo.data.prompts import Row, fitting, prompt_tokens
+from asyppo.data.checks import Checks, fitting
+from asyppo.data.given import given_eval_rows, given_rows
+from asyppo.data.prompts import prompt_tokens
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.loop import StepResult, TrainingError, TrainingLoop, TrainResult
@@ -42,10 +44,9 @@ from asyppo.metrics.step import (
     time_metrics,
 )
 from asyppo.models.critics import CriticOptimizer, Critics, check_tokens
-from asyppo.models.loading import critics_of, policy_of, prompt_limit
+from asyppo.models.loading import critics_of, fit_of, given_critics, given_policy, policy_of, tokenizer_of
 from asyppo.models.policy import Objective, Policy, TokenStats
-from asyppo.models.tokenizer import load_tokenizer
-from asyppo.rewards.computing import RewardFunc, RewardFunction, resolve_reward_funcs
+from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
 from asyppo.rollout.samplers import SAMPLERS, DividedSampler, HoldsWeights, Sampler, SentWeights, make_sampler
 from asyppo.run.progress import Timer
@@ -66,22 +67,26 @@ class PolicyUpdate:
 class AsyPPOTrainer:
     """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
 
-    ``policy`` is a causal language model or where to load one from, a directory or a hub name; ``critics`` is where all
-    critics start from; either is made as ``config`` says. ``tokenizer`` None is the one beside the policy's weights.
-    ``train_dataset`` and ``eval_dataset`` are sequences of rows with a text column ``prompt``; every column reaches
-    the reward functions, which are names of built-in ones or functions in TRL's signature. ``callbacks`` are
-    transformers'.
+    ``policy`` is a causal language model, also in a PeftModel, or where to load one from, a directory or a hub name;
+    ``critics`` is where all critics start from, or a list of where each does; either is made as ``config`` says.
+    ``tokenizer`` None is the one beside the policy's weights.
+    ``train_dataset`` and ``eval_dataset`` are rows with a column ``prompt``, text or chat messages: a list, a data set,
+    a ``DataFrame``, a stream (``asyppo/data/given.py``); every column reaches the reward functions, which are names of
+    built-in ones, functions in TRL's signature, or sequence classifiers, one or a list;
+    ``reward_processing_classes`` are the classifiers' tokenizers where they do not lie beside the weights.
+    ``callbacks`` are transformers'.
     """
 
     def __init__(
         self,
         *,
-        policy: Policy | PreTrainedModel | str,
-        critics: Critics | str | None,
+        policy: Policy | PreTrainedModel | str | Any,
+        critics: Critics | str | Sequence[str] | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        reward_funcs: Sequence[str | RewardFunc],
-        train_dataset: Sequence[Row],
-        eval_dataset: Sequence[Row] = (),
+        reward_funcs: RewardFuncs,
+        reward_processing_classes: Any = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         config: AsyPPOConfig,
         sampler: Sampler | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -90,9 +95,20 @@ class AsyPPOTrainer:
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
         self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
+        self.reward_funcs: Sequence[RewardFunction] = resolve_reward_funcs(
+            reward_funcs, config.reward_timeout, config.reward_weights, reward_processing_classes
+        )
+        policy, critics = given_policy(policy), given_critics(critics, config)
+        # The rows first: what is wrong with them shows before models are loaded.
+        tokenizer = tokenizer or tokenizer_of(policy, config)
+        checks = Checks(config.data, fit_of(config, policy, critics, tokenizer), [f.need for f in self.reward_funcs])
+        rows = given_rows(train_dataset, "train_dataset", config.data.dataset_train_split, config.data)
+        self.train_dataset = fitting(rows, "train_dataset", checks)
+        self.eval_dataset = fitting(given_eval_rows(eval_dataset, "eval_dataset", config.data), "eval_dataset", checks)
+        if not self.train_dataset:
+            raise ConfigError("train_dataset: got no rows, needs at least one")
         policy = policy_of(policy, config)
         critics = critics_of(critics, config, policy)
-        tokenizer = tokenizer or load_tokenizer(policy.model.name_or_path, config.policy.trust_remote_code)
         num_critics = 0 if critics is None else len(critics)
         if num_critics != config.num_critics:
             raise ConfigError(
@@ -102,12 +118,6 @@ class AsyPPOTrainer:
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
-        self.reward_funcs: Sequence[RewardFunction] = resolve_reward_funcs(
-            reward_funcs, config.reward_timeout, config.reward_weights
-        )
-        limit = prompt_limit(config, policy, critics)
-        self.train_dataset = fitting(train_dataset, "train_dataset", tokenizer, config.data, limit)
-        self.eval_dataset = fitting(eval_dataset, "eval_dataset", tokenizer, config.data, limit)
         if critics is not None:
             self._check_tokens(critics)
         self.callbacks = callbacks
@@ -115,7 +125,7 @@ class AsyPPOTrainer:
         self.sampler = self._sampler_of(sampler, mesh)
         self.device = policy.device
         for func in self.reward_funcs:
-            func.check_columns(self.train_dataset[0])
+            func.to(self.device)
         self.rollout = Rollout(
             self.sampler, tokenizer, self.reward_funcs, self.train_dataset, config, device=self.device
         )
@@ -176,7 +186,7 @@ class AsyPPOTrainer:
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
             sampled = sampled or self.rollout(step, timer)
-            metrics |= sampled.metrics
+            metrics = sampled.metrics | metrics
             batch = sampled.batch
 
             # Log-probs of the policy that sampled, as the trainer computes them, and of the reference.

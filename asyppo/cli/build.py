@@ -8,15 +8,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.data.prompts import Row, fitting, load_eval_rows, load_train_rows, prompt_tokens
+from asyppo.data.checks import Checks, fitting
+from asyppo.data.prompts import prompt_tokens
+from asyppo.data.rows import Row
+from asyppo.data.sources import load_eval_rows, load_train_rows
 from asyppo.distributed.processes import agreed, from_main, make_mesh
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.models import warm_start
-from asyppo.models.loading import choose_device, critics_of, policy_of, prompt_limit
-from asyppo.models.tokenizer import load_tokenizer
-from asyppo.rewards.computing import resolve_reward_funcs
+from asyppo.models.loading import choose_device, fit_of, policy_of, tokenizer_of
+from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
 from asyppo.rollout.samplers import make_sampler, sampler_factory
 from asyppo.run.directory import run_path
 from asyppo.run.progress import ProgressDisplay
@@ -37,27 +40,28 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
             f"critic.model_name_or_path: got {config.critic.model_name_or_path!r}, needs none where a warm_start makes "
             "the critics"
         )
-    device, train_rows, eval_rows = agreed(lambda: _checked(config))
     policy_path, critic_path = config.policy.model_name_or_path, config.critic.model_name_or_path
+    if config.resolved_algorithm.critics == "policy" or critic_path is None:
+        critic_path = policy_path
+    found = agreed(lambda: _checked(config, policy_path, critic_path))
+    device, train_rows, eval_rows, reward_funcs, tokenizer = found
     if config.warm_start is not None:
         # It has solutions of the task alone, so beside a data set of one's own it learns from rows of the task.
         data = replace(config.data, dataset_name=None)
         rows = train_rows if config.data.dataset_name is None else load_train_rows(data, eval_rows)
         shapes = config.warm_start
         made = from_main(lambda: warm_start.build(shapes, data, rows, device))
-        policy_path, critic_path = str(made[0]), str(made[1])
+        policy_path = str(made[0])
+        critic_path = policy_path if config.resolved_algorithm.critics == "policy" else str(made[1])
     assert policy_path is not None
-    if config.resolved_algorithm.critics == "policy" or critic_path is None:
-        critic_path = policy_path
     mesh = make_mesh(config.distributed, device)
 
     def make() -> AsyPPOTrainer:
-        policy = policy_of(policy_path, config)
         return AsyPPOTrainer(
-            policy=policy,
-            critics=critics_of(critic_path, config, policy) if config.num_critics else None,
-            tokenizer=load_tokenizer(policy_path, config.policy.trust_remote_code),
-            reward_funcs=config.reward_funcs,
+            policy=policy_path,
+            critics=critic_path if config.num_critics else None,
+            tokenizer=tokenizer,
+            reward_funcs=reward_funcs,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             config=config,
@@ -67,15 +71,24 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
     return agreed(make)
 
 
-def _checked(config: AsyPPOConfig) -> tuple[torch.device, Sequence[Row], Sequence[Row]]:
-    """What cannot work shows before the work, not after it. Returns the device, and training and held-out rows."""
+def _checked(
+    config: AsyPPOConfig, policy: str | None, critics: str | None
+) -> tuple[torch.device, Sequence[Row], Sequence[Row], list[RewardFunction], PreTrainedTokenizerBase | None]:
+    """What cannot work shows before the work, not after it. Returns the device, training and held-out rows, reward
+    functions, and the policy's tokenizer, where there is one before the work."""
     run_path(config)
     check_writers(config)
-    resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
+    reward_funcs = resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
     advantage_of(config), surrogate_of(config), sampler_factory(config)
     device = choose_device(config)
+    needs = [func.need for func in reward_funcs]
+    tokenizer, checks = None, Checks(config.data, needs=needs)
+    if policy is not None:
+        tokenizer = tokenizer_of(policy, config)
+        checks = Checks(config.data, fit_of(config, policy, critics, tokenizer), needs)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
-    return device, load_train_rows(config.data, eval_rows), eval_rows
+    train_rows = load_train_rows(config.data, eval_rows, checks)
+    return device, train_rows, eval_rows, reward_funcs, tokenizer
 
 
 def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
@@ -87,10 +100,12 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     if not config.data.eval_size:
         raise ConfigError("data.eval_size: got 0, needs at least 1 prompt to evaluate on")
     choose_device(config)  # what cannot work shows before the work
-    rows = load_eval_rows(config.data)
+    tokenizer = tokenizer_of(model, config)
+    checks = Checks(config.data, fit_of(config, model, None, tokenizer), [func.need for func in reward_funcs])
+    rows = fitting(load_eval_rows(config.data), "eval_dataset", checks)
     policy = policy_of(model, config, temperature=config.eval.temperature)
-    tokenizer = load_tokenizer(model, config.policy.trust_remote_code)
-    rows = fitting(rows, "eval_dataset", tokenizer, config.data, prompt_limit(config, policy, None))
+    for func in reward_funcs:
+        func.to(policy.device)
     prompts = prompt_tokens([row["prompt"] for row in rows], tokenizer, config.data.chat_template_kwargs)
     try:
         out.mkdir(parents=True)

@@ -13,7 +13,6 @@ import textwrap
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,7 +21,16 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from asyppo.cli.commands import COMMANDS, Command
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.fields import by_path, check_names, did_you_mean, groups
-from asyppo.config.files import READY_CONFIGS, add_settings, config_file, configuration, in_one_line, read_settings
+from asyppo.config.files import (
+    READY_CONFIGS,
+    add_settings,
+    config_file,
+    configuration,
+    in_one_line,
+    read_settings,
+    read_yaml,
+)
+from asyppo.config.schema import one_or_list
 from asyppo.run.signals import exiting_at_once
 from asyppo.version import __version__
 
@@ -110,7 +118,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     made = parser(name)
     _check_options(made, arguments)
     if command.settings:
-        arguments = [*_implied(command, arguments), *_with_flags(_with_config_files(arguments))]
+        arguments = [*_implied(command, arguments), *_with_lists(_with_flags(_with_config_files(arguments)))]
     try:
         return made.instantiate(made.parse_args(arguments))
     except ArgumentError as error:
@@ -152,11 +160,12 @@ def _with_config_files(arguments: Sequence[str]) -> list[str]:
     return done
 
 
-def _checked_file(name: str) -> Path:
-    """Return the file that ``--config name`` means, after a look at its keys. Raises ConfigError."""
+def _checked_file(name: str) -> str:
+    """Return the file that ``--config name`` means, after a look at its keys; where it has one name in place of a list
+    of them, what it says with that list. Raises ConfigError."""
     path = config_file(name)
-    read_settings(path)
-    return path
+    tree = read_settings(path)
+    return str(path) if tree == read_yaml(path, "config", "a YAML file") else json.dumps(tree)
 
 
 def _with_flags(arguments: Sequence[str]) -> list[str]:
@@ -167,6 +176,26 @@ def _with_flags(arguments: Sequence[str]) -> list[str]:
         f"{argument}=true" if argument in flags and follower.startswith("--") else argument
         for argument, follower in zip(arguments, followers, strict=True)
     ]
+
+
+def _with_lists(arguments: Sequence[str]) -> list[str]:
+    """``--reward_funcs a``, ``--reward_funcs=a`` and, as in TRL, ``--reward_funcs a b`` are lists of names."""
+    lists = {f"--{path}": path for path, field in by_path(AsyPPOConfig).items() if field.is_list_of_names}
+    done: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        option, equals, value = waiting.pop(0).partition("=")
+        if option not in lists:
+            done.append(f"{option}{equals}{value}")
+            continue
+        names = [value] if equals else []
+        while waiting and not equals and not waiting[0].startswith("--"):
+            names.append(waiting.pop(0))
+        if len(names) == 1 and (names[0].lstrip().startswith("[") or names[0] in ("null", "")):
+            done.append(f"{option}={names[0]}")
+        else:
+            done.append(f"{option}={json.dumps(one_or_list(lists[option], names[0]) if len(names) == 1 else names)}")
+    return done
 
 
 def _check_options(made: _Parser, arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import docstring_parser
 
@@ -51,6 +51,13 @@ class Field:
     def is_mapping(self) -> bool:
         """Whether it is a leaf that holds a mapping."""
         return any((get_origin(a) or a) is dict for a in alternatives(self.annotation))
+
+    @property
+    def is_list_of_names(self) -> bool:
+        """Whether it is a list whose entries are text."""
+        lists = [a for a in alternatives(self.annotation) if get_origin(a) is list]
+        entries = [entry for a in lists for entry in get_args(a)]
+        return bool(entries) and all(entry is str or get_origin(entry) is Literal for entry in entries)
 
     @property
     def entry(self) -> type | None:

@@ -18,7 +18,7 @@ import yaml
 
 from asyppo.config.errors import ConfigError
 from asyppo.config.fields import by_path, check_names, did_you_mean
-from asyppo.config.schema import AsyPPOConfig
+from asyppo.config.schema import AsyPPOConfig, one_or_list
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -41,12 +41,12 @@ def load_config(
     """
     if isinstance(source, Mapping):
         check_names(AsyPPOConfig, source, "")
-        tree = dict(source)
+        tree = listed(source)
     else:
         tree = read_settings(config_file(source))
     if changes is not None:
         check_names(AsyPPOConfig, changes, " in the changes")
-        tree = merged(tree, changes)
+        tree = merged(tree, listed(changes))
     return _typed(tree)
 
 
@@ -62,7 +62,19 @@ def read_settings(path: Path) -> Settings:
     near = did_you_mean(path.name, dict.fromkeys(READY_CONFIGS)) if is_name else ""
     tree = read_yaml(path, "config", f"a YAML file, or one of {', '.join(READY_CONFIGS)}{near}")
     check_names(AsyPPOConfig, tree, f" in {path}")
-    return tree
+    return listed(tree)
+
+
+def listed(tree: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Return settings with a list wherever one name stands in place of a list of names."""
+    known, result = by_path(AsyPPOConfig), dict(tree)
+    for key, value in tree.items():
+        field = known.get(f"{prefix}{key}")
+        if field is not None and field.branch is not None and isinstance(value, Mapping):
+            result[key] = listed(value, f"{prefix}{key}.")
+        elif field is not None and field.is_list_of_names:
+            result[key] = one_or_list(field.path, value)
+    return result
 
 
 def read_yaml(path: Path, name: str, needs: str) -> Any:

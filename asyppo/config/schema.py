@@ -14,6 +14,13 @@ from asyppo.config.references import resolve
 from asyppo.config.setting import check, need, setting
 
 
+def one_or_list(name: str, value: Any) -> Any:
+    """Return the list that a name in its place stands for; ``name`` is the setting's. Other values stay themselves."""
+    if not isinstance(value, str):
+        return value
+    return [] if (name, value) == ("report_to", "none") else [value]
+
+
 @dataclass
 class PolicyConfig:
     """The language model that is trained."""
@@ -109,9 +116,10 @@ class DataConfig:
     trained on."""
 
     dataset_name: str | None = None
-    """A ``.jsonl`` or ``.parquet`` file, a directory (of ``datasets``' ``save_to_disk``, or of data files), or a name
-    on the hub. Its column ``prompt`` is text, or chat messages (a list of ``{role, content}``) to which the
-    tokenizer's chat template is applied; all other columns reach the reward functions. None: reasoning-gym tasks."""
+    """A ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, a directory (of ``datasets``' ``save_to_disk``, or of
+    data files), or a name on the hub. Its column ``prompt`` is text, or chat messages (a list of ``{role, content}``)
+    to which the tokenizer's chat template is applied; all other columns reach the reward functions. Without it the
+    column ``messages`` is taken, less an answer of the assistant at its end. None: reasoning-gym tasks."""
     dataset_config: str | None = None
     """Configuration of a hub data set, ``name`` of ``datasets.load_dataset``."""
     dataset_train_split: str = "train"
@@ -142,8 +150,8 @@ class DataConfig:
     long_prompts: Literal["error", "skip"] = "error"
     """What becomes of longer prompts: an error that names the rows, or a warning that does, without them."""
     bad_rows: Literal["error", "skip"] = "error"
-    """The same for rows that are none: broken JSON, or a prompt that is missing, empty, or neither text nor chat
-    messages."""
+    """The same for rows that are none: broken JSON, a prompt that is missing, empty, neither text nor chat messages, or
+    in tokens that the models do not have, or no column that a reward function needs."""
     train_size: int = setting(20_000, at_least=1)
     """Training rows generated of the tasks; of a data set all are taken. Rows whose prompt is held out are left out."""
     train_seed: int = 1
@@ -205,8 +213,8 @@ class EvalConfig:
     """Also evaluate every n steps; 0: only before and after."""
     num_generations: int = setting(4, at_least=1)
     """Samples a prompt."""
-    temperature: float = setting(1.0, above=0)
-    """Sampling temperature of the evaluation."""
+    temperature: float = setting(1.0, at_least=0)
+    """Sampling temperature of the evaluation; 0 takes the likeliest token each time."""
     min_gain: float | None = None
     """Fail the run (exit status 1) when the accuracy rises by less than this fraction. None asks nothing."""
 
@@ -252,6 +260,9 @@ class AsyPPOConfig:
     save_total_limit: int | None = setting(None, at_least=1, may_change=True)
     """Checkpoints kept: the last n, and the one with the best ``eval/accuracy`` among those saved at a step that was
     also evaluated. None keeps all."""
+    save_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", may_change=True)
+    """Precision of the models in a checkpoint. ``auto``: bfloat16 where the weights came from bfloat16, or else
+    float32. What training goes on from is float32 in any case."""
     logging_samples: int = setting(16, at_least=0, may_change=True)
     """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
     log-probs of each token."""
@@ -279,9 +290,9 @@ class AsyPPOConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts."""
     reward_funcs: list[str] = setting(factory=lambda: ["reasoning_gym"], not_empty=True)
-    """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, or one's own as ``module:function`` or
-    ``path.py:function``, in TRL's signature. Right, for the accuracy, is what gets a 1 from the
-    first of them that has a reward for it (None is none)."""
+    """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, one's own as ``module:function`` or
+    ``path.py:function``, in TRL's signature, or a sequence classifier by directory or hub name. Right, for the
+    accuracy, is what gets a 1 from the first of them that has a reward for it (None is none)."""
     reward_weights: list[float] | None = None
     """Weight of each function in the sum of rewards. None: 1 each."""
     reward_timeout: float | None = setting(None, above=0, noun="number of seconds")
@@ -406,6 +417,11 @@ class AsyPPOConfig:
     """h: fraction of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
     quantile_scope: Literal["batch", "sequence"] = "batch"
     """Whether k and h are fractions of the batch's response tokens or of each response's. Our choice."""
+
+    def __post_init__(self) -> None:
+        """One name in place of a list of them is that list, as in TRL; ``report_to`` "none" is an empty one."""
+        for name in ("reward_funcs", "report_to"):
+            setattr(self, name, one_or_list(name, getattr(self, name)))
 
     @property
     def kl_in_loss(self) -> float:

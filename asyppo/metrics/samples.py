@@ -34,7 +34,7 @@ def sample_rows(record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBa
     }
     count = min(count, len(batch))
     chosen = [index * len(batch) // count for index in range(count)]
-    rows = []
+    rows, extra = [], record.rewards.logged.extra
     for b in chosen:
         prompt, length = int(batch.prompt_length[b]), int(batch.response_length[b])
         tokens = batch.tokens[b].tolist()
@@ -48,6 +48,7 @@ def sample_rows(record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBa
                 "completion": tokenizer.decode(response, skip_special_tokens=True),
                 "reward": rounded(float(batch.score[b])),
                 "rewards": {name: rounded(given[b]) for name, given in record.rewards.by_function.items()},
+                **({"extra": {name: values[b] for name, values in extra.items()}} if extra else {}),
                 "truncated": bool(batch.truncated[b]),
                 "tokens": pieces(tokenizer, response),
                 **{name: [rounded(x) for x in grid[b, :length].tolist()] for name, grid in columns.items()},

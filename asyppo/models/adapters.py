@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -26,6 +27,22 @@ def base_of_adapter(path: str) -> str | None:
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether adapters are trained rather than the model's own weights."""
     return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def without_peft(model: Any) -> PreTrainedModel:
+    """Return the model in peft's ``PeftModel``, whose layers have the adapters, as transformers' own integration would
+    have left it; they are trained. Raises ConfigError for adapters that are not in layers, and for the head's."""
+    if model.active_peft_config.is_prompt_learning:
+        kind = type(model.active_peft_config).__name__
+        raise ConfigError(f"policy: got a PeftModel with {kind}, needs adapters in the layers, such as LoRA's")
+    inner: Any = model.get_base_model()
+    head = inner.get_output_embeddings()
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ConfigError("policy: got a PeftModel that adapts or saves the head, needs layers below it")
+    inner._hf_peft_config_loaded = True
+    inner.peft_config = model.peft_config
+    inner.set_adapter(inner.active_adapters())  # one that was loaded is frozen
+    return inner
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: list[str] | None) -> None:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from asyppo.config import ConfigError
-from asyppo.models.adapters import base_of_adapter
+from asyppo.models.adapters import base_of_adapter, has_adapters
+
+_LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+def load_config(path: str, *, setting: str, trust_remote_code: bool = False, **kwargs: Any) -> PretrainedConfig:
+    """Return the configuration of the model that ``path``, a directory or a hub name, holds or has adapters for.
+    ``kwargs`` go to its ``from_pretrained``. Raises ConfigError, which names ``setting`` and the path."""
+    if path.startswith((".", "/", "~")) and not Path(path).exists():  # no name on the hub
+        raise ConfigError(f"{setting}: cannot load {path!r}: there is no such directory")
+    base = None
+    try:
+        base = base_of_adapter(path)
+        return AutoConfig.from_pretrained(base or path, trust_remote_code=trust_remote_code, **kwargs)
+    except _LOADING as error:
+        what = f"{path!r}" if base is None else f"the model {base!r} under the adapter {path!r}"
+        remedy = ""
+        if base is not None and not Path(base).exists():
+            remedy = (
+                f"; there is no such directory here, in {Path.cwd()}: needs base_model_name_or_path in its "
+                "adapter_config.json to be a whole path, or the directory that it is relative to as the current one"
+            )
+        raise ConfigError(f"{setting}: cannot load {what}: {' '.join(str(error).split())}{remedy}") from error
 
 
 def load_pretrained(
@@ -26,19 +50,17 @@ def load_pretrained(
     """``from_pretrained`` in float32 (masters of whatever is computed in), from safetensors, with Liger's kernels
     where the model is on a GPU and Liger knows it; and its report of missing weights. ``config_attributes`` are set on
     the model's config, ``kwargs`` go to its ``from_pretrained``. Raises ConfigError, which names ``setting``, where
-    ``path`` came from, and the path."""
-    if path.startswith((".", "/", "~")) and not Path(path).exists():  # no name on the hub
-        raise ConfigError(f"{setting}: cannot load {path!r}: there is no such directory")
+    ``path`` came from, and the path; also for weights that are not finite."""
+    config = load_config(path, setting=setting, trust_remote_code=trust_remote_code, **kwargs)
+    source_dtype = config.dtype
     if list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
         raise ConfigError(
             f"{setting}: {path!r} has its weights as pickle files, which can run code when they are loaded; "
             "needs safetensors, as save_pretrained writes them"
         )
+    if auto_class is not AutoModelForCausalLM and base_of_adapter(path) is not None:
+        raise ConfigError(f"{setting}: {path!r} holds an adapter, a critic needs a model")
     try:
-        base = base_of_adapter(path)
-        if base is not None and auto_class is not AutoModelForCausalLM:
-            raise ConfigError(f"{setting}: {path!r} holds an adapter, a critic needs a model")
-        config = AutoConfig.from_pretrained(base or path, trust_remote_code=trust_remote_code, **kwargs)
         for name, value in (config_attributes or {}).items():
             setattr(config, name, value)
         model, report = auto_class.from_pretrained(
@@ -49,14 +71,68 @@ def load_pretrained(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except _LOADING as error:
         raise ConfigError(f"{setting}: cannot load {path!r}: {' '.join(str(error).split())}") from error
+    check_finite(model, setting, path)
+    remember_dtype(model, source_dtype)
     model = model.to(device)
     if device.type == "cuda":
         use_liger_kernels(model)
     return model, report
+
+
+def check_finite(model: nn.Module, setting: str, path: str | None = None) -> None:
+    """Raise ConfigError if a weight of ``model``, which came from ``path``, is not finite."""
+    bad = [
+        name
+        for name, weight in model.named_parameters()
+        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float64)))
+    ]
+    if not bad:
+        return
+    file = _file_of(path, bad[0]) if path is not None else None
+    where = f" in {file}" if file is not None else f" of {path!r}" if path is not None else ""
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    raise ConfigError(f"{setting}: the weight {bad[0]}{where}{more} has NaN or infinity in it; needs finite weights")
+
+
+def _file_of(path: str, parameter: str) -> Path | None:
+    """The file in ``path`` that holds ``parameter``, whose name there may have another beginning."""
+    tail = parameter.partition(".")[2] or parameter
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            if any(name == parameter or name.endswith(tail) for name in weights.keys()):  # noqa: SIM118
+                return file
+    return None
+
+
+SaveDtype = Literal["auto", "float32", "bfloat16"]
+
+_SOURCE_DTYPE = "_asyppo_source_dtype"
+
+
+def remember_dtype(model: nn.Module, dtype: torch.dtype | str | None) -> None:
+    """Note that the weights of ``model`` are stored in ``dtype`` where they come from."""
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, torch.dtype):
+        setattr(model, _SOURCE_DTYPE, dtype)
+
+
+def save_model(model: Any, directory: Path, dtype: SaveDtype = "auto") -> None:
+    """``save_pretrained`` with the weights in ``dtype``; ``auto``: in bfloat16 where they come from bfloat16, or else
+    in float32. (In float16, trained weights could pass what it holds.) Adapters stay as they are."""
+    is_half = getattr(model, _SOURCE_DTYPE, None) == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
+    if not is_half or not isinstance(model, PreTrainedModel) or has_adapters(model):
+        model.save_pretrained(directory)
+        return
+    cast: dict[int, Tensor] = {}  # by where it lies, so that tied weights stay one
+    weights = {
+        name: cast.setdefault(w.data_ptr(), w.to(torch.bfloat16)) if w.is_floating_point() else w
+        for name, w in model.state_dict().items()
+    }
+    model.save_pretrained(directory, state_dict=weights)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
 
 
 def use_liger_kernels(model: PreTrainedModel) -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.data.checks import Fit
 from asyppo.distributed.processes import world_size
-from asyppo.models.critics import Critics, load_critics
+from asyppo.models.adapters import without_peft
+from asyppo.models.critics import Critics, load_critics, make_critics
+from asyppo.models.critics.loading import load_value_models
+from asyppo.models.hub import check_finite, load_config, remember_dtype
 from asyppo.models.policy import Policy, compute_dtype
+from asyppo.models.tokenizer import load_tokenizer
 
 
 def choose_device(config: AsyPPOConfig) -> torch.device:
@@ -22,6 +29,19 @@ def choose_device(config: AsyPPOConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
+
+
+def given_policy(policy: Any) -> Policy | PreTrainedModel | str:
+    """Return what a program gives as a policy, a PeftModel as the model in it. Raises ConfigError for anything else
+    than these, a causal language model, a Policy, and a directory or hub name."""
+    policy = str(policy) if isinstance(policy, Path) else policy
+    if hasattr(policy, "get_base_model") and hasattr(policy, "peft_config"):
+        return without_peft(policy)
+    if isinstance(policy, Policy | PreTrainedModel | str):
+        return policy
+    raise ConfigError(
+        f"policy: got {type(policy).__name__}, needs a causal language model, or where one is: a directory or hub name"
+    )
 
 
 def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **changes: Any) -> Policy:
@@ -35,6 +55,8 @@ def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **ch
         "gradient_checkpointing": config.policy.gradient_checkpointing,
     } | changes
     if isinstance(policy, PreTrainedModel):
+        check_finite(policy, "policy")
+        remember_dtype(policy, policy.dtype)
         # Optimizer steps at a learning rate of 1e-6 would round away in anything less.
         return Policy(policy.float(), dtype=compute_dtype(config.policy.dtype, policy.device), **options)
     lora = {
@@ -45,17 +67,44 @@ def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **ch
     return Policy.from_pretrained(policy, lora=lora if config.policy.use_peft else None, **_shared(config), **options)
 
 
-def critics_of(critics: Critics | str | None, config: AsyPPOConfig, policy: Policy) -> Critics | None:
-    """Return the critics that ``config`` asks for, of a checkpoint by directory or hub name; new value heads follow
-    from ``config.seed``. Critics stay themselves, and so does None. Raises ConfigError."""
-    if not isinstance(critics, str):
+def given_critics(critics: Any, config: AsyPPOConfig) -> Critics | str | list[str] | None:
+    """Return what a program gives as critics, one name in a list as that name. Raises ConfigError for what is neither
+    critics nor names of checkpoints, one for all critics or one for each."""
+    critics = [critics] if isinstance(critics, PreTrainedModel) else critics
+    if isinstance(critics, list | tuple):
+        names = [str(name) if isinstance(name, Path) else name for name in critics]
+        odd = next((name for name in names if not isinstance(name, str)), None)
+        if odd is not None:
+            raise ConfigError(
+                f"critics: got {type(odd).__name__}, needs a directory or hub name of the checkpoint that all start "
+                "from, or Critics, which asyppo.models.critics.make_critics makes of token classifiers"
+            )
+        if len(set(names)) == 1:
+            return names[0]
+        if len(names) != config.num_critics or config.critic.lora_r:
+            needs = "one, since adapters share a backbone" if config.critic.lora_r else f"1 or {config.num_critics}"
+            raise ConfigError(f"critics: got {len(names)} checkpoints, needs {needs}")
+        return names
+    return str(critics) if isinstance(critics, Path) else critics
+
+
+def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, policy: Policy) -> Critics | None:
+    """Return the critics that ``config`` asks for, of a checkpoint by directory or hub name, or each of its own; new
+    value heads follow from ``config.seed``. Critics stay themselves, and so does None. Raises ConfigError."""
+    if not isinstance(critics, str | list):
         return critics
     if not config.num_critics:
         raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         options = _shared(config) | {"device": policy.device}
-        return load_critics(critics, config.num_critics, config.critic, **options)
+        if isinstance(critics, str):
+            return load_critics(critics, config.num_critics, config.critic, **options)
+        dtype = options.pop("dtype")
+        models = load_value_models(critics, config.num_critics, vocab_size=None, **options)
+        shapes = [[(name, p.shape) for name, p in model.named_parameters()] for model in models]
+        alike = all(other == shapes[0] for other in shapes)
+        return make_critics(models, replace(config.critic, stacked=config.critic.stacked and alike), dtype=dtype)
 
 
 def _shared(config: AsyPPOConfig) -> dict[str, Any]:
@@ -69,9 +118,35 @@ def _shared(config: AsyPPOConfig) -> dict[str, Any]:
     }
 
 
-def prompt_limit(config: AsyPPOConfig, policy: Policy, critics: Critics | None) -> int:
-    """Return how many tokens a prompt may have, so that the longest response fits in every model's positions."""
-    return room_for_prompts(config, [m.config for m in (policy.model, critics) if m is not None])
+def tokenizer_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that lies beside the policy's weights. Raises ConfigError."""
+    if isinstance(policy, str):
+        load_config(policy, setting="policy.model_name_or_path", trust_remote_code=config.policy.trust_remote_code)
+        path = policy
+    else:
+        path = (policy.model if isinstance(policy, Policy) else policy).name_or_path
+    return load_tokenizer(path, config.policy.trust_remote_code)
+
+
+def fit_of(
+    config: AsyPPOConfig,
+    policy: Policy | PreTrainedModel | str,
+    critics: Critics | str | list[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Fit:
+    """Return what a prompt has to fit: ``tokenizer``, the positions of the models and the embeddings of the policy.
+    Models by name are not loaded, their configurations are. Raises ConfigError, also where no position is left."""
+    models = [_config_of(policy, config, "policy.model_name_or_path")]
+    if critics is not None and config.num_critics:
+        several = critics if isinstance(critics, list) else [critics]
+        models += [_config_of(one, config, "critic.model_name_or_path") for one in several]
+    return Fit(tokenizer, room_for_prompts(config, models), getattr(models[0].get_text_config(), "vocab_size", None))
+
+
+def _config_of(model: Any, config: AsyPPOConfig, setting: str) -> PreTrainedConfig:
+    if isinstance(model, str):
+        return load_config(model, setting=setting, trust_remote_code=config.policy.trust_remote_code)
+    return (model.model if isinstance(model, Policy) else model).config
 
 
 def room_for_prompts(config: AsyPPOConfig, models: Sequence[PreTrainedConfig]) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo.config import ConfigError
+
+log = logging.getLogger("asyppo")
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -21,12 +25,46 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return every token that ends a response: the generation config's, and the tokenizer's."""
+    """Return every token that ends a response: the generation config's, the tokenizer's, and the one by which the chat
+    template ends a turn. Raises ConfigError if there is none, and no padding token either."""
     configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)
+    ids = set(configured if isinstance(configured, (list, tuple)) else [configured])
+    ids |= {tokenizer.eos_token_id, turn_end_id(tokenizer)}
+    found = sorted(i for i in ids if i is not None)
+    if not found and tokenizer.pad_token_id is None:
+        raise ConfigError(
+            "policy.model_name_or_path: its tokenizer has no end-of-sequence token and no padding token, so that no "
+            "response would ever end; needs eos_token in tokenizer_config.json, or eos_token_id in "
+            "generation_config.json"
+        )
+    if not found:
+        log.warning("the tokenizer has no end-of-sequence token: every response is cut off at max_completion_length")
+    return found
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token by which the chat template ends an assistant's turn, ``<|im_end|>`` for example, which
+    in a base model's tokenizer is not the end-of-sequence token; None if there is none, with a warning if the turn then
+    ends with text."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "The answer."
+    turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False)
+    except Exception:  # a template of its own kind, which rows of its kind go through
+        log.warning("the chat template takes no turn of user and assistant: where one ends is not known")
+        return None
+    _, found, rest = text.rpartition(answer)
+    added = tokenizer.added_tokens_decoder
+    for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if found and rest.strip() else []:
+        if token in tokenizer.all_special_ids or (token in added and added[token].content.strip()):
+            return token
+    if rest.strip():
+        log.warning("the chat template ends a turn with %r, which is no special token: responses go on after it", rest)
+    return None
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the padding token, or the end-of-sequence token where there is none; lengths say what is padding."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """Return the padding token, or the end-of-sequence token, or else 0; lengths say what is padding."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
-from asyppo.data.prompts import Row
+from asyppo.data.rows import Row
 from asyppo.run import durable
 from asyppo.run.progress import ProgressDisplay
 

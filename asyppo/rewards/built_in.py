@@ -9,8 +9,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from asyppo.config import ConfigError
-
 Reward = float | None | list[float]
 RewardFunc = Callable[..., "list[Reward]"]
 
@@ -32,7 +30,9 @@ def _tagged_answer(text: str) -> str | None:
     return extract(text)
 
 
-def reasoning_gym(prompts: list, completions: list, *, entry: list[dict], **_: Any) -> list[Reward]:
+def reasoning_gym(
+    prompts: list, completions: list, *, entry: list[dict | None] | None = None, **_: Any
+) -> list[Reward]:
     """Return the task's own score, in [0, 1], of each extracted answer; ``entry`` is the task's own row.
 
     None where there is no entry, as in rows of another data set.
@@ -43,16 +43,19 @@ def reasoning_gym(prompts: list, completions: list, *, entry: list[dict], **_: A
         None
         if row is None
         else float(get_score_answer_fn(row["metadata"]["source_dataset"])(extract_answer(completion), row))
-        for completion, row in zip(completions, entry, strict=True)
+        for completion, row in zip(completions, entry or [None] * len(completions), strict=True)
     ]
 
 
-def exact_match(prompts: list, completions: list, *, answer: list, **_: Any) -> list[Reward]:
+def exact_match(prompts: list, completions: list, *, answer: list | None = None, **_: Any) -> list[Reward]:
     """Return 1 where the extracted answer is the column ``answer``, character for character, and 0 elsewhere.
 
     None where the column is empty.
     """
-    return [None if a is None else float(extract_answer(c) == str(a)) for c, a in zip(completions, answer, strict=True)]
+    answers = answer or [None] * len(completions)
+    return [
+        None if a is None else float(extract_answer(c) == str(a)) for c, a in zip(completions, answers, strict=True)
+    ]
 
 
 def math_verify(
@@ -66,9 +69,8 @@ def math_verify(
     """
     from math_verify import verify
 
-    golds = answer if answer is not None else solution
-    if golds is None:
-        raise ConfigError("reward_funcs: math_verify needs a column 'answer' or 'solution' in the data")
+    nothing = [None] * len(completions)
+    golds = [a if a is not None else s for a, s in zip(answer or nothing, solution or nothing, strict=True)]
     rewards: list[Reward] = []
     for completion, gold in zip(completions, golds, strict=True):
         expected = [] if gold is None else _parse_math(str(gold), bare=True)
@@ -101,3 +103,10 @@ BUILT_IN: dict[str, RewardFunc] = {
     "exact_match": exact_match,
     "math_verify": math_verify,
 }
+
+READS: dict[Callable[..., Any], tuple[str, ...]] = {
+    reasoning_gym: ("entry",),
+    exact_match: ("answer",),
+    math_verify: ("answer", "solution"),
+}
+"""Columns, one of which each of them takes. Rows without them are of another data set, and another function's."""

@@ -17,13 +17,14 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 from asyppo.config import ConfigError
 from asyppo.config.references import OF_A_FILE, in_one_line, load
+from asyppo.rewards.logged import Logged
 
 
 def reference_of(func: Callable[..., Any]) -> str:
@@ -99,11 +100,12 @@ class RewardProcess:
         self.reference = reference
         self.connection: Connection | None = None
 
-    def __call__(self, arguments: dict[str, Any], timeout: float) -> Any:
-        """Return what the function returns. Raises Failure, and TimedOut after ``timeout`` seconds."""
+    def __call__(self, arguments: dict[str, Any], timeout: float, logs: Sequence[str] = ()) -> tuple[Any, Logged]:
+        """Return what the function returns, and what it logs, given also those of the methods of Logged that ``logs``
+        names. Raises Failure, and TimedOut after ``timeout`` seconds."""
         connection = self.connection or self._start()
         try:
-            connection.send(arguments)
+            connection.send((arguments, list(logs)))
             if not connection.poll(timeout):
                 self.stop()
                 raise TimedOut
@@ -160,11 +162,13 @@ def _serve(connection: Connection, reference: str) -> None:
     connection.send("ready")
     while True:
         try:
-            arguments = connection.recv()
+            arguments, logs = connection.recv()
         except EOFError:
             return
+        logged = Logged()
+        answer: tuple[bool, tuple[Any, Any]]
         try:
-            answer = (False, call(func, arguments))
+            answer = (False, (call(func, arguments | {name: getattr(logged, name) for name in logs}), logged))
         except Exception as error:
             answer = (True, (str(Failure.of(func, error)), traceback.format_exc()))
         connection.send(answer)

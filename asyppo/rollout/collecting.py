@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from asyppo.config import AsyPPOConfig
 from asyppo.data.batch import Batch, make_batch
-from asyppo.data.prompts import Prompt, PromptSchedule, Row, prompt_tokens
+from asyppo.data.prompts import Prompt, prompt_tokens
+from asyppo.data.rows import Row
+from asyppo.data.schedule import PromptSchedule
 from asyppo.models.tokenizer import pad_token_id
-from asyppo.rewards.computing import RewardFunction, Rewards, compute_rewards
+from asyppo.rewards.computing import Rewards, compute_rewards
+from asyppo.rewards.function import RewardFunction
+from asyppo.rewards.logged import Logged
 from asyppo.rollout.samplers import Response, Sampler
 from asyppo.run.progress import Timer
 
@@ -32,6 +37,8 @@ class Sample:
     """By reward function."""
     total: float | Tensor
     """Their weighted sum; where tokens are rewarded, float32 [tokens]."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns that reward functions logged."""
 
     @property
     def score(self) -> float:
@@ -90,6 +97,8 @@ class Rollout:
     ):
         self.sampler, self.tokenizer, self.reward_funcs = sampler, tokenizer, reward_funcs
         self.dataset, self.config, self.device = dataset, config, device
+        self.trainer_state = TrainerState(max_steps=config.max_steps)
+        """What reward functions see of the run; the training loop puts its own here."""
         self.schedule = PromptSchedule(len(dataset), config.prompts_per_step, config.seed)
         # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
         self.further_schedule = PromptSchedule(len(dataset), config.prompts_per_step, config.seed + 1_000_000)
@@ -99,14 +108,17 @@ class Rollout:
         config = self.config
         metrics: dict[str, float] = {}
         timeouts: dict[str, int] = {}
+        logged: dict[str, list[float]] = {}
         if config.dynamic_sampling:
             groups, metrics = keep_unequal(
-                lambda batch, count: self._draw(self._rows_of_batch(step, batch)[:count], step, timer, timeouts),
+                lambda batch, count: self._draw(
+                    self._rows_of_batch(step, batch)[:count], step, timer, timeouts, logged
+                ),
                 config.prompts_per_step,
                 config.dynamic_sampling_max_batches,
             )
         else:
-            groups = self._draw(self.schedule.rows_of_step(step - 1), step, timer, timeouts)
+            groups = self._draw(self.schedule.rows_of_step(step - 1), step, timer, timeouts, logged)
         samples = [sample for group in groups for sample in group]
         batch = make_batch(
             [s.prompt for s in samples],
@@ -119,7 +131,10 @@ class Rollout:
             device=self.device,
         )
         by_function = {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}
-        return Sampled(batch, Rewards(by_function, [s.total for s in samples], timeouts), metrics)
+        columns = dict.fromkeys(name for s in samples for name in s.extra)
+        extra = {name: [s.extra.get(name) for s in samples] for name in columns}
+        rewards = Rewards(by_function, [s.total for s in samples], timeouts, Logged(logged, extra))
+        return Sampled(batch, rewards, rewards.logged.means() | metrics)
 
     def _rows_of_batch(self, step: int, batch: int) -> list[int]:
         """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""
@@ -128,7 +143,9 @@ class Rollout:
         index = (step - 1) * (self.config.dynamic_sampling_max_batches - 1) + batch - 1
         return self.further_schedule.rows_of_step(index)
 
-    def _draw(self, indices: Sequence[int], step: int, timer: Timer, timeouts: dict[str, int]) -> list[Group]:
+    def _draw(
+        self, indices: Sequence[int], step: int, timer: Timer, timeouts: dict[str, int], logged: dict[str, list[float]]
+    ) -> list[Group]:
         """Sample and reward G responses to each of these rows of the training data."""
         config = self.config
         rows = [self.dataset[i] for i in indices for _ in range(config.num_generations)]
@@ -141,13 +158,30 @@ class Rollout:
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
             ids = [response.tokens.tolist() for response in responses]
             rewards = compute_rewards(
-                self.reward_funcs, rows, completions, ids, weights=config.reward_weights, step=step
+                self.reward_funcs,
+                rows,
+                completions,
+                ids,
+                weights=config.reward_weights,
+                step=step,
+                trainer_state=self.trainer_state,
             )
         for name, count in rewards.timeouts.items():
             timeouts[name] = timeouts.get(name, 0) + count
+        for name, values in rewards.logged.metrics.items():
+            logged.setdefault(name, []).extend(values)
         samples = [
             Sample(*parts)
-            for parts in zip(rows, prompts, responses, completions, rewards.by_sample, rewards.total, strict=True)
+            for parts in zip(
+                rows,
+                prompts,
+                responses,
+                completions,
+                rewards.by_sample,
+                rewards.total,
+                rewards.extra_by_sample,
+                strict=True,
+            )
         ]
         return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
 

@@ -70,7 +70,7 @@ def needs_level(completions, level, **_):
             "data.bad_rows: own.jsonl has 1 bad row: row 7: no JSON: Expecting ',' delimiter at column 22; needs other",
         ),
         (
-            [*GOOD, json.dumps({"prompt": "9 + " * 300})],
+            [*GOOD, json.dumps({"prompt": "9 + " * 300, "answer": 9})],
             [],
             "data.long_prompts: own.jsonl has 1 prompt that is too long: row 21: ",
         ),

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from asyppo.config import AsyPPOConfig, CriticConfig, EvalConfig
 from asyppo.data.batch import Batch, make_batch
-from asyppo.data.prompts import Row
+from asyppo.data.rows import Row
 from asyppo.evaluate import Evaluation
 from asyppo.models.critics import make_critics
 from asyppo.models.policy import Policy
@@ -210,6 +210,6 @@ def scripted_evaluation() -> Callable[[float], Evaluation]:
 
     def make(accuracy: float) -> Evaluation:
         right = [[i < round(10 * accuracy)] for i in range(10)]
-        return Evaluation([""] * 10, right, [{"response_length": 1, "truncated": False}] * 10)
+        return Evaluation(["other"] * 10, right, [{"response_length": 1, "truncated": False}] * 10)
 
     return make

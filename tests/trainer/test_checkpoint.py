@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from asyppo.checkpoint import load_checkpoint
+from asyppo.checkpoint import load_checkpoint, trainer_state
+from asyppo.config import ConfigError
 from asyppo.loop import TrainingLoop
+from asyppo.models.hub import save_model
 from asyppo.models.policy import Policy
 from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
@@ -66,7 +68,14 @@ def test_what_a_checkpoint_holds(tiny_config: Make, tiny_trainer: Make) -> None:
     assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == [".lock"]
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     data = {"train_dataset": trainer.train_dataset.digest, "eval_dataset": trainer.eval_dataset.digest}
-    assert state == {"step": 1, "skipped_in_a_row": 0, "accuracy": None, "callbacks": {}, "data": data}
+    order = {"prompt_order": "swap-or-not"}
+    assert state == {"step": 1, "skipped_in_a_row": 0, "accuracy": None, "callbacks": {}, "data": data, **order}
+    # One of a version that drew prompts in another order has none, and is refused before anything is loaded.
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"prompt_order": None}))
+    loop = TrainingLoop(trainer)
+    with pytest.raises(ConfigError, match=r"resume: .*checkpoint-1 is of an asyppo that drew prompts in another order"):
+        loop._check_data(trainer_state(checkpoint), checkpoint)
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     assert (checkpoint / "config.yaml").read_bytes() == (run.path / "config.yaml").read_bytes()
     policy = AutoModelForCausalLM.from_pretrained(checkpoint / "policy")
     assert_same(policy.state_dict(), trainer.policy.model.state_dict())
@@ -129,3 +138,25 @@ def test_a_policy_with_contradictory_generation_settings_is_saved(
     saved = AutoModelForCausalLM.from_pretrained(checkpoint / "policy").generation_config
     assert (saved.eos_token_id, saved.temperature, saved.top_p) == ([1, 4], 0.6, 0.9)
     assert trainer.sampler.eos_token_ids == [1, 4]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_saved_as_they_came(tiny_lm: Make, tokenizer: Any, tmp_path: Path, tied: bool) -> None:
+    """In bfloat16 where the source is, unless asked otherwise; training has float32 in any case."""
+    for name, dtype in (("half", torch.bfloat16), ("whole", torch.float32)):
+        tiny_lm(tie_word_embeddings=tied).to(dtype).save_pretrained(tmp_path / name)
+    cpu = torch.device("cpu")
+    for name, asked, stored in (
+        ("half", "auto", torch.bfloat16),
+        ("half", "float32", torch.float32),
+        ("whole", "auto", torch.float32),
+        ("whole", "bfloat16", torch.bfloat16),
+    ):
+        policy = Policy.from_pretrained(str(tmp_path / name), temperature=1.0, dtype=torch.float32, device=cpu)
+        assert next(policy.parameters()).dtype == torch.float32
+        save_model(policy.model, tmp_path / "saved", asked)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+        assert {w.dtype for w in loaded.parameters()} == {stored}
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+        for one, other in zip(loaded.parameters(), policy.model.parameters(), strict=True):
+            assert torch.equal(one, other.to(stored))

@@ -204,7 +204,7 @@ def test_a_failed_run(tiny: list[str], capsys: pytest.CaptureFixture, monkeypatc
         (["--warm_start.steps", "x"], "warm_start.steps: got 'x', needs an integer"),
         (["--warm_start.policy.hidden_size", "x"], "warm_start.policy.hidden_size: got 'x', needs an integer"),
         (["--eval.min_gain", "x"], "eval.min_gain: got 'x', needs a number or null"),
-        (["--reward_funcs", "3"], "reward_funcs: got '3', needs a list of text"),
+        (["--reward_funcs", "3"], "reward_funcs: got '3', needs one of reasoning_gym, exact_match"),
         (["--max_steps"], "--max_steps"),
         (["more"], "more"),
         (["--algorithm", "reinforce"], "algorithm: got 'reinforce', needs one of asyppo, ppo, grpo"),

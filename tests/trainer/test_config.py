@@ -57,6 +57,33 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--reward_funcs", "exact_match"], "reward_funcs", ["exact_match"]),
+        (["--reward_funcs=exact_match"], "reward_funcs", ["exact_match"]),
+        (["--reward_funcs", "exact_match", "own.py:f", "--seed", "1"], "reward_funcs", ["exact_match", "own.py:f"]),
+        (["--reward_funcs", "[exact_match]"], "reward_funcs", ["exact_match"]),
+        (["--report_to", "wandb"], "report_to", ["wandb"]),
+        (["--report_to", "none"], "report_to", []),
+    ],
+)
+def test_one_name_in_place_of_a_list(arguments: list[str], name: str, value: list[str], tmp_path: Path) -> None:
+    """As in TRL: on the command line, in a file, in a mapping, and in Python."""
+    assert getattr(parse(["train", *arguments]), name) == value
+    if len(value) < 2:
+        single = value[0] if value else "none"
+        (tmp_path / "own.yaml").write_text(f"{name}: {single}\n")
+        settings = {name: single}
+        for config in (
+            parse(["train", "--config", str(tmp_path / "own.yaml")]),
+            load_config(settings),
+            load_config("default", settings),
+            AsyPPOConfig(**settings),
+        ):
+            assert getattr(config, name) == value
+
+
 def test_a_mapping_a_file_and_the_command_line_give_one_configuration(tmp_path: Path) -> None:
     given = yaml.safe_dump(SETTINGS)
     file = tmp_path / "my.yaml"
@@ -212,6 +239,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "device",
         "save_steps",
         "save_total_limit",
+        "save_dtype",
         "logging_samples",
         "diagnostics_steps",
         "report_to",

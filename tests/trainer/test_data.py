@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from asyppo.config import ConfigError, DataConfig, TaskConfig
-from asyppo.data.prompts import (
-    JsonLines,
-    PromptSchedule,
-    Rows,
-    fitting,
-    load_eval_rows,
-    load_train_rows,
-    prompt_text,
-    prompt_tokens,
-)
+from asyppo.data import checks
+from asyppo.data.checks import Checks, Fit, Need
+from asyppo.data.prompts import prompt_text, prompt_tokens
+from asyppo.data.rows import JsonLines, Kept, Rows
+from asyppo.data.schedule import Permutation, PromptSchedule
+from asyppo.data.sources import load_eval_rows, load_train_rows
 
 SUM = TaskConfig("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
 
@@ -94,6 +92,12 @@ def test_a_mixture_of_one_is_the_task() -> None:
 def test_a_task_of_a_mixture_that_cannot_be_made() -> None:
     with pytest.raises(ConfigError, match=r"data\.tasks\[1\]: got 'nope' with \{\}, but"):
         load_eval_rows(DataConfig(tasks=[SUM, TaskConfig("nope")], eval_size=4))
+
+
+def fitting(rows: Any, name: str, tokenizer: Any, config: DataConfig, limit: int, **more: Any) -> Rows:
+    """Those that fit ``limit`` tokens."""
+    needs = more.pop("needs", ())
+    return checks.fitting(rows, name, Checks(config, Fit(tokenizer, limit, **more), needs))
 
 
 # --- data sets of one's own ---
@@ -217,12 +221,11 @@ def test_a_bad_row_is_named_by_its_number(
     with open(path, "ab") as file:
         file.write(line.encode("latin-1") + b"\n")
     config = DataConfig(dataset_name=str(path), eval_size=2)
-    for load in (load_eval_rows, lambda config: load_train_rows(config, [])):
-        with pytest.raises(ConfigError) as error:
-            load(config)
-        assert str(error.value) == (
-            f"data.bad_rows: own.jsonl has 1 bad row: row 7: {fault}; needs other rows, or 'skip' to leave these out"
-        )
+    with pytest.raises(ConfigError) as error:
+        load_train_rows(config, load_eval_rows(config))
+    assert str(error.value) == (
+        f"data.bad_rows: own.jsonl has 1 bad row: row 7: {fault}; needs other rows, or 'skip' to leave these out"
+    )
     config.bad_rows = "skip"
     with caplog.at_level(logging.WARNING, "asyppo"):
         held_out = load_eval_rows(config)
@@ -262,7 +265,10 @@ def test_a_data_set_that_is_all_held_out(tmp_path: Path) -> None:
         ({"dataset_name": "/no/such.jsonl"}, "data.dataset_name: got '/no/such.jsonl', but there is no such file"),
         ({"dataset_name": "no/such.parquet"}, "data.dataset_name: got 'no/such.parquet', but there is no such file"),
         ({"dataset_name": "./nowhere"}, "data.dataset_name: got './nowhere', but there is no such file or directory"),
-        ({"dataset_name": "{tmp}/own.csv"}, "needs a .jsonl or .parquet file, a directory or a hub name"),
+        (
+            {"dataset_name": "{tmp}/own.xlsx"},
+            "needs a .jsonl, .ndjson, .json, .parquet, .csv, .tsv file, a directory or a hub name",
+        ),
         ({"dataset_name": "{tmp}/broken.parquet"}, "data.dataset_name: cannot load '{tmp}/broken.parquet': "),
         ({"dataset_name": "{tmp}/empty"}, "data.dataset_name: cannot load '{tmp}/empty': "),
         ({"dataset_name": "nobody/nothing"}, "data.dataset_name: cannot load 'nobody/nothing': "),
@@ -295,7 +301,7 @@ def test_a_data_set_that_cannot_be_had(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # it tries for half a minute otherwise
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     jsonl(tmp_path / "own.jsonl", *numbered(3))
-    (tmp_path / "own.csv").write_text("prompt\n")
+    (tmp_path / "own.xlsx").write_text("prompt\n")
     (tmp_path / "broken.parquet").write_text("PAR1")
     (tmp_path / "empty").mkdir()
     datasets.DatasetDict(train=datasets.Dataset.from_list(numbered(3))).save_to_disk(tmp_path / "both")
@@ -405,19 +411,106 @@ def test_numbers_of_a_file_survive_what_was_left_out_before(
 
 def test_a_row_that_the_template_refuses(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": [{"role": role, "content": "a"}]} for role in ("user", "tool", "user")]
-    with pytest.raises(ConfigError, match=r"1 bad row: row 2: the chat template refuses it: no tools here; needs"):
+    with pytest.raises(
+        ConfigError, match=r"1 bad row: row 2: prompt: got .*, but the chat template refuses it: no tools here; needs"
+    ):
         fitting(rows, "train_dataset", chat_tokenizer, DataConfig(), 10)
     assert len(fitting(rows, "train_dataset", chat_tokenizer, DataConfig(bad_rows="skip"), 10)) == 2
 
 
 def test_a_prompt_without_tokens(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyppo.data.prompts.prompt_tokens", lambda prompts, *_: [[] for _ in prompts])
-    with pytest.raises(ConfigError, match=r"row 1: prompt: got 'a', which has no tokens"):
+    monkeypatch.setattr("asyppo.data.checks.prompt_tokens", lambda prompts, *_: [[] for _ in prompts])
+    with pytest.raises(ConfigError, match=r"row 1: prompt: got 'a', but it has no tokens"):
         fitting([{"prompt": "a"}], "train_dataset", tokenizer, DataConfig(), 10)
 
 
 def test_no_rows_at_all_are_no_fault(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(fitting([], "eval_dataset", tokenizer, DataConfig(), 10)) == 0
+
+
+def test_text_does_not_end_with_what_the_tokenizer_adds(tokenizer: PreTrainedTokenizerFast) -> None:
+    from tokenizers import Tokenizer, processors
+
+    for single, begin in (("$A <eos>", []), ("<pad> $A <eos> <pad>", [0])):
+        made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        special = [("<pad>", 0), ("<eos>", 1)]
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        adding = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", bos_token="<pad>")
+        # An end that the text has itself stays.
+        assert prompt_tokens(["ab", "<pad>ab", "b<eos>"], adding) == [[*begin, 3, 4], [0, 3, 4], [*begin, 4, 1]]
+
+
+def test_a_begun_answer_goes_on(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Beside a prompt whose answer has not begun; blocks and tool calls are read as text."""
+    user, begun = {"role": "h", "content": "b"}, {"role": "assistant", "content": "cd"}
+    blocks = {"role": "h", "content": [{"type": "text", "text": "b"}]}
+    call = {"role": "j", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    tokens = prompt_tokens([[user, begun], [user], [blocks, begun], [call, user]], chat_tokenizer)
+    texts = ["".join(chat_tokenizer.convert_ids_to_tokens(ids)) for ids in tokens]
+    assert texts == ["<bos>hbacd", "<bos>hba", "<bos>hbacd", "<bos>jhba"]
+    assert prompt_text([blocks, call]) == "h: b\nj: "
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fault"),
+    [
+        ("a\ud83d", r"prompt: half a surrogate pair, '\ud83d', at character 2, needs the whole character"),
+        (
+            [{"role": "h", "content": "\ude00"}],
+            r"prompt: message 1 is no text: half a surrogate pair, '\ude00', at character 1, needs the whole character",
+        ),
+        ("ac", "prompt: got 'ac', but its token 'c' is number 5, beyond the models' 5 embeddings; needs the tokenizer"),
+        (
+            [{"role": "h", "content": [{"type": "image"}]}],
+            "prompt: message 1 has a block of type 'image' in its content, needs blocks of text: the models here read",
+        ),
+        ([{"role": "h", "content": None}], "prompt: message 1 is {'role': 'h', 'content': None}, needs a role and a"),
+        ([{"role": "assistant", "content": ""}], None),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    tokenizer: PreTrainedTokenizerFast,
+    chat_tokenizer: PreTrainedTokenizerFast,
+    prompt: Any,
+    fault: str | None,
+    tmp_path: Path,
+) -> None:
+    name = jsonl(tmp_path / "own.jsonl", {"prompt": "ab"}, {"prompt": prompt})
+    fit = Fit(tokenizer, 10, vocab_size=5) if isinstance(prompt, str) else Fit(chat_tokenizer, 10)
+    with nullcontext() if fault is None else pytest.raises(ConfigError) as error:
+        load_train_rows(DataConfig(dataset_name=name), [], Checks(DataConfig(dataset_name=name), fit))
+    assert fault is None or f"own.jsonl has 1 bad row: row 2: {fault}" in str(error.value)
+
+
+def test_a_tokenizer_that_refuses_a_text(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise TypeError("no\nsuch text")
+
+    monkeypatch.setattr("asyppo.data.checks.prompt_tokens", refuse)
+    with pytest.raises(ConfigError, match=r"row 1: prompt: got 'a', but the tokenizer refuses it: no such text; needs"):
+        fitting([{"prompt": "a"}], "train_dataset", tokenizer, DataConfig(), 10)
+
+
+def test_columns_that_rewards_need_are_looked_for_in_every_row(tmp_path: Path) -> None:
+    rows = [{"prompt": "a"}, *numbered(3), {"prompt": "b", "other": 1}]
+    config = DataConfig(dataset_name=jsonl(tmp_path / "own.jsonl", *rows))
+
+    def load(*needs: Need) -> Any:
+        return [row["prompt"] for row in load_train_rows(config, [], Checks(config, needs=needs))]
+
+    with pytest.raises(
+        ConfigError, match=r"2 bad rows: row 1: no column 'answer', which the reward function f needs; row 5: no column"
+    ):
+        load(Need("f", ("answer",)))
+    with pytest.raises(ConfigError, match=r"^reward_funcs: f needs a column 'x', but the data has task, answer, other"):
+        load(Need("f", ("x",)))
+    # Of built-in functions one has to know what is right.
+    either = Need("exact_match", (), ("answer",)), Need("mine", (), ("other",))
+    with pytest.raises(ConfigError, match=r"1 bad row: row 1: no column 'answer', which the reward function exact"):
+        load(*either)
+    assert len(load(either[0], Need("f", ()))) == 5
+    config.bad_rows = "skip"
+    assert load(Need("f", ("answer",))) == ["p0", "p1", "p2"]
 
 
 # --- the rows of a step ---
@@ -469,3 +562,42 @@ def test_columns_by_other_names_and_some_of_the_rows(tmp_path: Path) -> None:
     config.columns = {}
     with pytest.raises(ConfigError, match=r"no column 'prompt', .*, final_answer; data\.columns gives"):
         load_eval_rows(config)
+
+
+# --- the order of a pass ---
+
+
+@pytest.mark.parametrize("count", [*range(1, 40), 63, 64, 65, 1000, 4099])
+def test_a_permutation_is_a_bijection(count: int) -> None:
+    for key in ("a", "b"):
+        numbers = Permutation(count, key)(np.arange(count))
+        assert sorted(numbers.tolist()) == list(range(count))
+    assert count < 8 or (numbers != Permutation(count, "a")(np.arange(count))).any()
+
+
+def test_all_permutations_come_alike_often() -> None:
+    """Chi-square over the 24 of four numbers, each expected 60 times: above 60 in one of 30,000 draws."""
+    drawn = Counter(tuple(Permutation(4, f"pass {i}")(np.arange(4)).tolist()) for i in range(24 * 60))
+    assert len(drawn) == 24
+    assert sum((n - 60) ** 2 / 60 for n in drawn.values()) < 60
+
+
+def test_a_step_of_many_rows_takes_no_memory() -> None:
+    import tracemalloc
+
+    schedule = PromptSchedule(10**12, 64, seed=0)
+    tracemalloc.start()
+    rows = schedule.rows_of_step(10**9)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert len(set(rows)) == 64
+    assert max(rows) > 10**11
+
+
+def test_numbers_without_some() -> None:
+    for left_out in ([], [0], [9], [0, 1, 2], [2, 3, 7, 9], list(range(10))):
+        kept = Kept(10, left_out)
+        assert list(kept) == [i for i in range(10) if i not in left_out]
+        assert kept[1:3] == list(kept)[1:3]
+    with pytest.raises(IndexError):
+        Kept(3, [1])[2]

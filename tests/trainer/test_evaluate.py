@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from asyppo.data.prompts import Row
+from asyppo.data.rows import Row
 from asyppo.evaluate import Evaluation, clustered_estimate, evaluate, pass_at_k
 from asyppo.rollout.samplers import GenerateSampler
 
@@ -89,6 +89,21 @@ def test_metrics_by_task(run: Callable[..., Evaluation], scripted_sampler: Calla
     assert [line.split()[0] for line in lines] == ["task", "x", "y", "all"]
     assert lines[0].split() == ["task", "prompts", "avg@3", "pass@2", "pass@3", "response_length", "truncated"]
     assert "0.3333 [" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [(None, "other"), ("", "other"), ("other", "other"), (["a", 1], '["a", 1]'), ({"b": 1}, '{"b": 1}'), (3, "3")],
+)
+def test_a_task_of_any_value(
+    run: Callable[..., Evaluation], scripted_sampler: Callable[..., Any], task: Any, name: str
+) -> None:
+    """A task that is null is one of its own, not all of them."""
+    result = run(scripted_sampler(SIX[:3]), rows=[ROWS[0] | {"task": task}, ROWS[1] | {"task": "y"}])
+    metrics = result.metrics()
+    assert (metrics[f"eval/{name}/accuracy"], metrics["eval/y/accuracy"]) == pytest.approx((1 / 3, 0))
+    assert result.results()["tasks"][name]["prompts"] == 1
+    assert result.samples[0]["task"] == name
 
 
 def test_the_first_function_with_a_reward_decides(

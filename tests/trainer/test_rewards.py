@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
@@ -17,16 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3ForSequenceClassification, TrainerState
 
 from asyppo.config import ConfigError, DataConfig, TaskConfig
-from asyppo.data.prompts import load_eval_rows
+from asyppo.data.checks import Need
+from asyppo.data.sources import load_eval_rows
 from asyppo.rewards.built_in import exact_match, extract_answer, math_verify, reasoning_gym
-from asyppo.rewards.computing import (
-    RewardError,
-    Rewards,
-    compute_rewards,
-    resolve_reward_funcs,
-)
+from asyppo.rewards.computing import RewardError, Rewards, compute_rewards
+from asyppo.rewards.function import resolve_reward_funcs
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "p", "answer": "1", "extra": "x"},
@@ -95,9 +94,12 @@ def test_math_verify(completion: str, gold: Any, reward: float | None) -> None:
     assert math_verify([], [[{"role": "assistant", "content": completion}]], solution=[gold]) == [reward]
 
 
-def test_math_verify_needs_a_column() -> None:
-    with pytest.raises(ConfigError, match="math_verify needs a column 'answer' or 'solution'"):
-        rewards_of("math_verify", rows=[{"prompt": "p"}], completions=("7",))
+def test_columns_that_built_in_functions_take() -> None:
+    """Where a row has none, it is another function's."""
+    rewards = rewards_of("math_verify", "exact_match", "reasoning_gym", rows=[{"prompt": "p"}], completions=("7",))
+    assert rewards.by_function == {"math_verify": [None], "exact_match": [None], "reasoning_gym": [None]}
+    mixed = [{"prompt": "p", "answer": 7}, {"prompt": "p", "solution": 7}]
+    assert rewards_of("math_verify", rows=mixed, completions=("7", "7")).scores == [1.0, 1.0]
 
 
 # --- what functions are given ---
@@ -116,6 +118,11 @@ def test_functions_get_prompts_completions_tokens_and_columns() -> None:
     rewards = rewards_of(reward, modest)
     assert rewards.by_function == {"reward": [None, 2.0], "modest": [1.0, 2.0]}
     assert rewards.total == rewards.scores == [1.0, 4.0]  # None is "not mine"
+    assert seen.pop("trainer_state").global_step == 0
+    assert {name: seen.pop(name).__name__ for name in ("log_extra", "log_metric")} == {
+        "log_extra": "log_extra",
+        "log_metric": "log_metric",
+    }
     assert seen == {
         "prompts": ["p", "q"],
         "completions": ["a", "bc"],
@@ -139,16 +146,13 @@ def test_chat_messages_are_answered_by_a_chat_message() -> None:
     assert seen["answer"] == [None, 1]
 
 
-def test_a_column_that_is_not_there() -> None:
+def test_columns_that_a_function_needs() -> None:
     def reward(completions: list[str], entry: list, kind: list | None = None, **_: Any) -> list[float]:
         return [0.0]
 
-    [func] = resolve_reward_funcs([reward])
-    with pytest.raises(
-        ConfigError, match="reward_funcs: reward needs a column 'entry', but the data has answer, extra"
-    ):
-        func.check_columns(ROWS[0])
-    func.check_columns({"prompt": "p", "entry": 1})
+    own, built_in = resolve_reward_funcs([reward, "math_verify"])
+    assert own.need == Need("reward", ("entry",))
+    assert built_in.need == Need("math_verify", (), ("answer", "solution"))
 
 
 # --- several, weights, None, rewards of tokens ---
@@ -223,6 +227,84 @@ def test_a_coroutine_function() -> None:
         return rewards_of(judge)
 
     assert asyncio.run(inside_a_running_loop()).scores == [1.0, 2.0]
+
+
+def test_what_functions_log_and_see_of_the_run() -> None:
+    """TRL's trainer_state, log_metric and log_extra."""
+
+    def reward(completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any) -> list[float]:
+        log_metric("letters", len(completions[0]))
+        log_metric("letters", torch.tensor(2.0))
+        log_extra("first", [c[0] for c in completions])
+        log_extra("odd", [{1}, np.float32(2)])
+        return [float(trainer_state.global_step)] * len(completions)
+
+    rewards = rewards_of(reward, trainer_state=TrainerState(global_step=7))
+    assert rewards.scores == [7.0, 7.0]
+    assert rewards.logged.means() == {"letters": 1.5}
+    assert rewards.extra_by_sample == [{"first": "a", "odd": "{1}"}, {"first": "b", "odd": 2.0}]
+
+    def too_few(completions: list[str], log_extra: Any) -> list[float]:
+        log_extra("one", [1])
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match="too_few, evaluation: logged 1 values of 'one', needs 2, one for each"):
+        rewards_of(too_few)
+
+
+def test_columns_that_are_called_as_what_is_given() -> None:
+    names = ("completions", "trainer_state", "log_extra", "completion_ids", "")
+    rows = [{"prompt": "p", **dict.fromkeys(names, 1)}] * 2
+    assert rewards_of(lambda completions, **_: [float(len(c)) for c in completions], rows=rows).scores == [1.0, 2.0]
+
+
+# --- sequence classifiers ---
+
+
+@pytest.fixture
+def classifier(tmp_path: Path, tokenizer: Any) -> Path:
+    """Directory of one with its tokenizer, whose reward depends on every token."""
+    config = Qwen3Config(
+        vocab_size=19, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
+        intermediate_size=8, num_labels=1, initializer_range=0.5, pad_token_id=None,
+    )  # fmt: skip
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    own.save_pretrained(tmp_path / "judge")
+    return tmp_path / "judge"
+
+
+def test_a_sequence_classifier(classifier: Path, tokenizer: Any) -> None:
+    model = Qwen3ForSequenceClassification.from_pretrained(classifier).eval()
+    begun = [*CHAT, {"role": "assistant", "content": "a"}]
+    rows = [{"prompt": prompt} for prompt in ("p", "q", [{"role": "user", "content": "qi"}], begun)]
+    ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in ("pa", "qbc", "uqiabc", "uqaab")]
+    with torch.no_grad():
+        expected = [float(model(input_ids=i).logits) for i in ids]
+    [by_name] = resolve_reward_funcs(str(classifier), timeout=1.0)
+    assert by_name.name == "judge"
+    for func in (by_name, *resolve_reward_funcs(model), *resolve_reward_funcs([model], None, None, [tokenizer])):
+        chosen = rows if func.func.tokenizer.chat_template else rows[:2]
+        rewards = rewards_of(func, rows=chosen, completions=("a", "bc", "bc", "b")[: len(chosen)])
+        assert rewards.scores == pytest.approx(expected[: len(chosen)], abs=1e-5)
+
+
+def test_a_classifier_that_cannot_be_had(classifier: Path, tmp_path: Path, tiny_lm: Any) -> None:
+    tiny_lm().save_pretrained(tmp_path / "policy")
+    with pytest.raises(ConfigError, match=r"reward_funcs: '.*policy' has no weight score.weight, needs a trained seq"):
+        resolve_reward_funcs(str(tmp_path / "policy"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"reward_funcs: cannot load the reward model '.*empty': "):
+        resolve_reward_funcs([str(tmp_path / "empty")])
+    for file in classifier.glob("token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"the reward model '.*judge' has no tokenizer beside it, needs one in rew"):
+        resolve_reward_funcs([str(classifier)])
+    with pytest.raises(ConfigError, match="reward_processing_classes: got 1, needs 2, one for each"):
+        resolve_reward_funcs(["exact_match", "math_verify"], processing_classes=[None])
+    with pytest.raises(ConfigError, match="reward_funcs: got 3, needs a function, a name, or a sequence classifier"):
+        resolve_reward_funcs([3])  # type: ignore[list-item]
 
 
 # --- what is no reward ---
@@ -371,6 +453,9 @@ def reward(completions, answer, **_):
         return [1.0, 2.0]
     if completion == "tokens":
         return [[0.5] * 6]
+    if completion == "log":
+        _["log_metric"]("step", _["trainer_state"].global_step)
+        _["log_extra"]("seen", [answer[0]])
     return [calls + int(answer[0]) / 10]
 
 async def judge(completions, **_):
@@ -406,6 +491,9 @@ def test_a_slow_sample_is_cut_off_and_counted(tmp_path: Path, caplog: pytest.Log
     )
     again = rewards_of(func, completions=("a",), rows=rows_for("a"))
     assert (again.by_function, again.timeouts) == ({"reward": [2.0]}, {"reward": 0})
+    logged = rewards_of(func, completions=("a", "log"), rows=rows_for("a", "log"), trainer_state=TrainerState())
+    assert logged.logged.means() == {"step": 0}
+    assert logged.extra_by_sample == [{"seen": None}, {"seen": 1}]
     pid = func.process.process.pid
     os.kill(pid, 0)
     del func.process
@@ -468,7 +556,7 @@ def reward(started, **_):
 
 ABANDONS = """
 import os, signal, sys, threading, time
-from asyppo.rewards.computing import resolve_reward_funcs
+from asyppo.rewards.function import resolve_reward_funcs
 
 reference, started = sys.argv[1:]
 [func] = resolve_reward_funcs([reference], 1000)

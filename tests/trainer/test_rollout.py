@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asyppo.config import AsyPPOConfig, ConfigError
-from asyppo.data.prompts import Row
+from asyppo.data.rows import Row
 from asyppo.rollout.collecting import Group, Sample, keep_unequal
 from asyppo.rollout.samplers import Response
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyppo.config import ConfigError, DataConfig, ModelShape, TaskConfig, WarmStartConfig
-from asyppo.data.prompts import load_train_rows
+from asyppo.data.sources import load_train_rows
 from asyppo.models import warm_start
 from asyppo.rewards.built_in import reasoning_gym
 from asyppo.run.durable import WriteError

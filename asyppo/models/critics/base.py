@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.processes import sum_over_ranks
+from asyppo.models.hub import SaveDtype
 
 Loss = Callable[[int, MicroBatch, Tensor], Tensor]
 """``loss(m, micro, value)``: from values [N] of critic m at the response tokens of ``micro`` to a scalar, which adds up
@@ -74,8 +75,8 @@ class Critics(nn.Module, ABC):
         return self._padding.take()
 
     @abstractmethod
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write one Hugging Face directory a critic: ``critic_0``, ``critic_1``, …"""
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
+        """Write one Hugging Face directory a critic: ``critic_0``, ``critic_1``, …; as ``save_model`` does."""
 
 
 class PaddingCount:

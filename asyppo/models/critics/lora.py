@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from asyppo.config import ConfigError
 from asyppo.models.critics.loading import check_vocabulary, draw_head, load_value_model
 from asyppo.models.critics.stacked import Stacked, why_not_stacked
+from asyppo.models.hub import SaveDtype
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -126,7 +127,7 @@ class LoraCritics(Stacked):
         """See Stacked."""
         return self.models[m], name.replace(".", "/")  # a module's parameter has no dot in its name
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
         """Write ``critic_0``, ``critic_1``, …, each an adapter for peft's ``PeftModelForTokenClassification`` over the
         base checkpoint, loaded as a token classifier with one label."""
         config = {

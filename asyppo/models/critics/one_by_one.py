@@ -17,7 +17,7 @@ from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.loading import load_value_models, value_head
 from asyppo.models.head import any_dtype_attention
-from asyppo.models.hub import use_liger_kernels
+from asyppo.models.hub import SaveDtype, save_model, use_liger_kernels
 
 
 class OneByOneCritics(Critics):
@@ -110,8 +110,8 @@ class OneByOneCritics(Critics):
                 total[m] += part.detach()
         return sum_over_ranks(total)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
         """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no
         such class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
         for m, model in enumerate(self.models):
-            model.save_pretrained(Path(directory) / f"critic_{m}")
+            save_model(model, Path(directory) / f"critic_{m}", dtype)

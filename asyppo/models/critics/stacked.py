@@ -31,6 +31,7 @@ from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.layers import MakeLinear, StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
 from asyppo.models.critics.layout import Layout, VarlenAttention
 from asyppo.models.critics.loading import load_value_models
+from asyppo.models.hub import SaveDtype, save_model
 
 
 def _window_of_config(layer: Any, config: Any) -> int | None:
@@ -307,10 +308,10 @@ class StackedCritics(Stacked):
         root: Any = self.models[m] if path == "score" else self.models[m].base_model
         return root.get_submodule(path), leaf
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
         """Write ``critic_0``, ``critic_1``, …, each for ``AutoModelForTokenClassification``."""
         for m, model in enumerate(self.models):
-            model.save_pretrained(Path(directory) / f"critic_{m}")
+            save_model(model, Path(directory) / f"critic_{m}", dtype)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
