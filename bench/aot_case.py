@@ -14,7 +14,8 @@ class Case:
     ``signature`` holds the arguments that are not constant, in any order: pointers such as ``"*fp32"`` (always found
     divisible by 16), ``"i32"``, ``"fp32"``. ``constants`` holds the constexprs, and None for pointers left out.
     ``divisible`` names the integers that a launch finds divisible by 16. ``wide`` says which of "load" and "store" have
-    to be there with 16 bytes a lane. ``amd``: constants that are others there, where a warp has 64 lanes. Budgets: registers a thread (NVIDIA), bytes of shared memory a program.
+    to be there with 16 bytes a lane. ``amd``: constants that are others there, where a warp has 64 lanes.
+    Budgets: registers a thread (NVIDIA), bytes of shared memory a program.
     """
 
     op: str

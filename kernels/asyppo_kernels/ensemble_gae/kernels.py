@@ -193,7 +193,7 @@ def next_values(bits, mean, carry, number):
     following = (x,)
     for j in tl.static_range(15, 0, -1):
         x = chosen(bits[j], mean[j], x)
-        following = (x,) + following
+        following = (x,) + following  # noqa: RUF005 (Triton unpacks no tuple)
     return following, of_the_last(known)
 
 
@@ -215,7 +215,7 @@ def walk(c, d, after):
     walked = (a,)
     for j in tl.static_range(14, -1, -1):
         a = tl.fma(c[j], a, d[j])
-        walked = (a,) + walked
+        walked = (a,) + walked  # noqa: RUF005 (likewise)
     return walked
 
 
@@ -292,9 +292,7 @@ def summary_kernel(
         c1, d1 = whole(in_pieces(chosen(bits, decay[:, :, None], ones)), d)
         c2, d2 = whole(in_pieces(chosen(bits, value_decay[:, :, None], ones)), d)
         c1, d1, c2, d2 = tl.associative_scan((c1, d1, c2, d2), 1, compose)
-        e1, f1, e2, f2 = compose(
-            e1, f1, e2, f2, of_the_last(c1), of_the_last(d1), of_the_last(c2), of_the_last(d2)
-        )
+        e1, f1, e2, f2 = compose(e1, f1, e2, f2, of_the_last(c1), of_the_last(d1), of_the_last(c2), of_the_last(d2))
     at = summary + (rows.to(tl.int64) * chunks + chunk) * 7
     tl.store(at, value_after)
     tl.store(at + 1, last_r)
