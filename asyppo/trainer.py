@@ -123,6 +123,7 @@ class AsyPPOTrainer:
         self.callbacks = callbacks
         self.reference = policy.reference() if config.beta > 0 else None
         self.sampler = self._sampler_of(sampler, mesh)
+        policy.choose_packing(config.policy.packing)
         self.device = policy.device
         for func in self.reward_funcs:
             func.to(self.device)
@@ -219,6 +220,7 @@ class AsyPPOTrainer:
                 metrics |= update.metrics
                 log_ratio = update.log_ratio
         record = StepRecord(step, batch, sampled.rewards, old, signal, log_ratio)
+        metrics |= {"actor/padding_frac": self.policy.padding_frac()}
         metrics |= batch_metrics(record) | reward_metrics(sampled.rewards)
         metrics |= time_metrics(batch, timer.seconds, self.device)
         return StepResult(metrics, sample_rows(record, config.logging_samples, self.tokenizer))
@@ -367,8 +369,9 @@ class AsyPPOTrainer:
         return trained
 
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
-        rows = torch.arange(len(batch), device=self.device) if rows is None else rows
-        return micro_batches(batch, rows, self.config.max_tokens_per_micro_batch, at_least)
+        rows = torch.arange(len(batch)) if rows is None else rows
+        limit = self.config.max_tokens_per_micro_batch
+        return micro_batches(batch, rows, limit, at_least, packed=self.policy.packs)
 
     @property
     def policy_warmup(self) -> int:

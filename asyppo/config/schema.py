@@ -37,6 +37,11 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the policy's backward pass, and compute the rest again: less memory, more time,
     the same gradients."""
+    packing: bool | Literal["auto"] = setting("auto", may_change=True)
+    """Lay sequences one behind the other in one row a micro-batch, without padding, instead of side by side. ``auto``:
+    where attention takes sequences of any length, which is flash attention; others would make a mask of all pairs of
+    tokens. A model that cannot (one with a state, or whose attention does not look at position ids) is found out at
+    the start, and its micro-batches are padded, with a warning; rows of like length go together then."""
     use_peft: bool = False
     """Train LoRA adapters instead of the weights. The weights under them are kept in ``dtype``, checkpoints hold the
     adapters alone, and the reference of ``beta`` is the model without them. A ``model_name_or_path`` that holds

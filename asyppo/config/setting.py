@@ -169,4 +169,4 @@ def _allowed(value: Any, annotation: Any, facts: Facts) -> bool:
     if facts.not_empty:
         return len(value) > 0
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    return not choices or value in choices
+    return not choices or value in choices or (bool in kinds and isinstance(value, bool))

@@ -4,13 +4,18 @@ Two layouts meet here. Models see sequences: prompt and response of one sample s
 Everything of reinforcement learning (log-probs, values, rewards, masks) lives on the *response grid* [B, T]: entry
 [b, t] belongs to token t of response b, and is False in ``mask`` past its end. What a model computes for token t is
 read at the position that predicts it, one to the left. Lengths, not token ids, say what is padding, so a padding
-token equal to the end-of-sequence token is no problem.
+token equal to the end-of-sequence token is no problem. Or sequences are packed: one behind the other in one row,
+without padding.
+
+Micro-batches are cut on the host, which knows the lengths: nothing is read back from the device.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -60,6 +65,17 @@ class Batch:
         """int64 [B]: tokens of prompt and response."""
         return self.prompt_length + self.response_length
 
+    @cached_property
+    def on_host(self) -> tuple[list[int], list[int]]:
+        """Lengths of the prompts and of the responses; read from the device once."""
+        prompt, response = torch.stack([self.prompt_length, self.response_length]).tolist()
+        return prompt, response
+
+    @cached_property
+    def host_length(self) -> Tensor:
+        """``length``, on the CPU."""
+        return torch.tensor([p + r for p, r in zip(*self.on_host, strict=True)])
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -105,30 +121,52 @@ def _pad(rows: Sequence[Tensor], value: float) -> Tensor:
 
 
 @dataclass
+class Packing:
+    """How b sequences lie behind each other in one row of S tokens."""
+
+    position_ids: Tensor
+    """int64 [1, S]: from 0 in each sequence."""
+    sequence: Tensor
+    """int64 [1, S], in 0 … b - 1."""
+    starts: Tensor
+    """int32 [b + 1]: where each begins, and S."""
+    longest: int
+    """Tokens of the longest."""
+
+
+@dataclass
 class MicroBatch:
     """Some rows of a batch as a model sees them, and where their N response tokens lie."""
 
     rows: Tensor
     """int64 [b]: rows of the batch."""
     input_ids: Tensor
-    """int64 [b, s]: padded on the right to the longest of these rows."""
-    attention_mask: Tensor
-    """int64 [b, s]."""
+    """int64 [b, s]: padded on the right to the longest of these rows; or, packed, [1, S]."""
+    length: Tensor
+    """int64 [b]: tokens of each sequence."""
     grid: tuple[Tensor, Tensor]
     """Two int64 [N]: row of the batch and response position of each response token, for indexing [B, T] tensors."""
     predicts: tuple[Tensor, Tensor]
     """Two int64 [N]: row and column of ``input_ids`` whose hidden state predicts that token."""
+    response: Tensor
+    """int64 [N], in 0 … b - 1: which of ``rows`` each response token belongs to."""
+    tokens: int
+    """Of all sequences, without padding."""
+    packing: Packing | None = None
+    """None: padded."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """int64 of the shape of ``input_ids``: 0 on padding."""
+        if self.packing is not None:
+            return torch.ones_like(self.input_ids)
+        return (torch.arange(self.input_ids.shape[1], device=self.length.device) < self.length[:, None]).long()
 
     @property
     def targets(self) -> Tensor:
         """int64 [N]: the response tokens."""
         row, column = self.predicts
         return self.input_ids[row, column + 1]
-
-    @property
-    def response(self) -> Tensor:
-        """int64 [N], in 0 … b - 1: which of ``rows`` each response token belongs to."""
-        return self.predicts[0]
 
     @property
     def flat_predicts(self) -> Tensor:
@@ -141,46 +179,89 @@ class MicroBatch:
         return hidden.flatten(0, 1).index_select(0, self.flat_predicts)
 
 
-def micro_batch(batch: Batch, rows: Tensor, width: int | None = None) -> MicroBatch:
-    """Cut ``rows`` (int64 [b]) out of ``batch``, padded to ``width`` (None: to the longest of them)."""
-    length = batch.length[rows]
-    width = int(length.max()) if width is None else width
-    mask = torch.arange(width, device=rows.device) < length[:, None]
-    local_row, position = batch.mask[rows].nonzero(as_tuple=True)
+def micro_batch(
+    batch: Batch, rows: Tensor | Sequence[int], width: int | None = None, *, packed: bool = False
+) -> MicroBatch:
+    """Cut ``rows`` (int64 [b]) out of ``batch``, padded to ``width`` (None: to the longest of them) or ``packed``."""
+    numbers = rows.tolist() if isinstance(rows, Tensor) else list(rows)
+    prompts, responses = ([of[row] for row in numbers] for of in batch.on_host)
+    lengths = [p + r for p, r in zip(prompts, responses, strict=True)]
+    own, prompt, length, of_response = to_device([numbers, prompts, lengths, responses], batch.tokens.device)
+    response, position = _ragged(of_response, sum(responses))
+    grid, column, total = (own[response], position), prompt[response] - 1 + position, sum(lengths)
+    if not packed:
+        width = max(lengths) if width is None else width
+        ids = batch.tokens[own, :width]
+        return MicroBatch(own, ids, length, grid, (response, column), response, total)
+    sequence, place = _ragged(length, total)
+    starts = torch.nn.functional.pad(length.cumsum(0), (1, 0))
     return MicroBatch(
-        rows=rows,
-        input_ids=batch.tokens[rows, :width],
-        attention_mask=mask.long(),
-        grid=(rows[local_row], position),
-        predicts=(local_row, batch.prompt_length[rows][local_row] - 1 + position),
+        rows=own,
+        input_ids=batch.tokens[own[sequence], place][None],
+        length=length,
+        grid=grid,
+        predicts=(torch.zeros_like(column), starts[response] + column),
+        response=response,
+        tokens=total,
+        packing=Packing(place[None], sequence[None], starts.int(), max(lengths)),
     )
 
 
-def empty_micro_batch(batch: Batch) -> MicroBatch:
+def to_device(numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return int64 ``numbers`` on ``device``; the host does not wait until they are there."""
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    if device.type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _ragged(length: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of each of the ``total`` elements of ragged rows (lengths int64 [b]): its row and its place there, both int64
+    [total]."""
+    row = torch.repeat_interleave(length, output_size=total)
+    first = length.cumsum(0) - length
+    return row, torch.arange(total, device=length.device) - first[row]
+
+
+def empty_micro_batch(batch: Batch, *, packed: bool = False) -> MicroBatch:
     """Return a micro-batch of one padding token and no response: a pass over it computes nothing, but takes part in
     the communication between ranks."""
     none = batch.tokens.new_zeros(0)
     token = batch.tokens.new_zeros(1, 1)
-    return MicroBatch(none, token, torch.ones_like(token), (none, none), (none, none))
+    packing = Packing(token, token, torch.arange(2, dtype=torch.int32, device=token.device), 1) if packed else None
+    return MicroBatch(none, token, token.new_ones(1), (none, none), (none, none), none, 0, packing)
 
 
-def micro_batches(batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1) -> Iterator[MicroBatch]:
+def micro_batches(
+    batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1, *, packed: bool = False
+) -> Iterator[MicroBatch]:
     """Cut this rank's part of ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, and at
     least ``at_least`` of them where there are that many rows. Rows of like length go together, so that padding is
-    small. Every rank gets the same number, some of them empty if need be."""
-    pieces = [list(_pieces(batch, own, max_tokens, at_least)) for own in divide_rows(rows, batch.length)]
+    small; ``packed``, there is none. Every rank gets the same number, some of them empty if need be."""
+    parts = divide_rows(rows.cpu(), batch.host_length)
+    pieces = [list(_pieces(batch, own, max_tokens, at_least, packed)) for own in parts]
     for own in _in_step(pieces):
-        yield empty_micro_batch(batch) if own is None else micro_batch(batch, own)
+        yield empty_micro_batch(batch, packed=packed) if own is None else micro_batch(batch, own, packed=packed)
 
 
-def _pieces(batch: Batch, rows: Tensor, max_tokens: int, at_least: int) -> Iterator[Tensor]:
-    order = rows[torch.argsort(batch.length[rows], descending=True, stable=True)]
-    lengths = batch.length[order].tolist()
+def _longest_first(batch: Batch, rows: Tensor) -> list[int]:
+    """``rows``, on the CPU."""
+    return rows[torch.argsort(batch.host_length[rows], descending=True, stable=True)].tolist()
+
+
+def _pieces(batch: Batch, rows: Tensor, max_tokens: int, at_least: int, packed: bool) -> Iterator[list[int]]:
+    order = _longest_first(batch, rows)
+    lengths = [sum(of) for of in zip(*batch.on_host, strict=True)]
     start = 0
-    while start < len(lengths):
-        even = -(-(len(lengths) - start) // max(at_least, 1))
-        # The first row is the longest of its piece, so it decides how many rows fit.
-        count = min(even, max(1, max_tokens // lengths[start]))
+    while start < len(order):
+        even = -(-(len(order) - start) // max(at_least, 1))
+        if packed:
+            sums = itertools.accumulate(lengths[row] for row in order[start:])
+            count = sum(1 for _ in itertools.takewhile(lambda tokens: tokens <= max_tokens, sums))
+        else:
+            # The first row is the longest of its piece, so it decides how many rows fit.
+            count = max_tokens // lengths[order[start]]
+        count = min(even, max(1, count))
         yield order[start : start + count]
         start += count
         at_least -= 1
@@ -190,7 +271,7 @@ def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int)
     """Cut this rank's part of M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a
     share, that have at most ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run
     out has no rows. Every rank gets the same number."""
-    by_rank = zip(*(divide_rows(rows, batch.length) for rows in shares), strict=True)
+    by_rank = zip(*(divide_rows(rows.cpu(), batch.host_length) for rows in shares), strict=True)
     pieces = [list(_pieces_side_by_side(batch, rank_rows, max_tokens)) for rank_rows in by_rank]
     for own in _in_step(pieces):
         if own is None:
@@ -200,9 +281,11 @@ def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int)
             yield [micro_batch(batch, share_rows, width) for share_rows in rows]
 
 
-def _pieces_side_by_side(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[tuple[list[Tensor], int]]:
-    orders = [rows[torch.argsort(batch.length[rows], descending=True, stable=True)] for rows in shares]
-    lengths = [batch.length[order].tolist() for order in orders]
+def _pieces_side_by_side(
+    batch: Batch, shares: Sequence[Tensor], max_tokens: int
+) -> Iterator[tuple[list[list[int]], int]]:
+    orders = [_longest_first(batch, rows) for rows in shares]
+    lengths = [[sum(of[row] for of in batch.on_host) for row in order] for order in orders]
     start = 0
     while start < max(map(len, lengths)):
         # The first row of each share is the longest of its piece.
@@ -226,7 +309,7 @@ def token_imbalance(batch: Batch, passes: Sequence[Tensor]) -> float:
     [b]) of each; 1 is even."""
     busiest = everyone = 0.0
     for rows in passes:
-        loads = [float(batch.length[own].sum()) for own in divide_rows(rows, batch.length)]
+        loads = [float(batch.host_length[own].sum()) for own in divide_rows(rows.cpu(), batch.host_length)]
         busiest, everyone = busiest + max(loads) * len(loads), everyone + sum(loads)
     return busiest / everyone
 

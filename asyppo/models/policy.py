@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -11,18 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyLoss, PolicyLossResult, PolicyTargets, policy_loss, result_of_fused
 from asyppo.data.batch import Batch, MicroBatch
+from asyppo.data.padding import PaddingCount
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
 from asyppo.models.adapters import add_lora, has_adapters
 from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.head import any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
+from asyppo.models.packing import known_sequences, packed_inputs, why_not_packed
 from asyppo_kernels import LinearLogprob
+
+log = logging.getLogger("asyppo")
 
 
 def compute_dtype(dtype: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
@@ -80,6 +86,8 @@ class Policy(nn.Module):
         super().__init__()
         # In eval mode throughout: with dropout the first update's ratio would not be 1.
         self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
+        self.packs = False
+        self._padding = PaddingCount()
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
@@ -141,10 +149,12 @@ class Policy(nn.Module):
         """Return what is known of the N response tokens of ``micro``: log-prob and entropy, or, given an ``objective``,
         its loss and statistics. Both in one method, so that a sharded root module gathers the head's weight around
         either."""
-        with self.autocast():
-            hidden = self.model.get_decoder()(
-                input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
-            ).last_hidden_state
+        self._padding.add(micro.tokens, micro.input_ids.numel())
+        packing = micro.packing
+        inputs = {} if packing is None else packed_inputs(self.model, packing)
+        with self.autocast(), known_sequences(None if packing is None else packing.sequence):
+            # Padding is on the right, where causal attention does not look: no mask is made of it.
+            hidden = self.model.get_decoder()(input_ids=micro.input_ids, use_cache=False, **inputs).last_hidden_state
         hidden = micro.select(hidden)
         output = self.model.get_output_embeddings()
         weight = output.weight
@@ -193,6 +203,21 @@ class Policy(nn.Module):
         release(self)
         logprob, entropy = sum_over_ranks(torch.stack([logprob, entropy])).unbind()
         return TokenStats(logprob, entropy)
+
+    def choose_packing(self, wanted: bool | Literal["auto"]) -> None:
+        """Pack micro-batches where that is ``wanted`` and changes nothing: see ``why_not_packed``."""
+        self.packs = False
+        if wanted is True or (wanted == "auto" and is_flash_attention_requested(self.model.config)):
+            reason = why_not_packed(self.model, self, self.dtype)
+            release(self)
+            self.packs = reason is None
+            self._padding.take()
+            if reason is not None:
+                log.warning("policy.packing: %s: micro-batches of the policy are padded", reason)
+
+    def padding_frac(self) -> float:
+        """Return the fraction of padding in the tokens of all passes since the last call; 0 if there were none."""
+        return self._padding.take()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's weights by the names of its ``state_dict``, whole: see ``whole_weights``."""

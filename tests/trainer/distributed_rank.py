@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 import asyppo.trainer
 from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
-from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig
+from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig, PolicyConfig
 from asyppo.distributed.processes import leave, make_mesh, processes, rank
 from asyppo.loop import TrainingLoop
 from asyppo.models.adapters import add_lora
@@ -286,9 +286,13 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "options": lambda: train(make_config(**options, critic={"cliprange_value": 0.2}), mesh),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
         "checkpointing": lambda: train(
-            make_config(critic={"gradient_checkpointing": True}), mesh, policy={"gradient_checkpointing": True}
+            make_config(policy=PolicyConfig(packing=True), critic={"gradient_checkpointing": True}),
+            mesh,
+            policy={"gradient_checkpointing": True},
         ),
-        "adapters": lambda: train(make_config(beta=0.1, critic={"lora_r": 2}), mesh, policy={"lora": True}),
+        "adapters": lambda: train(
+            make_config(policy=PolicyConfig(packing=True), beta=0.1, critic={"lora_r": 2}), mesh, policy={"lora": True}
+        ),
         # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
         "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
     }

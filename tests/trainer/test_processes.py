@@ -27,7 +27,7 @@ from asyppo.run.durable import damage
 
 SCRIPT = Path(__file__).with_name("distributed_rank.py")
 # What depends on how rows are cut into micro-batches, and on the clock.
-NOT_COMPARED = ("timing_s/", "perf/", "critic/padding_frac")
+NOT_COMPARED = ("timing_s/", "perf/", "critic/padding_frac", "actor/padding_frac")
 
 
 def launch(processes: int, *arguments: Any, script: str | None = None, **environment: str) -> str:

@@ -71,7 +71,7 @@ CUTS = [(10_000, 1), (10_000, 3), (30, 1), (17, 4), (1, 1), (1, 99)]
 
 
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean"])
-def test_policy_gradient_does_not_depend_on_micro_batches(
+def test_policy_gradient_does_not_depend_on_micro_batches_or_packing(
     tiny_config: Make, tiny_trainer: Make, ragged_batch: Make, gradients: list, aggregation: Any
 ) -> None:
     batch: Batch = ragged_batch()
@@ -83,7 +83,7 @@ def test_policy_gradient_does_not_depend_on_micro_batches(
         entropy_keep=batch.mask & (random < 0.8),
     )
     old = torch.where(batch.mask, -3 + 0.3 * torch.randn_like(batch.reward), 0.0)
-    for budget, steps in CUTS:
+    for i, (budget, steps) in enumerate(CUTS):
         config = tiny_config(
             max_tokens_per_micro_batch=budget,
             gradient_accumulation_steps=steps,
@@ -92,6 +92,7 @@ def test_policy_gradient_does_not_depend_on_micro_batches(
             entropy_coef=0.1,
             beta=0.1,
         )
+        config.policy.packing = i % 2 == 1
         trainer = tiny_trainer(config, likes_a)
         trainer.update_policy(batch, signal, old, old + 0.1, torch.Generator().manual_seed(0))
     assert len(gradients) == 2 * len(CUTS)

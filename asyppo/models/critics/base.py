@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.data.batch import Batch, MicroBatch
-from asyppo.distributed.processes import sum_over_ranks
+from asyppo.data.padding import PaddingCount
 from asyppo.models.hub import SaveDtype
 
 Loss = Callable[[int, MicroBatch, Tensor], Tensor]
@@ -77,26 +76,3 @@ class Critics(nn.Module, ABC):
     @abstractmethod
     def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
         """Write one Hugging Face directory a critic: ``critic_0``, ``critic_1``, …; as ``save_model`` does."""
-
-
-class PaddingCount:
-    """Counts tokens that were computed, and those among them that are no padding."""
-
-    def __init__(self) -> None:
-        self.real: list[Tensor] = []
-        self.computed = 0
-
-    def add(self, real: Tensor, computed: int) -> None:
-        """Count a pass. ``real`` stays on the device until somebody asks."""
-        self.real.append(real)
-        self.computed += computed
-
-    def take(self) -> float:
-        """Return the fraction of padding and start anew."""
-        real, computed = self.real, self.computed
-        self.real, self.computed = [], 0
-        if not computed:
-            return 0.0
-        total = torch.stack(real).sum()
-        total, computed = sum_over_ranks(torch.stack([total, total.new_tensor(computed)])).tolist()
-        return 1 - total / computed

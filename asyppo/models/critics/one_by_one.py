@@ -18,6 +18,7 @@ from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.loading import load_value_models, value_head
 from asyppo.models.head import any_dtype_attention
 from asyppo.models.hub import SaveDtype, save_model, use_liger_kernels
+from asyppo.models.packing import known_sequences
 
 
 class OneByOneCritics(Critics):
@@ -61,12 +62,11 @@ class OneByOneCritics(Critics):
 
     def forward(self, m: int, micro: MicroBatch) -> Tensor:
         """Return the values [N] of critic ``m`` at the response tokens of ``micro``."""
-        self._padding.add(micro.attention_mask.sum(), micro.attention_mask.numel())
+        self._padding.add(micro.tokens, micro.input_ids.numel())
         model = self.models[m]
-        with self._autocast(model):
-            hidden = model.base_model(
-                input_ids=self.readable(micro.input_ids), attention_mask=micro.attention_mask, use_cache=False
-            ).last_hidden_state
+        with self._autocast(model), known_sequences(None):
+            # Padding is on the right, where causal attention does not look.
+            hidden = model.base_model(input_ids=self.readable(micro.input_ids), use_cache=False).last_hidden_state
         hidden = micro.select(hidden).to(self.dtype)
         head = value_head(model)
         bias = None if head.bias is None else head.bias.to(self.dtype)
