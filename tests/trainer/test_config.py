@@ -246,6 +246,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "max_skipped_steps",
         "eval",
         "policy.attn_implementation",
+        "policy.packing",
         "warm_start.cache_dir",
         "max_tokens_per_micro_batch",
         "gradient_accumulation_steps",
