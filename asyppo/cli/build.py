@@ -86,7 +86,7 @@ def _checked(
     if policy is not None:
         tokenizer = tokenizer_of(policy, config)
         checks = Checks(config.data, fit_of(config, policy, critics, tokenizer), needs)
-    eval_rows = load_eval_rows(config.data) if config.data.eval_size else []
+    eval_rows = load_eval_rows(config.data) if config.data.eval_size != 0 else []
     train_rows = load_train_rows(config.data, eval_rows, checks)
     return device, train_rows, eval_rows, reward_funcs, tokenizer
 
@@ -97,12 +97,14 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     if out.exists():
         raise ConfigError(f"--out: {out} exists, needs a new name")
     reward_funcs = resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
-    if not config.data.eval_size:
+    if config.data.eval_size == 0:
         raise ConfigError("data.eval_size: got 0, needs at least 1 prompt to evaluate on")
     choose_device(config)  # what cannot work shows before the work
     tokenizer = tokenizer_of(model, config)
     checks = Checks(config.data, fit_of(config, model, None, tokenizer), [func.need for func in reward_funcs])
     rows = fitting(load_eval_rows(config.data), "eval_dataset", checks)
+    if not rows:
+        raise ConfigError("data.eval_size: got None, which holds nothing out of one prompt; needs 1 to evaluate on it")
     policy = policy_of(model, config, temperature=config.eval.temperature)
     for func in reward_funcs:
         func.to(policy.device)

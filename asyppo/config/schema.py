@@ -161,8 +161,9 @@ class DataConfig:
     """Training rows generated of the tasks; of a data set all are taken. Rows whose prompt is held out are left out."""
     train_seed: int = 1
     """Seed of the generated training rows, and of the draw of ``max_train_rows``."""
-    eval_size: int = setting(512, at_least=0)
-    """Held-out prompts, all different; all that there are where a split or file of held-out rows has fewer. 0: none."""
+    eval_size: int | None = setting(None, at_least=0)
+    """Held-out prompts, all different; all that there are where a split or file of held-out rows has fewer. None: 512,
+    but of a data set without such rows at most a tenth of its different prompts. 0: none."""
     eval_seed: int = 1_000_003
     """Seed of the held-out rows and of their sampling: the same before and after training."""
 
@@ -528,7 +529,7 @@ class AsyPPOConfig:
             "at most prompts_per_step * num_generations",
         )
         need(
-            self.eval.min_gain is None or self.data.eval_size > 0,
+            self.eval.min_gain is None or self.data.eval_size != 0,
             "data.eval_size",
             self.data.eval_size,
             "at least 1 held-out prompt for eval.min_gain",

@@ -114,29 +114,47 @@ def _held_out_rows(config: DataConfig) -> Rows | None:
     return _split(splits, config.dataset_test_split, "dataset_test_split")
 
 
+MOST_HELD_OUT = 512
+"""Prompts, where the configuration does not say."""
+
+
 def load_eval_rows(config: DataConfig) -> Sequence[Row]:
-    """Return the held-out rows: ``eval_size`` different prompts, drawn with ``eval_seed``. Raises ConfigError.
+    """Return the held-out rows: ``eval_size`` different prompts (None: see ``DataConfig``), drawn with ``eval_seed``.
+    Raises ConfigError.
 
     They come from ``eval_dataset_name``, or else the split ``dataset_test_split``, or else the training rows, out of
     which ``load_train_rows`` then leaves them, or else the tasks.
     """
-    rows = _held_out_rows(config)
+    rows, size = _held_out_rows(config), MOST_HELD_OUT if config.eval_size is None else config.eval_size
     if rows is not None:
         rows = Checks(config).usable(replace(rows, columns=config.columns))
     elif config.dataset_name is not None:
         rows = _training_rows(config)  # load_train_rows looks at all of them
+        if config.eval_size is None:
+            size = _tenth(rows)
     else:
-        return generate_rows(config, config.eval_size, config.eval_seed, exclude=set())
+        return generate_rows(config, size, config.eval_seed, exclude=set())
     chosen: dict[str, int] = {}
     for i in _shuffled(len(rows), f"held out, seed {config.eval_seed}"):
-        if len(chosen) == config.eval_size:
+        if len(chosen) == size:
             break
         key = _key_of(rows, i)
         if key is not None:
             chosen.setdefault(key, i)
-    if not chosen:
+    if not chosen and size:
         Checks(config).usable(rows)  # says why
     return rows.take(sorted(chosen.values()))
+
+
+def _tenth(rows: Rows) -> int:
+    """A tenth of the different prompts of ``rows``, of two or more at least one, but at most MOST_HELD_OUT."""
+    different: set[str] = set()
+    for i in range(len(rows)):
+        if len(different) == 10 * MOST_HELD_OUT:
+            break
+        if (key := _key_of(rows, i)) is not None:
+            different.add(key)
+    return max(len(different) // 10, int(len(different) > 1))
 
 
 def _shuffled(count: int, key: str) -> Any:

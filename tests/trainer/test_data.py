@@ -251,8 +251,20 @@ def test_a_data_set_without_rows(tmp_path: Path, content: str) -> None:
         load_train_rows(DataConfig(dataset_name=str(tmp_path / "own.jsonl"), bad_rows="skip"), [])
 
 
+@pytest.mark.parametrize(
+    ("different", "repeated", "held_out"),
+    [(1, 1, 0), (2, 1, 1), (300, 1, 30), (20, 15, 2), (600, 1, 60), (6000, 1, 512)],
+)
+def test_how_many_are_held_out_of_a_data_set(tmp_path: Path, different: int, repeated: int, held_out: int) -> None:
+    """A tenth of the different prompts, at most 512, where nothing is said."""
+    config = DataConfig(dataset_name=jsonl(tmp_path / "own.jsonl", *numbered(different) * repeated))
+    eval_rows = load_eval_rows(config)
+    assert len(eval_rows) == held_out
+    assert len(load_train_rows(config, eval_rows)) == (different - held_out) * repeated
+
+
 def test_a_data_set_that_is_all_held_out(tmp_path: Path) -> None:
-    config = DataConfig(dataset_name=jsonl(tmp_path / "own.jsonl", *numbered(5)))
+    config = DataConfig(dataset_name=jsonl(tmp_path / "own.jsonl", *numbered(5)), eval_size=512)
     with pytest.raises(
         ConfigError, match=r"data\.eval_size: got 512, but all 5 different prompts of own\.jsonl are held"
     ):
