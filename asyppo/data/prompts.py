@@ -147,8 +147,8 @@ def prompt_fault(row: Row) -> str | None:
 
 
 def short_text(text: str) -> str:
-    """Return ``text`` on one line and, where it is long, cut."""
-    text = " ".join(text.split())
+    """Return ``text`` on one line and, where it is long, cut; halves of surrogate pairs are escaped."""
+    text = " ".join(text.split()).encode(errors="backslashreplace").decode()
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 

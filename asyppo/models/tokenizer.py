@@ -28,18 +28,23 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Return every token that ends a response: the generation config's, the tokenizer's, and the one by which the chat
     template ends a turn. Raises ConfigError if there is none, and no padding token either."""
     configured = model.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, (list, tuple)) else [configured])
-    ids |= {tokenizer.eos_token_id, turn_end_id(tokenizer)}
-    found = sorted(i for i in ids if i is not None)
-    if not found and tokenizer.pad_token_id is None:
+    ids = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
+    ids.discard(None)
+    turn_end = turn_end_id(tokenizer)
+    if not ids and tokenizer.pad_token_id is None:
+        hint = (
+            ""
+            if turn_end is None
+            else f" ({tokenizer.convert_ids_to_tokens(turn_end)!r}, as its chat template has it?)"
+        )
         raise ConfigError(
-            "policy.model_name_or_path: its tokenizer has no end-of-sequence token and no padding token, so that no "
-            "response would ever end; needs eos_token in tokenizer_config.json, or eos_token_id in "
+            "policy.model_name_or_path: its tokenizer has no end-of-sequence token and no padding token, so it is not "
+            f"known where a response ends; needs eos_token in tokenizer_config.json{hint}, or eos_token_id in "
             "generation_config.json"
         )
-    if not found:
+    if not ids and turn_end is None:
         log.warning("the tokenizer has no end-of-sequence token: every response is cut off at max_completion_length")
-    return found
+    return sorted(ids | ({turn_end} if turn_end is not None else set()))
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -179,10 +179,11 @@ def resolve_reward_funcs(
     listed: Sequence[Any] = funcs if several else [funcs]  # type: ignore[assignment]
     if not isinstance(processing_classes, Sequence):
         processing_classes = [processing_classes] * (1 if processing_classes is not None else len(listed))
-    for name, values in (("reward_weights", weights), ("reward_processing_classes", processing_classes)):
-        if values is not None and len(values) != len(listed):
-            got = list(values) if name == "reward_weights" else len(values)
-            raise ConfigError(f"{name}: got {got}, needs {len(listed)}, one for each of the reward functions")
+    if len(processing_classes) != len(listed):
+        raise ConfigError(
+            f"reward_processing_classes: got {len(processing_classes)}, needs {len(listed)}, one for each of the "
+            "reward functions"
+        )
     resolved: list[RewardFunction] = []
     for func, tokenizer in zip(listed, processing_classes, strict=True):
         if isinstance(func, RewardFunction):
@@ -192,6 +193,10 @@ def resolve_reward_funcs(
         name, taken = name_of(func), [other.name for other in resolved]
         count = sum(other.partition("#")[0] == name for other in taken)
         resolved.append(RewardFunction(func, f"{name}#{count + 1}" if count else name, timeout))
+    if weights is not None and len(weights) != len(listed):
+        raise ConfigError(
+            f"reward_weights: got {list(weights)}, needs {len(listed)}, one for each of the reward functions"
+        )
     return resolved
 
 
