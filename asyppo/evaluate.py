@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from asyppo.config import AsyPPOConfig
 from asyppo.data.prompts import prompt_text
 from asyppo.data.rows import Row
+from asyppo.distributed.processes import forked_rng
 from asyppo.rewards.built_in import RewardFunc
 from asyppo.rewards.computing import compute_rewards
 from asyppo.rewards.function import RewardFunction
@@ -175,7 +176,7 @@ def evaluate(
     order = sorted(range(len(numbers)), key=lambda j: len(prompts[numbers[j]]))
     at_once = config.generation_batch_size * math.ceil(len(order) / (20 * config.generation_batch_size))
     responses: list[Any] = [None] * len(order)
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(config.data.eval_seed)
         for start in range(0, len(order), at_once):
             chosen = order[start : start + at_once]

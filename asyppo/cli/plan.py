@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from asyppo.config import AsyPPOConfig, ConfigError, ModelShape
 from asyppo.models.critics.loading import BackboneWithValueHead, value_head
 from asyppo.models.loading import room_for_prompts
-from asyppo.models.policy import compute_dtype
+from asyppo.models.policy import compute_dtype, weights_of_products
 from asyppo_kernels._policy_head import GPU_WORKSPACE_BYTES
 
 GIB = 2**30
@@ -79,6 +79,8 @@ class Model:
     largest_layer: int
     """Parameters of the largest block that FSDP2 gathers at once."""
     is_critic: bool
+    products: int
+    """Parameters of ``weights_of_products``."""
 
     @property
     def text(self) -> Any:
@@ -168,7 +170,7 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     if critic is not None:
         always |= _resident("critics", critic, element, shards, config.num_critics)
     if config.beta > 0 and not config.policy.use_peft:
-        always["reference weights"] = 4 * policy.parameters // shards
+        always["reference weights"] = (4 * policy.parameters - (4 - element) * policy.products) // shards
     everyones = config.prompts_per_step * config.num_generations
     always["batch"] = everyones * (8 * width + _BATCH_BYTES * config.max_completion_length)
     responses = -(-everyones // gpus)
@@ -344,6 +346,7 @@ def describe(
     with torch.device("meta"):
         model = _from_config(model_config, is_critic)
     parameters = sum(p.numel() for p in model.parameters())
+    products = sum(p.numel() for p in weights_of_products(model))
     layers = _layers(model)
     largest = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=parameters)
     trainable = parameters
@@ -354,7 +357,7 @@ def describe(
         trainable = _adapter_parameters(model, config.critic.lora_r, None)
         trainable += sum(p.numel() for p in value_head(model).parameters())
         parameters += trainable - sum(p.numel() for p in value_head(model).parameters())
-    return Model(name, source, model_config, parameters, trainable, largest, is_critic)
+    return Model(name, source, model_config, parameters, trainable, largest, is_critic, products)
 
 
 def _adapter_parameters(model: Any, rank: int, ends: list[str] | None) -> int:

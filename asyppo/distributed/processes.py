@@ -220,6 +220,15 @@ def divide_rows(rows: Tensor, tokens: Tensor) -> list[Tensor]:
 
 
 @contextmanager
+def forked_rng() -> Iterator[None]:
+    """Put torch's global generators back afterwards: the CPU's, and that of this process's own GPU. Of itself
+    ``fork_rng`` takes all the GPUs of a machine, and memory on each."""
+    own = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=own):
+        yield
+
+
+@contextmanager
 def own_randomness() -> Iterator[None]:
     """Let ranks draw different numbers from torch's global generators, which go on afterwards as one, in step.
 
@@ -229,6 +238,6 @@ def own_randomness() -> Iterator[None]:
         yield
         return
     seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(seed + rank())
         yield

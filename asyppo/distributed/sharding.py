@@ -213,12 +213,16 @@ def total_norms(sets: Sequence[Sequence[Tensor]]) -> Tensor:
 
     One all-reduce in all, where ``torch.nn.utils.get_total_norm`` has one for each sharded gradient.
     """
-    norm = nn.utils.get_total_norm
+    device = next((local(g).device for own in sets for g in own), None)
+
+    def norm(gradients: list[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(gradients).to(device)  # of none it is on the CPU
+
     whole = torch.stack([norm([local(g) for g in own if not is_sharded(g)]) for own in sets])
     first = next((g for own in sets for g in own if is_sharded(g)), None)
     if not isinstance(first, DTensor):
         return whole
-    squares = torch.stack([norm([local(g) for g in own if is_sharded(g)]).to(first.device) for own in sets]).square()
+    squares = torch.stack([norm([local(g) for g in own if is_sharded(g)]) for own in sets]).square()
     dist.all_reduce(squares, group=first.device_mesh.get_group("shard"))
     return (squares + whole.to(squares).square()).sqrt()
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.checks import Fit
-from asyppo.distributed.processes import world_size
+from asyppo.distributed.processes import forked_rng, world_size
 from asyppo.models.adapters import without_peft
 from asyppo.models.critics import Critics, load_critics, make_critics
 from asyppo.models.critics.loading import load_value_models
@@ -95,7 +95,7 @@ def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, 
         return critics
     if not config.num_critics:
         raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(config.seed)
         options = _shared(config) | {"device": policy.device}
         if isinstance(critics, str):

@@ -225,10 +225,22 @@ class Policy(nn.Module):
             yield name.removeprefix("model."), weight
 
     def reference(self) -> Reference:
-        """Return the policy as it is now, to stay as it is: a copy, or, of one with adapters, the model under them."""
+        """Return the policy as it is now, to stay as it is: a copy, or, of one with adapters, the model under them.
+
+        Matrices of linear layers are kept in ``dtype``, in which they are used: the copy computes what the policy does.
+        """
         if has_adapters(self.model):
             return WithoutAdapters(self)
-        return copy.deepcopy(self).requires_grad_(False)
+        taken: dict[int, Any] = {}
+        for weight in weights_of_products(self.model):
+            taken[id(weight)] = nn.Parameter(weight.detach().to(self.dtype, copy=True), requires_grad=False)
+        return copy.deepcopy(self, taken).requires_grad_(False)
+
+
+def weights_of_products(model: PreTrainedModel) -> list[Tensor]:
+    """Return the matrices of linear layers, but one tied to the embedding: autocast rounds them in each pass."""
+    linear = {module.weight: None for module in model.modules() if isinstance(module, nn.Linear)}
+    return [weight for weight in linear if weight is not model.get_input_embeddings().weight]
 
 
 class WithoutAdapters:

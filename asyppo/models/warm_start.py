@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
 from asyppo.data.rows import Row
+from asyppo.distributed.processes import forked_rng
 from asyppo.run import durable
 from asyppo.run.progress import ProgressDisplay
 
@@ -157,7 +158,7 @@ def _teach(
 ) -> Qwen3ForCausalLM:
     """Return a model of this shape after ``config.steps`` supervised steps on the responses, not on the prompts."""
     rng = random.Random(config.seed)
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(config.seed)
         model = Qwen3ForCausalLM(
             Qwen3Config(

@@ -21,7 +21,7 @@ from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import POLICY_LOSSES, PolicyTargets
 from asyppo.config import AsyPPOConfig, ConfigError, DistributedConfig
 from asyppo.data.batch import Batch, MicroBatch, empty_micro_batch, micro_batches, share_micro_batches, token_imbalance
-from asyppo.distributed.processes import divide_rows, divided, make_mesh, own_part, processes
+from asyppo.distributed.processes import divide_rows, divided, forked_rng, make_mesh, own_part, processes
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.models.critics import OneByOneCritics, StackedCritics
 from asyppo.models.policy import Objective, Policy
@@ -187,6 +187,25 @@ def test_gradient_norms_are_those_of_torch() -> None:
     assert second == ours[0].norm()
     clip_gradients(ours, 0.5, first)
     assert all(torch.equal(g, p.grad) for g, p in zip(ours, theirs, strict=True))
+
+
+def test_a_critic_without_gradients_has_a_norm_on_their_device() -> None:
+    assert total_norms([[torch.empty(3, device="meta")], []]).device.type == "meta"
+    assert total_norms([[], []]).tolist() == [0, 0]
+
+
+def test_random_numbers_of_other_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: seen.append(device))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: seen.append(device))
+    before = torch.get_rng_state()
+    with forked_rng():
+        torch.rand(1)
+    assert seen == [1, 1]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_passes_keep_their_order_between_replicas() -> None:

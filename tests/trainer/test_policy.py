@@ -182,6 +182,21 @@ def test_bfloat16_compute_stays_near_float32(tiny_lm: TinyLM, ragged_batch: Call
     assert 1e-4 < difference < 0.5  # bfloat16 was at work, and no more than that
 
 
+def test_a_reference_in_bfloat16_computes_what_the_policy_does(
+    tiny_lm: TinyLM, ragged_batch: Callable[..., Batch]
+) -> None:
+    for tied in (False, True):
+        policy, batch = Policy(tiny_lm(tie_word_embeddings=tied), dtype=torch.bfloat16), ragged_batch()
+        reference = policy.reference()
+        assert isinstance(reference, Policy)
+        kept = {name: p.dtype for name, p in reference.model.named_parameters()}
+        assert kept["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+        assert kept["model.embed_tokens.weight"] == kept["model.norm.weight"] == torch.float32
+        micros = list(micro_batches(batch, torch.arange(len(batch)), 30))
+        assert torch.equal(policy.logprobs(batch, micros).logprob, reference.logprobs(batch, micros).logprob)
+        assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
 @pytest.mark.parametrize("surrogate", [None, gspo])
 def test_gradients_of_the_head_are_not_rounded_to_bfloat16(
     tiny_lm: TinyLM, ragged_batch: Callable[..., Batch], surrogate: PolicyLoss | None

@@ -231,6 +231,18 @@ def test_packed_sequences(family: str, padding: str) -> None:
     assert critics.padding_frac() == 0
 
 
+def test_the_attention_of_torch_2_11() -> None:
+    """Its signature has no ``enable_gqa``: heads are grouped unasked."""
+
+    def older(q: Tensor, k: Tensor, *rest: Any, window_size: tuple[int, int]) -> Tensor:
+        return reference_varlen(q, k, *rest, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1])
+
+    models = make_models("qwen3")
+    critics = StackedCritics(copy.deepcopy(models))
+    critics.varlen = older
+    assert_parity(models, critics, *inputs("right"))
+
+
 Errors = dict[str, float]
 
 

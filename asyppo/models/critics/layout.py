@@ -8,6 +8,7 @@ Padding is dropped or moved to the end in any case, so causal attention needs no
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class Layout:
             lengths = torch.cat([length, (most - total)[:, None]], dim=1).repeat(copies, 1)
             self.starts = F.pad(lengths.flatten().cumsum(0), (1, 0)).int()
             self.longest = max(self.longest, most - least)
+            self.asks_for_gqa = "enable_gqa" in signature(varlen).parameters  # torch 2.11 takes all heads as they are
         elif self.packed:
             place = (row * self.longest + rank).flatten(1).gather(1, order).repeat(copies, 1)
             first = torch.arange(0, num_critics * grid, grid, device=place.device)[:, None]
@@ -98,7 +100,7 @@ class Layout:
                 self.longest,
                 self.longest,
                 window_size=(-1 if window is None else window - 1, 0),
-                enable_gqa=q.shape[2] != k.shape[2],
+                **({"enable_gqa": q.shape[2] != k.shape[2]} if self.asks_for_gqa else {}),
             )
             return out.view(*q.shape[:2], -1)
         padded = [self._pad(x.flatten(0, 1)).transpose(1, 2) for x in (q, k, v)]

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from asyppo.distributed.processes import forked_rng
 from asyppo.rollout.samplers.base import Response, WorkingWeights, evaluating
 
 
@@ -54,7 +55,7 @@ class ContinuousBatchingSampler:
             pad_token_id=self.pad_token_id,
         )
         batching = self._batching(model, max(len(p) for p in prompts) + max_completion_length, len(prompts))
-        with evaluating(model), torch.random.fork_rng():  # the manager seeds the global generator
+        with evaluating(model), forked_rng():  # the manager seeds the global generator
             manager = model.init_continuous_batching(generation, batching)
             try:
                 # Before it starts, so that what is drawn does not depend on how fast the requests come in.
