@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from asyppo.config import ConfigError, DataConfig
-from asyppo.data.prompts import prompt_fault, prompt_key, prompt_tokens, short_text
+from asyppo.data.bounds import tokens_per_byte
+from asyppo.data.prompts import added_tokens, prompt_fault, prompt_key, prompt_texts, prompt_tokens, short_text
 from asyppo.data.rows import NotARow, Row, Rows, short
 from asyppo.run.progress import ProgressDisplay
 
@@ -56,6 +57,17 @@ class Fit:
     def beyond(self) -> bool:
         """Whether the tokenizer has tokens that the models have not."""
         return self.vocab_size is not None and max(self.tokenizer.get_vocab().values(), default=-1) >= self.vocab_size
+
+    @cached_property
+    def tokens_per_byte(self) -> int | None:
+        """As the function has it; None also where the models do not have every token."""
+        return None if self.beyond else tokens_per_byte(self.tokenizer)
+
+    def certain_bytes(self, longest: int) -> int:
+        """Return how many bytes a text may have so that it certainly has 1 to ``longest`` tokens; 0: not known."""
+        if self.tokens_per_byte is None:
+            return 0
+        return max(0, (longest - sum(map(len, added_tokens(self.tokenizer)))) // self.tokens_per_byte)
 
     def fault(self, tokens: Sequence[int]) -> str | None:
         """Say what is wrong with the tokens of a prompt but for their number, or None."""
@@ -156,6 +168,7 @@ class _Look:
         self.longest = limit if config.max_prompt_length is None else min(limit, config.max_prompt_length)
         own = "the models' positions less max_completion_length"
         self.why = own if self.longest == limit else "data.max_prompt_length"
+        self.certain_bytes = checks.fit.certain_bytes(self.longest) if checks.fit is not None else 0
         self.digest = hashlib.blake2b(digest_size=16)
         self.with_prompt = self.good = self.excluded = 0
         self.seen = -1  # number of the last row
@@ -186,9 +199,12 @@ class _Look:
                 yield i, row
 
     def _fitting(self, rows: dict[int, Row], fit: Fit) -> Iterator[tuple[int, Row]]:
-        config = self.checks.config
-        all_tokens = _try_tokens([row["prompt"] for row in rows.values()], fit.tokenizer, config)
+        prompts = [row["prompt"] for row in rows.values()]
+        all_tokens = _try_tokens(prompts, fit.tokenizer, self.checks.config, self.certain_bytes)
         for (i, row), tokens in zip(rows.items(), all_tokens, strict=True):
+            if tokens is None:
+                yield i, row
+                continue
             fault = tokens if isinstance(tokens, str) else fit.fault(tokens)
             if fault is not None:
                 self._bad(i, f"prompt: got {short(row['prompt'])}, but {fault}")
@@ -250,18 +266,25 @@ def _encoded(rows: list[Row]) -> bytes:
 
 
 def _try_tokens(
-    prompts: list[Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> Sequence[list[int] | str]:
-    """Tokens of each prompt, or what the tokenizer or the chat template has against it."""
+    prompts: list[Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig, certain_bytes: int
+) -> Sequence[list[int] | str | None]:
+    """Tokens of each prompt, or what the tokenizer or the chat template has against it; None where its text has 1 to
+    ``certain_bytes`` bytes, so that it is not tokenized."""
+    kwargs = config.chat_template_kwargs
     try:
-        return prompt_tokens(prompts, tokenizer, config.chat_template_kwargs)
+        texts = prompt_texts(prompts, tokenizer, kwargs) if certain_bytes else [""] * len(prompts)
+        unsure = [i for i, text in enumerate(texts) if not 0 < len(text.encode()) <= certain_bytes]
+        found: list[list[int] | str | None] = [None] * len(prompts)
+        for i, tokens in zip(unsure, prompt_tokens([prompts[i] for i in unsure], tokenizer, kwargs), strict=True):
+            found[i] = tokens
+        return found
     except ConfigError:
         raise
     except Exception as error:  # whatever a template does with what it has not been made for
         if len(prompts) == 1:
             who = "tokenizer" if isinstance(prompts[0], str) else "chat template"
             return [f"the {who} refuses it: {short_text(str(error)) or type(error).__name__}"]
-        return [tokens for one in prompts for tokens in _try_tokens([one], tokenizer, config)]
+        return [tokens for one in prompts for tokens in _try_tokens([one], tokenizer, config, certain_bytes)]
 
 
 def fitting(rows: Sequence[Row], name: str, checks: Checks) -> Rows:

@@ -42,19 +42,31 @@ def prompt_tokens(
     such tokens itself, up to where the assistant's answer begins; where the last message is the assistant's, the answer
     has begun, and it goes on from the end of that message (as in TRL).
     """
-    begin, end = _added(tokenizer)
+    _, end = added_tokens(tokenizer)
+    texts = prompt_texts(prompts, tokenizer, chat_template_kwargs)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for is_text in (True, False):
+        chosen = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str) is is_text]
+        for i, ids in zip(chosen, _ids([texts[i] for i in chosen], tokenizer, is_text), strict=True):
+            tokens[i] = ids[: -len(end)] if is_text and end and ids[-len(end) :] == end else ids
+    return tokens
+
+
+def prompt_texts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return the text of each prompt that is tokenized: chat messages as the chat template has them. Raises ConfigError
+    if there is none."""
+    begin, _ = added_tokens(tokenizer)
     # Text that a template was already applied to begins with the token that the tokenizer would add.
     bos = tokenizer.bos_token if tokenizer.bos_token_id in begin[:1] else ""
-    tokens: list[list[int]] = [[] for _ in prompts]
-    texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
-    for i, ids in zip(texts, _ids([prompts[i].removeprefix(bos) for i in texts], tokenizer, True), strict=True):  # type: ignore[union-attr]
-        tokens[i] = ids[: -len(end)] if end and ids[-len(end) :] == end else ids
+    texts = [prompt.removeprefix(bos) if isinstance(prompt, str) else "" for prompt in prompts]
     chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     if chats:
         rendered = _rendered([prompts[i] for i in chats], tokenizer, chat_template_kwargs or {})
-        for i, ids in zip(chats, _ids(rendered, tokenizer, False), strict=True):
-            tokens[i] = ids
-    return tokens
+        for i, text in zip(chats, rendered, strict=True):
+            texts[i] = text
+    return texts
 
 
 def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[list[int]]:
@@ -70,8 +82,8 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_special_t
     )["input_ids"]
 
 
-def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens that the tokenizer adds before a text, and those that it adds behind it."""
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens that the tokenizer adds before a text, and those that it adds behind it."""
     content, whole = (_ids(["a"], tokenizer, add)[0] for add in (False, True))
     for start in range(len(whole) - len(content) + 1):
         if content and whole[start : start + len(content)] == content:

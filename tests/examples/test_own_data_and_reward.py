@@ -134,6 +134,6 @@ def test_a_reward_function_that_fails_is_one_line(
     (tmp_path / "own.py").write_text(REWARDS)
     own = ["--reward_funcs", f"[{tmp_path}/own.py:{function}]", "--reward_weights", "null", "--reward_timeout", timeout]
     assert main([*example, *own]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("teach the ")]
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("asyppo: ")]
     assert len(err) == 1, err
     assert message.format(tmp=tmp_path) in err[0]

@@ -12,10 +12,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from asyppo.config import ConfigError, DataConfig, TaskConfig
 from asyppo.data import checks
+from asyppo.data.bounds import tokens_per_byte
 from asyppo.data.checks import Checks, Fit, Need
 from asyppo.data.prompts import prompt_text, prompt_tokens
 from asyppo.data.rows import JsonLines, Kept, Rows
@@ -335,8 +339,6 @@ TEMPLATE = (
 @pytest.fixture
 def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """One that begins text with <bos>, which its chat template writes, too."""
-    from tokenizers import Tokenizer, processors
-
     made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     made.add_special_tokens(["<bos>"])
     made.post_processor = processors.TemplateProcessing(
@@ -441,8 +443,6 @@ def test_no_rows_at_all_are_no_fault(tokenizer: PreTrainedTokenizerFast) -> None
 
 
 def test_text_does_not_end_with_what_the_tokenizer_adds(tokenizer: PreTrainedTokenizerFast) -> None:
-    from tokenizers import Tokenizer, processors
-
     for single, begin in (("$A <eos>", []), ("<pad> $A <eos> <pad>", [0])):
         made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         special = [("<pad>", 0), ("<eos>", 1)]
@@ -613,3 +613,52 @@ def test_numbers_without_some() -> None:
         assert kept[1:3] == list(kept)[1:3]
     with pytest.raises(IndexError):
         Kept(3, [1])[2]
+
+
+# --- how many tokens a text has at most ---
+
+
+def byte_level(normalizer: Any = None, single: str = "$A", **changes: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a few merges."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<eos>", *letters, "ab", "abc"])}
+    made = Tokenizer(models.BPE(vocab, [("a", "b"), ("ab", "c")], **changes))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if normalizer is not None:
+        made.normalizer = normalizer
+    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<eos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.text(min_size=1, max_size=12), st.booleans())
+def test_no_text_has_more_tokens_than_the_bound(text: str, nfc: bool) -> None:
+    own = NFC if nfc else PLAIN
+    assert 1 <= len(own(text)["input_ids"]) <= len(text.encode()) * (3 if nfc else 1)
+
+
+PLAIN, NFC = byte_level(), byte_level(normalizers.NFC())
+
+
+def test_of_which_tokenizers_a_bound_is_known(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert (tokens_per_byte(PLAIN), tokens_per_byte(NFC), tokens_per_byte(tokenizer)) == (1, 3, None)
+    for unknown in (byte_level(normalizers.NFKC()), byte_level(dropout=0.5), byte_level(end_of_word_suffix="</w>")):
+        assert tokens_per_byte(unknown) is None
+    own = byte_level(single="<eos> $A <eos>")
+    assert Fit(own, 10).certain_bytes(10) == 8
+    assert Fit(own, 10, vocab_size=100).certain_bytes(10) == 0  # it has tokens that the models have not
+
+
+def test_what_certainly_fits_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what does not is counted: the same rows are found as by tokenizing all."""
+    seen: list[str] = []
+
+    def counted(prompts: Any, *rest: Any) -> Any:
+        seen.extend(prompts)
+        return prompt_tokens(prompts, *rest)
+
+    monkeypatch.setattr(checks, "prompt_tokens", counted)
+    rows = [{"prompt": text} for text in ("xyz", "abcabcabc", "x" * 6, "x" * 5)]
+    found = fitting(rows, "rows", PLAIN, DataConfig(long_prompts="skip"), 5)
+    assert [row["prompt"] for row in found] == ["xyz", "abcabcabc", "x" * 5]
+    assert seen == ["abcabcabc", "x" * 6]
