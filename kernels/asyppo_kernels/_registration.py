@@ -19,6 +19,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
+from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
 
@@ -95,6 +96,7 @@ class Op:
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = compute(*inputs)
             setup_context(ctx=ctx, inputs=inputs, output=output)
+            ctx.eager = True
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -119,6 +121,13 @@ class Op:
 def define(name: str) -> Callable[[Callable[..., Any]], Op]:
     """Decorate the forward of an ``Op`` that has no derivative."""
     return lambda forward: Op(name, forward)
+
+
+def is_last_use(ctx: Any) -> bool:
+    """Within an op's backward: whether what it saved may be overwritten. The call came the eager way, where outputs for
+    the backward alone reach nobody else, and the graph goes after this."""
+    plain = getattr(ctx, "eager", False) and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return plain and not _get_current_graph_task_keep_graph()
 
 
 def _somebody_looks() -> bool:

@@ -546,6 +546,49 @@ def test_chunks_change_nothing(backend: str, compact: bool, rows: int, count_gem
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_memory_is_a_chunk_of_logits_and_one_gradient_of_the_weight(backend: str) -> None:
+    """On a CPU, whose allocations the profiler sees; the upstream scale needs no second gradient."""
+    if backend != "torch" or torch.get_default_device().type != "cpu":
+        pytest.skip("the interpreter allocates otherwise, and a GPU keeps three blocks")
+    n, h, v = 64, 16, 4001
+    data = make(n, h, v)
+    chunk, gradient = 4 * v * 16, 4 * v * h
+    out: list[LinearPPOLoss] = []
+    calls = (
+        lambda: out.append(linear_ppo_loss(**data, **EVERYTHING, workspace_bytes=chunk, backend=backend)),
+        lambda: out[0].loss.backward(),
+    )
+    calls[0]()
+    calls[1]()
+    out.clear()
+    data["weight"].grad = None
+    for call, most in zip(calls, (chunk + 1.4 * gradient, 0.4 * gradient), strict=True):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+            call()
+        live, peak = 0, 0
+        events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        assert peak <= most
+
+
+@pytest.mark.parametrize("upstream", [1.0, -3.0])
+def test_a_graph_that_is_kept_keeps_its_gradients(backend: str, upstream: float) -> None:
+    """What a backward overwrites is nobody's but the last one's."""
+    data = make(9, 4, 31)
+    loss = upstream * linear_ppo_loss(**data, **EVERYTHING, backend=backend).loss
+    kept = [torch.autograd.grad(loss, leaves(data), retain_graph=True) for _ in range(2)]
+    before = [x.clone() for x in kept[0]]
+    loss.backward(retain_graph=True)
+    for x in leaves(data):
+        assert x.grad is not None
+        x.grad.zero_()
+    loss.backward()
+    for x, *others in zip(leaves(data), *kept, before, strict=True):
+        assert all(torch.equal(other, x.grad) for other in others)
+
+
 def test_micro_batches_add_up(backend: str) -> None:
     """Losses and gradients of the parts sum to those of the whole, a fully masked part included."""
     data = make(50, 8, 31)

@@ -57,6 +57,7 @@ def forward(
             row_entropy[chunk] = stats.entropy
         if keep_logits:
             kept = z
+        del z  # before there is another chunk of logits
     if keep_logits and len(kept) < n:
         kept = torch.cat([kept, kept.new_zeros(n - len(kept), v)])
     return RowStats(logprob, row_entropy, row_max, log_sum), kept
@@ -139,6 +140,7 @@ def backward(
             accumulate_f32(d_x, grad, gradient_operand(w), first=start == 0)
         if need_weight:
             mm_into(d_weight[columns], grad.t(), x_for_gradient)
+        del z, out, grad
     if need_hidden:
         d_hidden[rows] = d_x.to(hidden.dtype)
     return d_hidden, d_weight, d_bias

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, choose_backend
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
-from asyppo_kernels._registration import Op
+from asyppo_kernels._registration import Op, is_last_use
 from asyppo_kernels.linear_ppo_loss.result import LinearPPOLoss
 from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
 
@@ -275,13 +275,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     given = _forward_op.signature.named(inputs)
     ctx.dtypes = {name: given[name].dtype for name in HEAD if given[f"need_{name}"]}
     ctx.save_for_backward(*output[-3:])
+    ctx.set_materialize_grads(False)  # or the outputs that are saved get zeros of their size
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return _forward_op.signature.gradients({})
     formed = dict(zip(HEAD, ctx.saved_tensors, strict=True))
-    return _forward_op.signature.gradients(
-        {name: _scale_cast_op(formed[name], grad_loss, dtype) for name, dtype in ctx.dtypes.items()}
-    )
+    last = is_last_use(ctx)
+
+    def scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
+        if last and x.dtype == dtype:
+            return x.detach().mul_(grad_loss)  # the weight's gradient is large, and there is no need of two
+        return _scale_cast_op(x, grad_loss, dtype)
+
+    return _forward_op.signature.gradients({name: scaled(formed[name], dtype) for name, dtype in ctx.dtypes.items()})
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

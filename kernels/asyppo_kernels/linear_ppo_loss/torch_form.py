@@ -112,30 +112,30 @@ def forward(
         entropy[index] = stats.entropy.where(visible, 0.0)
         ratio[index] = token.ratio.where(visible, 0.0)
         clipped[index] = token.clipped & visible
-        if not (live and need_gradient):
-            continue
-
-        grad = product_gradient(
-            z,
-            part.target,
-            stats.row_max,
-            stats.log_sum,
-            stats.entropy,
-            token.grad_logprob,
-            token.grad_entropy if ppo.entropy_coef != 0 else None,
-            head,
-            out=z,
-        )
-        if need_bias:
-            total = grad.sum(dim=0)
-            d_bias.copy_(total) if first_gradient else d_bias.add_(total)
-        x = gradient_operand(x)
-        grad = grad.to(x.dtype)
-        if need_hidden:
-            d_hidden[index] = mm_f32(grad, w_for_gradient)
-        if need_weight:
-            accumulate_f32(d_weight, grad.t(), x, first=first_gradient)
-        first_gradient = False
+        if live and need_gradient:
+            grad = product_gradient(
+                z,
+                part.target,
+                stats.row_max,
+                stats.log_sum,
+                stats.entropy,
+                token.grad_logprob,
+                token.grad_entropy if ppo.entropy_coef != 0 else None,
+                head,
+                out=z,
+            )
+            if need_bias:
+                total = grad.sum(dim=0)
+                d_bias.copy_(total) if first_gradient else d_bias.add_(total)
+            x = gradient_operand(x)
+            grad = grad.to(x.dtype)
+            if need_hidden:
+                d_hidden[index] = mm_f32(grad, w_for_gradient)
+            if need_weight:
+                accumulate_f32(d_weight, grad.t(), x, first=first_gradient)
+            first_gradient = False
+            del grad
+        del z  # before there is another chunk of logits
     if first_gradient:
         d_weight.zero_()
         d_bias.zero_()
