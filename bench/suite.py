@@ -146,8 +146,13 @@ def measure(
     def make(number: int) -> Inputs:
         return module.inputs(case, torch.Generator(case.device).manual_seed(seed + number))
 
-    inputs = make(0)
-    rows, running = _check(case, entries, inputs, deadline)
+    try:
+        inputs = make(0)
+        want = oracle(case, inputs)
+        limit = errors.limits(baseline(case, inputs), want, case.dtype, getattr(module, "SLACK", 1.0))
+    except Exception as error:
+        return [_row(entry, "failing", f"not judged, since its oracle {_message(error)}") for entry in entries]
+    rows, running = _check(case, entries, inputs, want, limit, deadline)
 
     for row, run, seconds in running.values():
         try:
@@ -201,12 +206,15 @@ def measure(
 
 
 def _check(
-    case: Case, entries: Sequence[Contender], inputs: Inputs, deadline: float
+    case: Case,
+    entries: Sequence[Contender],
+    inputs: Inputs,
+    want: Outputs,
+    limit: dict[str, float],
+    deadline: float,
 ) -> tuple[list[results.Row], dict[Contender, tuple[results.Row, Run, float]]]:
     """Error first. Return all rows, and of those that are right what is needed to time them."""
-    want = oracle(case, inputs)
     module = OPS[case.op]
-    limit = errors.limits(baseline(case, inputs), want, case.dtype, getattr(module, "SLACK", 1.0))
     rows = [_row(entry, "ok") for entry in entries]
     built, running = {}, {}
     for entry, row in zip(entries, rows, strict=True):

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -49,16 +50,21 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: list
     """Put trainable adapters of rank ``r`` (arXiv 2106.09685) on the linear layers that ``target_modules`` names, and
     freeze everything else. None: all linear layers but the head. A new adapter changes nothing: its B is 0.
 
-    Raises ConfigError for a name that no layer has, and for the head, whose weight goes into the fused ops as it is.
+    Raises ConfigError for a name that no layer has, for the head, whose weight goes into the fused ops as it is, and
+    where transformers takes no adapters of the peft that is installed.
     """
-    from peft import LoraConfig
+    import peft
 
     try:
         model.add_adapter(
-            LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules or "all-linear", task_type="CAUSAL_LM")
+            peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=target_modules or "all-linear", task_type="CAUSAL_LM")
         )
     except ValueError as error:
-        raise ConfigError(f"policy.lora_target_modules: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        if "target" in said.lower():  # every such message of peft names them so
+            raise ConfigError(f"policy.lora_target_modules: {said}") from error
+        versions = f"transformers {transformers.__version__} with peft {peft.__version__}"
+        raise ConfigError(f"policy.use_peft: {versions} adds no adapters: {said}") from error
     if hasattr(model.get_output_embeddings(), "base_layer"):
         raise ConfigError(
             f"policy.lora_target_modules: got {target_modules}, which names the head; needs layers below it"

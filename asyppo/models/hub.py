@@ -136,8 +136,7 @@ def save_model(model: Any, directory: Path, dtype: SaveDtype = "auto") -> None:
 
 
 def use_liger_kernels(model: PreTrainedModel) -> None:
-    """Replace parts of ``model`` by Liger's where it knows the architecture; they run on GPUs only."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+    """Replace layers of ``model`` by Liger's where it knows the architecture; they run on GPUs only."""
+    from transformers.integrations.liger import apply_liger_kernel
 
-    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        _apply_liger_kernel_to_instance(model=model)
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})  # the losses are ours

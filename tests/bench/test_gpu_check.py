@@ -7,6 +7,7 @@ import torch
 
 from asyppo_kernels._args import INTERPRETED
 from bench import gpu_check
+from bench.ops import OPS
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on CPU, Triton kernels need TRITON_INTERPRET=1")
 
@@ -20,6 +21,34 @@ def test_the_runs_it_repeats() -> None:
         gpu_check.stacked(2, 3, 8, 5, (2, 1, 4)),
     ):
         assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(run(), run(), strict=True))
+
+
+def test_the_head_is_measured_before_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = dict(gpu_check.steps(lambda: 570.0))
+    assert list(made)[:3] == ["repeats", "tests", "bench"]
+    command = made["bench"]()
+    assert command is not None
+    ops = [word.removeprefix("--op=") for word in command if word.startswith("--op=")]
+    assert ops[:2] == ["linear_ppo_loss", "linear_logprob"]
+    assert sorted(ops[-2:]) == ["train_step", "update"]
+    assert set(ops) == set(OPS)
+
+
+def test_what_the_tests_need_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = dict(gpu_check.steps(lambda: 570.0))["tests"]
+    assert tests() is not None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "hypothesis" else name)
+    assert tests() is None
+
+
+def test_a_step_that_cannot_start_ends_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    steps = [("first", lambda: ["/no/such/command"]), ("second", lambda: ["true"])]
+    monkeypatch.setattr(gpu_check, "steps", lambda left: steps)
+    assert gpu_check.main([]) == 1
+    printed = capsys.readouterr().out
+    assert "first      FAILED ([Errno 2]" in printed
+    assert "second     passed" in printed
 
 
 def test_without_a_gpu(capsys: pytest.CaptureFixture) -> None:

@@ -38,6 +38,17 @@ def rows_of(case: Case, *entries: Contender) -> dict[str, dict]:
     return {row["contender"]: row for row in suite.measure(case, entries, budget=0.01, min_rounds=2)}
 
 
+def test_an_oracle_that_raises_fails_its_own_case_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_ppo_loss, "reference", no_memory)
+        rows = rows_of(quick_case("linear_ppo_loss"), planted("right", "linear_ppo_loss", lambda outputs: outputs))
+    assert rows["right"]["status"] == "failing"
+    assert rows["right"]["reason"] == "not judged, since its oracle raises RuntimeError: out of memory"
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_contender_is_caught_and_not_timed(op: str) -> None:
     """One wrong element in one output is enough."""

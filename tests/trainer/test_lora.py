@@ -205,6 +205,16 @@ def test_layers_that_cannot_have_adapters(tiny_lm: Make, names: list[str], messa
         add_lora(tiny_lm(), r=2, alpha=2, target_modules=names)
 
 
+def test_a_peft_that_transformers_does_not_take(tiny_lm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(*_: Any, **__: Any) -> None:
+        raise ValueError("The version of PEFT you are using is not compatible, please use a version >= 0.22.0")
+
+    model = tiny_lm()
+    monkeypatch.setattr(model, "add_adapter", too_old)
+    with pytest.raises(ConfigError, match=r"policy\.use_peft: transformers .* with peft .* please use a version >="):
+        add_lora(model, r=2, alpha=2, target_modules=None)
+
+
 def test_a_critic_needs_a_model(adapted: Make, tmp_path: Path) -> None:
     adapted().model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ConfigError, match="holds an adapter, a critic needs a model"):

@@ -31,6 +31,7 @@ from asyppo.algorithm.policy_losses import PolicyLoss, PolicyTargets, gspo
 from asyppo.config import ConfigError
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.adapters import add_lora
+from asyppo.models.hub import use_liger_kernels
 from asyppo.models.policy import Objective, Policy, compute_dtype
 
 CPU = torch.device("cpu")
@@ -211,6 +212,14 @@ def test_gradients_of_the_head_are_not_rounded_to_bfloat16(
     assert gradient is not None
     rounded = gradient[gradient != 0] == gradient[gradient != 0].bfloat16()
     assert rounded.float().mean() < 0.05  # of float32 numbers one in 65,536 happens to be one of bfloat16
+
+
+def test_liger_leaves_losses_alone(tiny_lm: TinyLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, dict[str, bool]]] = []
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda *given: asked.append(given))
+    model = tiny_lm()
+    use_liger_kernels(model)
+    assert asked == [(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})]
 
 
 def test_compute_dtype() -> None:
