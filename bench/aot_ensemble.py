@@ -20,6 +20,7 @@ VALUE_STRIDES = "hidden_k hidden_n weight_k"
 GAE_STRIDES = "value_k value_b reward_b mask_b"
 GAE_NUMBERS = "gamma decay value_decay"
 GAE_INPUTS = {"value": "*fp32", "reward": "*fp32", "mask": "*u8"}
+MASKS = {"std": "*fp32", "mask": "*u8"}
 CONTIGUOUS = {"value_t": 1, "reward_t": 1, "mask_t": 1}
 
 CASES = [
@@ -142,38 +143,55 @@ CASES = [
         divisible=("t", "span", "chunks", *GAE_STRIDES.split()),
         wide=("load", "store"),
     ),
+    Case(
+        op="agreement_masks",
+        name="begin",
+        kernel=masks.begin_kernel,
+        signature=MASKS | {"counts": "*i64", "span": "*i64"} | integers("n total"),
+        constants={"BLOCK": levels.SAMPLE},
+        divisible=("n", "total"),
+        num_warps=8,
+        wide=(),  # a sample
+        max_registers=64,
+    ),
+    Case(
+        op="agreement_masks",
+        name="count, level 0",
+        kernel=masks.count_all_kernel,
+        signature=MASKS | {"span": "*i64", "counts": "*i64"} | integers("n"),
+        constants={"BINS": levels.BINS[0], "BLOCK": levels.BLOCK},
+        divisible=("n",),
+        max_registers=64,
+    ),
     *(
         Case(
             op="agreement_masks",
             name=f"count, level {level}",
             kernel=masks.count_kernel,
-            signature={"std": "*fp32", "mask": "*u8"}
+            signature=MASKS
             | dict.fromkeys(("counts_before", "state_before", "counts", "state"), "*i64")
             | integers("n low_ppm high_ppm"),
             constants={
                 "LEVEL": level,
-                "SHIFT_BEFORE": levels.SHIFTS[max(level - 1, 0)],
-                "BINS_BEFORE": levels.BINS[max(level - 1, 0)],
-                "SHIFT": levels.SHIFTS[level],
+                "BINS_BEFORE": levels.BINS[level - 1],
                 "BINS": levels.BINS[level],
-                "SPARSE": levels.SPARSE[level],
-                "BLOCK": levels.BLOCKS[level],
+                "PIECE": levels.PIECE,
+                "BLOCK": levels.INNER_BLOCK,
             },
             divisible=("n",),
-            num_warps=levels.WARPS[level],
-            max_registers=128 if levels.SPARSE[level] else 64,
         )
-        for level in range(levels.LEVELS)
+        for level in range(1, levels.LEVELS)
     ),
     Case(
         op="agreement_masks",
         name="apply",
         kernel=masks.apply_kernel,
-        signature={"std": "*fp32", "mask": "*u8", "counts": "*i64", "state": "*i64"}
+        signature=MASKS
+        | {"counts": "*i64", "state": "*i64"}
         | dict.fromkeys(("advantage_keep", "entropy_keep"), "*u8")
         | dict.fromkeys(("low_out", "high_out"), "*fp32")
         | integers("n low_ppm high_ppm"),
-        constants={"SHIFT": levels.SHIFTS[-1], "BINS": levels.BINS[-1], "BLOCK": levels.BLOCKS[0]},
+        constants={"LEVEL": levels.LEVELS - 1, "BINS": levels.BINS[-1], "BLOCK": levels.BLOCK},
         divisible=("n",),
     ),
 ]

@@ -27,8 +27,10 @@ from asyppo_kernels.agreement_masks.op import (
     _count_op,
     _descend_op,
     _triton_apply_op,
+    _triton_count_all_op,
     _triton_count_op,
     _triton_op,
+    _triton_span_op,
 )
 from asyppo_kernels.agreement_masks.reference import agreement_masks_reference
 
@@ -223,16 +225,17 @@ def test_strided_inputs(backend):
 
 
 def test_launches(backend, world_of_one, count_launches):
-    """Beside them, one launch of torch's zeroes the counts; with a group, one a level."""
+    """Beside them, with a group, one launch of torch's zeroes the counts of each level."""
     if backend == "torch":
         pytest.skip("kernels of Triton are counted")
     for n in (0, 1, 5000):
         std, mask = torch.rand(n), torch.rand(n) < 0.5
         names = [name for name, _ in count_launches(partial(run, std, mask, 0.2, 0.3, backend))]
-        assert names == ["count_kernel"] * TRITON_LEVELS + ["apply_kernel"]
+        inner = ["count_kernel"] * (TRITON_LEVELS - 1)
+        assert names == ["begin_kernel", "count_all_kernel", *inner, "apply_kernel"]
         launches = count_launches(partial(run, std, mask, 0.2, 0.3, backend, group=world_of_one))
         assert [name for name, _ in launches] == names
-    assert [grid for _, grid in launches] == [(2,), (3,), (3,), (3,), (2,)]
+    assert [grid for _, grid in launches] == [(1,), (2,), (3,), (3,), (3,), (2,)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -245,10 +248,37 @@ def test_any_launch_geometry(backend, kind, monkeypatch):
     assert (triton_form.LEVELS, tuple(map(triton_form.width, range(4)))) == (TRITON_LEVELS, TRITON_WIDTHS)
     std, mask = make(kind, 1500), torch.rand(1500) < 0.7
     want = run(std, mask, 0.2, 0.3, backend)
-    for blocks, programs in (((64, 128, 32, 256), 3), ((256,) * 4, 1056), ((2048,) * 4, 1)):
-        monkeypatch.setattr(triton_form, "BLOCKS", blocks)
+    for block, inner_block, programs in ((256, 512, 2), (512, 256, 528), (2048, 2048, 1)):
+        monkeypatch.setattr(triton_form, "BLOCK", block)
+        monkeypatch.setattr(triton_form, "INNER_BLOCK", inner_block)
         monkeypatch.setattr(triton_form, "PROGRAMS", programs)
         assert equal(run(std, mask, 0.2, 0.3, backend), want)
+
+
+@pytest.mark.parametrize("span", [(0x3F000000, 0x3F000000), (0, 0x7FFFFFFF), (0x3E800001, 0x3E900000), (0x7F800000, 1)])
+@pytest.mark.parametrize("kind", ["uniform", "ties"])
+def test_any_sample(backend, kind, span, monkeypatch):
+    """What the sample missed, and the whole range of keys if it missed everything, are found as well."""
+    if backend != "triton":
+        pytest.skip("the torch form takes none")
+    from asyppo_kernels.agreement_masks import triton_form
+
+    real = triton_form._begin
+
+    def misled(*args: object) -> tuple[Tensor, Tensor]:
+        counts, state = real(*args)
+        return counts, state.copy_(torch.tensor([-span[0], span[1]]))
+
+    monkeypatch.setattr(triton_form, "_begin", misled)
+    std, mask = make(kind, 300), torch.rand(300) < 0.7
+    std[:30] = torch.nan
+    for fractions in ((0.0, 0.2), (0.9, 0.95)):
+        out = run(std, mask, *fractions, backend)
+        ranked = std.where(~std.isnan(), torch.inf)
+        want = oracle(ranked, mask, *fractions)
+        assert (out.low.nan_to_num(torch.inf).item(), out.high.nan_to_num(torch.inf).item()) == want[2:]
+        np.testing.assert_array_equal(out.advantage_keep.cpu().numpy(), want[0])
+        np.testing.assert_array_equal(out.entropy_keep.cpu().numpy(), want[1] | (mask & std.isnan()).cpu().numpy())
 
 
 STD = st.one_of(st.floats(0, width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 0.25, 1.0, float("inf")]))
@@ -294,8 +324,11 @@ def test_opcheck(backend):
     if backend == "triton":
         torch.library.opcheck(_triton_op.registered, (std, mask, 200_000, 100_000))
         torch.library.opcheck(_triton_op.registered, (std.bfloat16(), mask.T.contiguous().T, 0, 0))
-        counts = state = torch.zeros(4, dtype=torch.int64)
-        for level in range(TRITON_LEVELS):
+        torch.library.opcheck(_triton_span_op.registered, (std, mask))
+        state = _triton_span_op(std, mask)
+        torch.library.opcheck(_triton_count_all_op.registered, (std, mask, state))
+        counts = _triton_count_all_op(std, mask, state)
+        for level in range(1, TRITON_LEVELS):
             torch.library.opcheck(_triton_count_op.registered, (std, mask, counts, state, level, 200_000, 100_000))
             counts, state = _triton_count_op(std, mask, counts, state, level, 200_000, 100_000)
         torch.library.opcheck(_triton_apply_op.registered, (std, mask, counts, state, 200_000, 100_000))

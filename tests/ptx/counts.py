@@ -75,7 +75,7 @@ def _head(call: Callable[..., Call], kernel: str, name: str, budget: float, targ
     )
 
 
-def _masks(launch: int, kernel: str, name: str, budget: float) -> Line:
+def _masks(launch: int, kernel: str, name: str, budget: float, full: int = 4 * 2**20) -> Line:
     return Line(
         f"`{kernel}`{name}",
         "agreement_masks",
@@ -83,9 +83,9 @@ def _masks(launch: int, kernel: str, name: str, budget: float) -> Line:
         cases_ensemble.agreement_masks,
         {"n": 65_536},
         elements=65_536,
-        full=4 * 2**20,
+        full=full,
         budget=budget,
-        settings={"agreement_masks.triton_form.PROGRAMS": 16},  # several blocks a program, as 4 M tokens take
+        settings={"agreement_masks.triton_form.PROGRAMS": 8},  # several blocks a program, as 4 M tokens take
         launch=launch,
     )
 
@@ -131,11 +131,12 @@ LINES = [
         budget=41,
         settings={"ensemble_gae.triton_form.FEW_ROWS": 0},  # a program a row, as of 512 rows
     ),
-    _masks(0, "count_kernel", ", level 0", 46),
-    _masks(1, "count_kernel", ", level 1", 75),
-    _masks(2, "count_kernel", ", level 2", 63),
-    _masks(3, "count_kernel", ", level 3", 69),
-    _masks(0, "apply_kernel", "", 30),
+    _masks(0, "begin_kernel", "", 2, full=65_536),  # whatever the number of tokens
+    _masks(0, "count_all_kernel", ", level 0", 48),
+    _masks(0, "count_kernel", ", level 1", 36),
+    _masks(1, "count_kernel", ", level 2", 32),
+    _masks(2, "count_kernel", ", level 3", 2),
+    _masks(0, "apply_kernel", "", 25),
     *(
         Line(
             f"`{kernel}` of ensemble_value, M = 2, bf16, H = 1,024",

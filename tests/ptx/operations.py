@@ -412,14 +412,16 @@ def vote(w: Wave, pc: int, i: Instruction) -> Run:
 @operation("redux")
 def redux(w: Wave, pc: int, i: Instruction) -> Run:
     whole_warps(w, i)
-    if i.op != "redux.sync.add.s32":
+    functions = {"redux.sync.add.s32": np.add, "redux.sync.max.s32": np.maximum, "redux.sync.min.s32": np.minimum}
+    reduce = functions.get(i.op)
+    if reduce is None:
         raise PTXError(f"a redux the emulator does not know: {i}")
     a, members = w.value(i.operands[1], "s32"), w.value(i.operands[2], "u32")
 
     def evaluate(s: slice) -> Array:
         if (members[s] != 0xFFFFFFFF).any():
             raise PTXError(f"redux of part of a warp: {i}")
-        return np.broadcast_to(a[s].sum(1, dtype=np.int32)[:, None], a[s].shape)
+        return np.broadcast_to(reduce.reduce(a[s], 1, np.int32)[:, None], a[s].shape)
 
     return w.write(i, evaluate)
 

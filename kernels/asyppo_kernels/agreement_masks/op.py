@@ -13,7 +13,7 @@ from asyppo_kernels.agreement_masks import torch_form
 from asyppo_kernels.agreement_masks.result import AgreementMasks
 
 TRITON_LEVELS = 4  # of triton_form, which is not imported where Triton is not asked for
-TRITON_WIDTHS = (128, 128, 1024, 1024)
+TRITON_WIDTHS = (128, 2048, 2048, 2048)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,8 +75,9 @@ def _by_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if group is None:
         return _triton_op(std, mask, low_ppm, high_ppm)
-    counts = state = std.new_empty(4, dtype=torch.int64)  # of no level before the first: not read
-    for level in range(TRITON_LEVELS):
+    state = _all_reduce(_triton_span_op(std, mask), group, "max")
+    counts = _all_reduce(_triton_count_all_op(std, mask, state), group)
+    for level in range(1, TRITON_LEVELS):
         counts, state = _triton_count_op(std, mask, counts, state, level, low_ppm, high_ppm)
         counts = _all_reduce(counts, group)
     return _triton_apply_op(std, mask, counts, state, low_ppm, high_ppm)
@@ -101,10 +102,10 @@ def _check_group(group: ProcessGroup) -> None:
         )
 
 
-def _all_reduce(counts: Tensor, group: ProcessGroup) -> Tensor:
+def _all_reduce(x: Tensor, group: ProcessGroup, how: str = "sum") -> Tensor:
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
-    return wait_tensor(all_reduce(counts, "sum", group))
+    return wait_tensor(all_reduce(x, how, group))
 
 
 @define("asyppo::agreement_count")
@@ -159,6 +160,30 @@ def _(std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int) -> tuple[Tensor, T
     return _fake_apply(std, mask)
 
 
+@define("asyppo::agreement_span_triton")
+def _triton_span_op(std: Tensor, mask: Tensor) -> Tensor:
+    from asyppo_kernels.agreement_masks import triton_form
+
+    return triton_form.span(std, mask)
+
+
+@_triton_span_op.register_fake
+def _(std: Tensor, mask: Tensor) -> Tensor:
+    return std.new_empty(2, dtype=torch.int64)
+
+
+@define("asyppo::agreement_count_all_triton")
+def _triton_count_all_op(std: Tensor, mask: Tensor, span: Tensor) -> Tensor:
+    from asyppo_kernels.agreement_masks import triton_form
+
+    return triton_form.count_all(std, mask, span)
+
+
+@_triton_count_all_op.register_fake
+def _(std: Tensor, mask: Tensor, span: Tensor) -> Tensor:
+    return span.new_empty(TRITON_WIDTHS[0])
+
+
 @define("asyppo::agreement_count_triton")
 def _triton_count_op(
     std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int
@@ -172,7 +197,7 @@ def _triton_count_op(
 def _(
     std: Tensor, mask: Tensor, counts: Tensor, state: Tensor, level: int, low_ppm: int, high_ppm: int
 ) -> tuple[Tensor, Tensor]:
-    return state.new_empty(TRITON_WIDTHS[level]), torch.empty_like(state)
+    return state.new_empty(TRITON_WIDTHS[level]), state.new_empty(6)
 
 
 @define("asyppo::agreement_apply_triton")

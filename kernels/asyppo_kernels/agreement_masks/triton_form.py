@@ -1,9 +1,13 @@
 """``agreement_masks`` by Triton kernels: a launch that zeroes the counts, four that count, one that applies.
 
-The digits: seven bits, then six, then nine twice. The first two levels count every token (that matches) in a histogram
-of 128 bins in registers; thirteen bits known, few tokens match any more, unless there are ties, and each counts itself.
-Each launch first takes the step that the launch before has counted for. With a process group the counts of each level
-are summed over its ranks between the launches.
+The first launch also looks at a sample of the tokens, and level 0 counts all tokens in 127 bins of keys, of which the
+first and the last also hold what lies outside the sample's span. A level after it divides the bin that holds the low
+threshold into up to 1,024, and the one that holds the high threshold. Any sample leads to the same thresholds. Mostly
+the bins of level 0 hold few tokens and at most 2^20 keys, so that after two more levels both thresholds are known, and
+the last one reads nothing; the widest bin, which a sample can miss, has 2^30.
+
+Each launch first takes the step that the launch before has counted for. With a process group the span of the samples
+and the counts of each level are reduced over its ranks between the launches.
 """
 
 from __future__ import annotations
@@ -15,13 +19,12 @@ from torch import Tensor
 from asyppo_kernels._args import device_guard
 from asyppo_kernels.agreement_masks import kernels
 
-SHIFTS = (24, 18, 9, 0)  # of the four digits; bit 31 is the sign
-BINS = (2**7, 2**6, 2**9, 2**9)
-SPARSE = (False, False, True, True)
-LEVELS = len(SHIFTS)
-BLOCKS = (4096, 2048, 2048, 2048)
-WARPS = (4, 4, 8, 8)
-PROGRAMS = 1056  # at most; eight a multiprocessor of those that have 132
+BINS = (128, 1024, 1024, 1024)
+LEVELS = len(BINS)
+PIECE = 64  # bins of a histogram in registers
+SAMPLE = 1024
+BLOCK, INNER_BLOCK = 4096, 2048  # the second of the levels after the first
+PROGRAMS = 528  # at most; four a multiprocessor of those that have 132
 
 
 def width(level: int) -> int:
@@ -33,21 +36,54 @@ def forward(std: Tensor, mask: Tensor, low_ppm: int, high_ppm: int) -> tuple[Ten
     """Return advantage_keep, entropy_keep, low and high."""
     std, mask = std.contiguous(), mask.contiguous()
     widths = [width(level) for level in range(LEVELS)]
-    counts = torch.zeros(sum(widths), dtype=torch.int64, device=std.device).split(widths)
-    states = std.new_empty((LEVELS, 4), dtype=torch.int64)
-    for level in range(LEVELS):
-        _count(std, mask, counts[level - 1], states[level - 1], counts[level], states[level], level, low_ppm, high_ppm)
-    return apply(std, mask, counts[-1], states[-1], low_ppm, high_ppm)
+    counts, state = _begin(std, mask, sum(widths))
+    before, *rest = counts.split(widths)
+    _count_all(std, mask, state, before)
+    for level, now in enumerate(rest, start=1):
+        state = _count(std, mask, before, state, now, level, low_ppm, high_ppm)
+        before = now
+    return apply(std, mask, before, state, low_ppm, high_ppm)
+
+
+def span(std: Tensor, mask: Tensor) -> Tensor:
+    """Return the span [2] of a sample: its lowest key, negated, and its highest."""
+    return _begin(std.contiguous(), mask.contiguous(), 0)[1]
+
+
+def count_all(std: Tensor, mask: Tensor, span: Tensor) -> Tensor:
+    """Return the counts [width] of level 0, given the span over all ranks."""
+    counts = torch.zeros(width(0), dtype=torch.int64, device=std.device)
+    _count_all(std.contiguous(), mask.contiguous(), span, counts)
+    return counts
 
 
 def count(
     std: Tensor, mask: Tensor, counts_before: Tensor, state_before: Tensor, level: int, low_ppm: int, high_ppm: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the counts [width] of ``level`` and the state [4], given those of the level before, over all ranks."""
+    """Return the counts [width] of a ``level`` > 0 and the state [6], given those of the level before, over all ranks.
+
+    The state of level 0 is the span.
+    """
     counts = torch.zeros(width(level), dtype=torch.int64, device=std.device)
-    state = torch.empty_like(state_before)
-    _count(std.contiguous(), mask.contiguous(), counts_before, state_before, counts, state, level, low_ppm, high_ppm)
+    state = _count(std.contiguous(), mask.contiguous(), counts_before, state_before, counts, level, low_ppm, high_ppm)
     return counts, state
+
+
+def _begin(std: Tensor, mask: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    counts, span = std.new_empty(total, dtype=torch.int64), std.new_empty(2, dtype=torch.int64)
+    with device_guard(std):
+        kernels.begin_kernel[(max(1, triton.cdiv(total, SAMPLE)),)](
+            std, mask.view(torch.uint8), counts, span, std.numel(), total, BLOCK=SAMPLE, num_warps=8
+        )
+    return counts, span
+
+
+def _count_all(std: Tensor, mask: Tensor, span: Tensor, counts: Tensor) -> None:
+    n = std.numel()
+    with device_guard(std):
+        kernels.count_all_kernel[_grid(n, BLOCK)](
+            std, mask.view(torch.uint8), span, counts, n, BINS=BINS[0], BLOCK=BLOCK
+        )
 
 
 def _count(
@@ -56,14 +92,14 @@ def _count(
     counts_before: Tensor,
     state_before: Tensor,
     counts: Tensor,
-    state: Tensor,
     level: int,
     low_ppm: int,
     high_ppm: int,
-) -> None:
+) -> Tensor:
     n = std.numel()
+    state = std.new_empty(6, dtype=torch.int64)
     with device_guard(std):
-        kernels.count_kernel[_grid(n, BLOCKS[level])](
+        kernels.count_kernel[_grid(n, INNER_BLOCK)](
             std,
             mask.view(torch.uint8),
             counts_before,
@@ -74,14 +110,12 @@ def _count(
             low_ppm,
             high_ppm,
             LEVEL=level,
-            SHIFT_BEFORE=SHIFTS[max(level - 1, 0)],
-            BINS_BEFORE=BINS[max(level - 1, 0)],
-            SHIFT=SHIFTS[level],
+            BINS_BEFORE=BINS[level - 1],
             BINS=BINS[level],
-            SPARSE=SPARSE[level],
-            BLOCK=BLOCKS[level],
-            num_warps=WARPS[level],
+            PIECE=PIECE,
+            BLOCK=INNER_BLOCK,
         )
+    return state
 
 
 def apply(
@@ -93,7 +127,7 @@ def apply(
     low, high = std.new_empty((), dtype=torch.float32), std.new_empty((), dtype=torch.float32)
     n = std.numel()
     with device_guard(std):
-        kernels.apply_kernel[_grid(n, BLOCKS[0])](
+        kernels.apply_kernel[_grid(n, BLOCK)](
             std,
             mask.view(torch.uint8),
             counts,
@@ -105,10 +139,9 @@ def apply(
             n,
             low_ppm,
             high_ppm,
-            SHIFT=SHIFTS[-1],
+            LEVEL=LEVELS - 1,
             BINS=BINS[-1],
-            BLOCK=BLOCKS[0],
-            num_warps=WARPS[0],
+            BLOCK=BLOCK,
         )
     return advantage_keep, entropy_keep, low, high
 
