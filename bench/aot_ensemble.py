@@ -179,6 +179,7 @@ CASES = [
                 "BLOCK": levels.INNER_BLOCK,
             },
             divisible=("n",),
+            max_registers=96,
         )
         for level in range(1, levels.LEVELS)
     ),

@@ -18,7 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asyppo_kernels import (
     _registration,
+    agreement_masks,
+    ensemble_gae,
     ensemble_value,
+    linear_logprob,
+    linear_ppo_loss,
     stacked_qk_norm_rope,
     stacked_rms_norm,
     stacked_swiglu,
@@ -122,6 +126,25 @@ def value(backend: str) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]]:
     return run, [leaf(3, 5, 8, dtype=torch.bfloat16), leaf(3, 8, dtype=torch.bfloat16), leaf(3)]
 
 
+def logprob(backend: str) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]]:
+    target = torch.tensor([3, 0, -100, 10])
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        return linear_logprob(hidden, weight, target, bias=bias, softcap=5.0, backend=backend)
+
+    return run, [leaf(4, 8), leaf(11, 8), leaf(11)]
+
+
+def loss(backend: str) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]]:
+    target, advantage = torch.tensor([3, 0, -100, 10]), torch.randn(4)
+    old, token_weight = torch.full((4,), -2.4), torch.tensor([0.5, 0.25, 0.25, 0.0])
+
+    def run(hidden: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        return linear_ppo_loss(hidden, weight, target, old, advantage, token_weight, entropy_coef=0.1, backend=backend)
+
+    return run, [leaf(4, 8), leaf(11, 8)]
+
+
 CASES: dict[str, Callable[[], tuple[Callable[..., Any], list[Tensor]]]] = {
     "toy": lambda: (lambda x, y: OP(x, y, 3.0), [leaf(4), leaf(4)]),
     "stacked_rms_norm": lambda: rms_norm(residual=False),
@@ -134,6 +157,10 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], list[Tensor]]]] = {
     ),
     "ensemble_value, torch": lambda: value("torch"),
     "ensemble_value, triton": lambda: value("triton"),
+    "linear_logprob, torch": lambda: logprob("torch"),
+    "linear_logprob, triton": lambda: logprob("triton"),
+    "linear_ppo_loss, torch": lambda: loss("torch"),
+    "linear_ppo_loss, triton": lambda: loss("triton"),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -161,7 +188,25 @@ def test_both_ways_give_the_same_bits(case: str) -> None:
     for plain, by_op in zip(*results, strict=True):
         assert torch.equal(plain, by_op)
     assert ways[0] == []
-    assert len(ways[1]) == 3  # forward, backward, forward without gradients
+    # Forward, backward, forward without gradients; the loss has formed its gradients before, and scales each.
+    assert len(ways[1]) == (2 + len(inputs) if "loss" in case else 3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("op", ["ensemble_gae", "agreement_masks"])
+def test_both_ways_give_the_same_bits_where_nothing_has_a_gradient(op: str, backend: str) -> None:
+    x, mask = torch.rand(3, 2, 7), torch.rand(2, 7) < 0.7
+    results, ways = [], []
+    for route in ROUTES:
+        with taking(route) as called:
+            if op == "ensemble_gae":
+                results.append(ensemble_gae(x, x[0], mask, lam=0.9, backend=backend))
+            else:
+                results.append(agreement_masks(x[0], mask, backend=backend))
+            ways.append(called)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert ways[0] == []
+    assert ways[1]
 
 
 @cases

@@ -273,7 +273,6 @@ def div(w: Wave, pc: int, i: Instruction) -> Run:
 
 FUNCTIONS = {
     "ex2": np.exp2,
-    "lg2": np.log2,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(np.float32),
 }

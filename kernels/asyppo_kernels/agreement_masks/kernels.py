@@ -177,8 +177,8 @@ def count_kernel(
     the other counts.
     """
     if LEVEL > 1:
-        # One step more, and both bins have one key: only the state is left to write.
-        if (tl.load(state_before + 2) <= BINS) & (tl.load(state_before + 5) <= BINS) & (tl.program_id(0) > 0):
+        one_key = (tl.load(state_before + 2) <= BINS) & (tl.load(state_before + 5) <= BINS)  # after this step
+        if one_key & (tl.program_id(0) > 0):  # only the state is left to write
             return
     low, low_rank, low_width, high, high_rank, high_width = step(
         counts_before, state_before, low_ppm, high_ppm, LEVEL - 1, BINS_BEFORE
