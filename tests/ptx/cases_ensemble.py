@@ -165,7 +165,8 @@ CASES = [
     gae("M = 1, T = 9,001, chunks, a lambda a row", k=1, b=2, t=9001, lam_by_row=True),
     gae("M = 2, T = 200, time first", t=200, time_first=True),
     gae("M = 2, T = 203, at an odd address", t=203, offset=1),
-    masks("n = 3,000", quick=True),
+    masks("n = 9,000, several blocks a program", programs=1, n=9000, quick=True),
+    masks("n = 3,000"),
     masks("n = 1", n=1, kind="all"),
     masks("n = 3, all masked", n=3, kind="masked"),
     masks("n = 9,001, three values", n=9001, kind="ties"),
@@ -175,7 +176,6 @@ CASES = [
     masks("n = 12,345, close together", n=12345, kind="close"),
     masks("n = 4,097, at an odd address", n=4097, offset=1),
     masks("n = 500, fractions of 0", n=500, fraction=0.0),
-    masks("n = 21,000, several blocks a program", programs=2, n=21000),
-    masks("n = 21,000, several blocks, three values", programs=2, n=21000, kind="ties", quick=True),
+    masks("n = 21,000, several blocks, three values", programs=2, n=21000, kind="ties"),
     masks("n = 3,000, the launches of a group", group=True),
 ]

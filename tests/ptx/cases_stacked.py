@@ -127,7 +127,8 @@ def swiglu(name: str, quick: bool = False, **arguments: Any) -> Case:
 
 
 CASES = [
-    rms("H = 100", quick=True),
+    rms("H = 100, several steps a part", programs=4, n=40, quick=True),
+    rms("H = 100"),
     rms("H = 1,024, residual", n=9, h=1024, residual=BF16),
     rms(
         "H = 1,500, fp32, residual, summed unused",
