@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo.checkpoint import (
@@ -24,7 +26,7 @@ from asyppo.checkpoint import (
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.rows import Rows
 from asyppo.data.schedule import PROMPT_ORDER
-from asyppo.distributed.processes import first_of_ranks, from_main, rank
+from asyppo.distributed.processes import first_of_ranks, from_main, is_main, rank
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.metrics.introduction import introduction
 from asyppo.metrics.samples import completions_table
@@ -34,13 +36,15 @@ from asyppo.models.policy import Policy
 from asyppo.report import report_at_the_end
 from asyppo.rewards.function import RewardFunction
 from asyppo.rollout.collecting import Rollout
-from asyppo.rollout.samplers import Sampler
+from asyppo.rollout.samplers import Sampler, SentWeights, agreement, settle, tolerance
 from asyppo.run.callbacks import Callbacks
 from asyppo.run.directory import RunDirectory, open_run
 from asyppo.run.durable import WriteError
 from asyppo.run.progress import ProgressDisplay, say
 from asyppo.run.rng import seed_everything
 from asyppo.run.signals import StopSignals
+
+log = logging.getLogger("asyppo")
 
 
 class TrainingError(RuntimeError):
@@ -86,6 +90,9 @@ class Trainer(Protocol):
     eval_dataset: Rows
     reward_funcs: Sequence[RewardFunction]
     sampler: Sampler
+    """What is called to sample."""
+    engine: Sampler
+    """What it calls in the end."""
     rollout: Rollout
     callbacks: Sequence[TrainerCallback]
     policy_optimizer: Any
@@ -110,14 +117,19 @@ class TrainingLoop:
         self.trainer, self.config = trainer, trainer.config
         self.skipped_in_a_row = 0
         """Steps up to the last one whose loss or gradient was not finite."""
+        self.strayed_in_a_row = 0
+        """Steps up to the last one whose responses were not sampled from the policy."""
 
     def train(self) -> TrainResult:
         """Run until ``max_steps``, with ``config.resume`` from the run's last checkpoint on, and return what came of
         it.
 
-        SIGINT and SIGTERM end it after the step, with a checkpoint. Raises TrainingError when ``max_skipped_steps``
-        steps in a row were not finite, after saving a checkpoint, and when something cannot be written.
+        SIGINT and SIGTERM end it after the step, with a checkpoint. Raises ConfigError where the sampler does not
+        sample from the policy, and TrainingError when that, or a loss or gradient that is not finite, comes up in
+        ``max_skipped_steps`` steps in a row, after saving a checkpoint, and when something cannot be written.
         """
+        trainer = self.trainer
+        settle(trainer.sampler, trainer.engine, trainer.policy, self._trial_prompts(), self.config)
         hooks = Callbacks(
             self.trainer.callbacks,
             self.config,
@@ -152,6 +164,8 @@ class TrainingLoop:
                 self.show_completions(step, result, progress)
                 row = result.metrics
                 self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+                strayed = self._strayed(step, row["sampling/sampling_logp_difference/mean"])
+                self.strayed_in_a_row = self.strayed_in_a_row + 1 if strayed else 0
                 hooks.end_step(step)
                 if hooks.control.should_evaluate or hooks.control.should_training_stop:
                     start = time.perf_counter()
@@ -159,7 +173,7 @@ class TrainingLoop:
                         row |= {**evaluation.metrics(), "timing_s/eval": time.perf_counter() - start}
                         hooks.evaluated(step, evaluation.metrics())
                 hooks.log(row)
-                failed = self.skipped_in_a_row >= config.max_skipped_steps
+                failed = self._failure(step) is not None
                 received = first_of_ranks(signals.received)
                 stop = hooks.control.should_training_stop or failed or received is not None
                 if stop or hooks.control.should_save:
@@ -172,11 +186,8 @@ class TrainingLoop:
         hooks("on_train_end")
         if rank() == 0:
             report_at_the_end(run.path)
-        if self.skipped_in_a_row >= config.max_skipped_steps:
-            raise TrainingError(
-                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them step "
-                f"{hooks.state.global_step}; weights of before are in {checkpoint}. A lower learning rate may help."
-            )
+        if (failure := self._failure(hooks.state.global_step)) is not None:
+            raise TrainingError(failure.format(checkpoint=checkpoint))
         assert checkpoint is not None  # the last step saved one
         accuracies = [row["eval/accuracy"] for row in hooks.state.log_history if "eval/accuracy" in row]
         before, after = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
@@ -199,10 +210,46 @@ class TrainingLoop:
         if config.log_completions and due and result.samples:
             progress.show(completions_table(result.samples[: config.num_completions_to_print]))
 
+    def _failure(self, step: int) -> str | None:
+        """Say why training cannot go on after ``step``; None where it can. What it leaves open is ``checkpoint``."""
+        limit = self.config.max_skipped_steps
+        if self.skipped_in_a_row >= limit:
+            return (
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the last of them step "
+                f"{step}; weights of before are in {{checkpoint}}. A lower learning rate may help."
+            )
+        if self.strayed_in_a_row >= limit:
+            return (
+                f"{self.strayed_in_a_row} steps in a row had responses that were not sampled from the policy, the last "
+                f"of them step {step}; its weights are in {{checkpoint}}. Another sampler may help, or, where this is "
+                "rounding, a larger sampling_logp_tolerance."
+            )
+        return None
+
+    def _strayed(self, step: int, gap: float) -> bool:
+        """Return whether log-probs of sampler and policy are further apart than they may be, and warn if they are."""
+        limit = tolerance(self.config, self.trainer.policy)
+        if gap <= limit:
+            return False
+        if is_main():
+            log.warning(
+                "step %d: log-probs of the sampler and of the policy differ by %.3g nats in the mean, more than %g: "
+                "the responses were not sampled from the policy",
+                step,
+                gap,
+                limit,
+            )
+        return True
+
+    def _trial_prompts(self) -> list[Tensor]:
+        """Prompts to try the sampler on."""
+        rows = [self.trainer.train_dataset[i] for i in range(min(32, len(self.trainer.train_dataset)))]
+        return self.trainer.rollout.tokenize([row["prompt"] for row in rows])
+
     def resume(self, run: RunDirectory, hooks: Callbacks) -> tuple[int, Path | None]:
         """Put everything back to the run's last checkpoint, and cut off what was logged after it. Returns the step to
         go on with, and the checkpoint; 1 and None where there is none."""
-        state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "callbacks": {}}
+        state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "strayed_in_a_row": 0, "callbacks": {}}
         checkpoint = from_main(lambda: last_valid_checkpoint(run.path))
         seed_everything(self.config.seed * 1_000_003)
         if checkpoint is not None:
@@ -210,6 +257,7 @@ class TrainingLoop:
             state = load_checkpoint(checkpoint, self.trainer.trained())
             self.trainer.weights_changed()
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.strayed_in_a_row = state.get("strayed_in_a_row", 0)  # checkpoints of older versions have none
         run.start(state["step"])
         hooks.resume(state["step"], from_main(run.rows), state["callbacks"])
         return state["step"] + 1, checkpoint
@@ -219,6 +267,8 @@ class TrainingLoop:
         trainer, rows = self.trainer, self.trainer.eval_dataset
         if not rows:
             return None
+        if isinstance(trainer.sampler, SentWeights):  # an engine that may not have taken the weights
+            self._strayed(step, agreement(trainer.sampler, trainer.policy, self._trial_prompts(), self.config))
         prompts = trainer.rollout.tokenize([row["prompt"] for row in rows])
         count = len(rows) * self.config.eval.num_generations
         # While steps are shown, an evaluation is a part of its step.
@@ -247,6 +297,7 @@ class TrainingLoop:
         start = time.perf_counter()
         remembered = {
             "skipped_in_a_row": self.skipped_in_a_row,
+            "strayed_in_a_row": self.strayed_in_a_row,
             "accuracy": (row or {}).get("eval/accuracy"),
             "callbacks": {} if hooks is None else hooks.state_dict(),
             "data": {name: rows.digest for name, rows in self._data().items()},

@@ -48,7 +48,14 @@ from asyppo.models.loading import critics_of, fit_of, given_critics, given_polic
 from asyppo.models.policy import Objective, Policy, TokenStats
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
-from asyppo.rollout.samplers import SAMPLERS, DividedSampler, HoldsWeights, Sampler, SentWeights, make_sampler
+from asyppo.rollout.samplers import (
+    SAMPLERS,
+    DividedSampler,
+    HoldsWeights,
+    Sampler,
+    SentWeights,
+    make_sampler,
+)
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
 
@@ -122,7 +129,7 @@ class AsyPPOTrainer:
             self._check_tokens(critics)
         self.callbacks = callbacks
         self.reference = policy.reference() if config.beta > 0 else None
-        self.sampler = self._sampler_of(sampler, mesh)
+        self.sampler, self.engine = self._sampler_of(sampler, mesh)
         policy.choose_packing(config.policy.packing)
         self.device = policy.device
         for func in self.reward_funcs:
@@ -149,23 +156,25 @@ class AsyPPOTrainer:
             self.config.policy.trust_remote_code,
         )
 
-    def _sampler_of(self, sampler: Sampler | None, mesh: DeviceMesh | None) -> Sampler:
-        """Return the sampler that is called: of all ranks where the models are sharded over a ``mesh``, which happens
-        here, and sent the weights where it holds some of its own."""
-        policy, engine = self.policy, sampler
-        if mesh is not None and engine is None and self.config.sampler in SAMPLERS:
+    def _sampler_of(self, sampler: Sampler | None, mesh: DeviceMesh | None) -> tuple[Sampler, Sampler]:
+        """Return the sampler that is called, and the one that samples: of all ranks where the models are sharded over a
+        ``mesh``, which happens here, and sent the weights where it holds some of its own."""
+        policy = self.policy
+        if mesh is not None and sampler is None and self.config.sampler in SAMPLERS:
             # It decodes with whole weights, which are only there while it samples.
             whole = WholeCopy(policy, policy.dtype, torch.device(mesh.device_type))
-            own = make_sampler(whole.module, self.tokenizer, self.config)
-            called: Sampler = DividedSampler(own, partial(whole.of, policy))
+            engine = make_sampler(whole.module, self.tokenizer, self.config)
+            called: Sampler = DividedSampler(engine, partial(whole.of, policy))
         else:
-            engine = engine or make_sampler(policy, self.tokenizer, self.config)
+            engine = sampler or make_sampler(policy, self.tokenizer, self.config)
             called = engine if mesh is None else DividedSampler(engine)
         if mesh is not None:
             for model in (policy, self.reference, self.critics):
                 if isinstance(model, Policy | Critics):
                     model.shard(mesh)
-        return SentWeights(called, engine, policy.weights) if isinstance(engine, HoldsWeights) else called
+        if isinstance(engine, HoldsWeights):
+            called = SentWeights(called, engine, policy.weights)
+        return called, engine
 
     def weights_changed(self) -> None:
         """Let a sampler that holds weights of its own know that the policy's are others now."""

@@ -20,7 +20,7 @@ from asyppo.evaluate import Evaluation, evaluate
 from asyppo.models import warm_start
 from asyppo.models.loading import choose_device, fit_of, policy_of, tokenizer_of
 from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
-from asyppo.rollout.samplers import make_sampler, sampler_factory
+from asyppo.rollout.samplers import make_sampler, sampler_factory, settle
 from asyppo.run.directory import run_path
 from asyppo.run.progress import ProgressDisplay
 from asyppo.run.writers import check_writers
@@ -105,20 +105,24 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     rows = fitting(load_eval_rows(config.data), "eval_dataset", checks)
     if not rows:
         raise ConfigError("data.eval_size: got None, which holds nothing out of one prompt; needs 1 to evaluate on it")
-    policy = policy_of(model, config, temperature=config.eval.temperature)
+    # Of greedy responses there is no distribution to compare.
+    policy = policy_of(model, config, temperature=config.eval.temperature or 1.0)
     for func in reward_funcs:
         func.to(policy.device)
-    prompts = prompt_tokens([row["prompt"] for row in rows], tokenizer, config.data.chat_template_kwargs)
+    tokens = prompt_tokens([row["prompt"] for row in rows], tokenizer, config.data.chat_template_kwargs)
+    prompts = [torch.tensor(ids) for ids in tokens]
+    sampler = make_sampler(policy, tokenizer, config)
+    settle(sampler, sampler, policy, prompts[:32], config)
     try:
         out.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"--out: cannot make {out}: {error.strerror}") from error
     with ProgressDisplay("sample", len(rows) * config.eval.num_generations) as progress:
         evaluation = evaluate(
-            make_sampler(policy, tokenizer, config),
+            sampler,
             tokenizer,
             rows,
-            [torch.tensor(ids) for ids in prompts],
+            prompts,
             reward_funcs,
             config,
             progress=lambda count: progress.advance(count=count),

@@ -183,7 +183,8 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     # `generate` has a batch of sequences side by side; continuous batching has as many as there is room for.
     sequences = max(1, min(config.generation_batch_size, responses))
     cache = width * policy.kv_bytes_per_token(element)
-    if config.sampler != "generate":
+    flash = "flash" in (config.policy.attn_implementation or "")
+    if config.sampler not in ("generate", "auto") or (config.sampler == "auto" and flash):
         plan.assumptions.append(
             f"continuous batching has as many responses under way, up to {sequences}, as there is room for: one is "
             f"counted here, each more takes {cache / GIB:.2f} GiB while it is at its longest"

@@ -287,7 +287,8 @@ class AsyPPOConfig:
     )
     """Where metrics go besides ``metrics.jsonl``. ``wandb`` and ``trackio`` have to be installed."""
     max_skipped_steps: int = setting(3, at_least=1, may_change=True)
-    """Stop with an error, after saving a checkpoint, when so many steps in a row had a non-finite loss or gradient."""
+    """Stop with an error, after saving a checkpoint, when so many steps in a row had a non-finite loss or gradient, or
+    responses that were not sampled from the policy (``sampling_logp_tolerance``)."""
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The policy."""
@@ -329,11 +330,18 @@ class AsyPPOConfig:
     dynamic_sampling_max_batches: int = setting(10, at_least=1)
     """Times a step may sample, its own prompts included. DAPO's scripts set 10."""
     sampler: str = "auto"
-    """What generates responses: transformers' ``generate``, or its continuous batching, which is at its best with
-    ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``. ``auto``: continuous on a GPU, generate on a CPU. In
-    bfloat16 either decodes with a copy of the policy's weights in it, 2 bytes a parameter. Or one's own,
-    ``module:factory`` or ``path.py:factory``: called with the policy, the tokenizer and the configuration, it returns a
-    ``Sampler``."""
+    """What generates responses. ``generate``: a decoding loop that reads each prompt once and drops responses as they
+    end, or, for models whose cache is of another kind, transformers' ``generate``. ``continuous``: transformers'
+    continuous batching, which is at its best with ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``.
+    ``auto``: continuous on a GPU with such attention, where the model can, or else generate. In bfloat16 each decodes
+    with a copy of the policy's weights in it, 2 bytes a parameter. Or one's own, ``module:factory`` or
+    ``path.py:factory``: called with the policy, the tokenizer and the configuration, it returns a ``Sampler``. Before
+    the first step, and before an evaluation, each has to show that it samples from the policy."""
+    sampling_logp_tolerance: float | None = setting(None, at_least=0, may_change=True)
+    """Nats by which the log-probs of the sampler and of the trainer may differ, in the mean over tokens: what is beyond
+    it is not sampled from the policy. At the start that is an error, or ``auto`` samples in another way; in a step, a
+    warning, and after ``max_skipped_steps`` such steps in a row an error, too. None: 1e-4 in float32, 0.1 in bfloat16.
+    Our choice."""
     generation_batch_size: int = setting(512, at_least=1, may_change=True)
     """Sequences generated side by side; bounds the memory of the key-value cache."""
 

@@ -244,6 +244,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "diagnostics_steps",
         "report_to",
         "max_skipped_steps",
+        "sampling_logp_tolerance",
         "eval",
         "policy.attn_implementation",
         "policy.packing",

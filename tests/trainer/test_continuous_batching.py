@@ -11,7 +11,13 @@ import torch
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from asyppo.models.policy import Policy
-from asyppo.rollout.samplers import ContinuousBatchingSampler, GenerateSampler, Response, continuous
+from asyppo.rollout.samplers import (
+    ContinuousBatchingSampler,
+    DecodingSampler,
+    GenerateSampler,
+    Response,
+    continuous,
+)
 from asyppo.rollout.samplers.base import WorkingWeights
 
 PAD, EOS, OTHER_EOS = 0, 1, 5
@@ -119,10 +125,10 @@ def test_the_settings_that_transformers_5_17_has(tiny_lm: Make, monkeypatch: pyt
 def test_in_the_loop(tiny_config: Make, tiny_trainer: Make) -> None:
     config = tiny_config(sampler="continuous")
     trainer = tiny_trainer(config, likes_a)
-    assert isinstance(trainer.sampler, ContinuousBatchingSampler)
+    assert isinstance(trainer.engine.chosen, ContinuousBatchingSampler)
     row = trainer.step(1).metrics
     assert row["sampling/sampling_logp_difference/max"] < 1e-4
-    assert isinstance(tiny_trainer(tiny_config(), likes_a).sampler, GenerateSampler)  # on a CPU
+    assert isinstance(tiny_trainer(tiny_config(), likes_a).engine.chosen, DecodingSampler)  # on a CPU
 
 
 # --- working weights ---
@@ -153,7 +159,7 @@ def test_a_copy_follows_the_policy_in_place(tiny_lm: Make, tied: bool) -> None:
         assert not copied.requires_grad
 
 
-@pytest.mark.parametrize("kind", [GenerateSampler, ContinuousBatchingSampler])
+@pytest.mark.parametrize("kind", [GenerateSampler, DecodingSampler, ContinuousBatchingSampler])
 def test_sampling_in_bfloat16_weights(tiny_lm: Make, kind: Any) -> None:
     """Not in float32, and not under autocast, whose norms and residuals are float32."""
     model = tiny_lm()
@@ -175,4 +181,4 @@ def test_sampling_in_bfloat16_weights(tiny_lm: Make, kind: Any) -> None:
 
 def test_the_trainer_samples_in_the_policys_dtype(tiny_config: Make, tiny_trainer: Make, tiny_lm: Make) -> None:
     trainer = tiny_trainer(tiny_config(), likes_a, policy=Policy(tiny_lm(), dtype=torch.bfloat16))
-    assert {p.dtype for p in trainer.sampler.weights.current().parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.engine.chosen.weights.current().parameters()} == {torch.bfloat16}

@@ -11,17 +11,21 @@ from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from asyppo.data.batch import make_batch, micro_batches
 from asyppo.models.policy import Policy
-from asyppo.rollout.samplers import GenerateSampler, Response
+from asyppo.rollout.samplers import ContinuousBatchingSampler, DecodingSampler, GenerateSampler, Response
 
 PAD, EOS, OTHER_EOS = 0, 1, 5
 PROMPTS = [torch.tensor(p) for p in ([3, 4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])] * 3
 
 TinyLM = Callable[..., Qwen3ForCausalLM]
+Make = Callable[..., Any]
 
 
-def sampler(model: Qwen3ForCausalLM, **changes: Any) -> GenerateSampler:
-    """A sampler whose end-of-sequence tokens are EOS and OTHER_EOS."""
-    return GenerateSampler(model, **({"eos_token_ids": [EOS, OTHER_EOS], "pad_token_id": PAD} | changes))
+@pytest.fixture(params=[GenerateSampler, DecodingSampler])
+def sampler(request: pytest.FixtureRequest) -> Make:
+    """Make a sampler of a model, whose end-of-sequence tokens are EOS and OTHER_EOS."""
+    return lambda model, **changes: request.param(
+        model, **({"eos_token_ids": [EOS, OTHER_EOS], "pad_token_id": PAD} | changes)
+    )
 
 
 def favour(model: Qwen3ForCausalLM, tokens: dict[int, float]) -> Qwen3ForCausalLM:
@@ -45,7 +49,7 @@ def check(response: Response, longest: int) -> None:
 
 
 @pytest.mark.parametrize("pad", [PAD, EOS])
-def test_responses_end_with_any_end_token_or_at_the_limit(tiny_lm: TinyLM, pad: int) -> None:
+def test_responses_end_with_any_end_token_or_at_the_limit(sampler: Make, tiny_lm: TinyLM, pad: int) -> None:
     model = favour(tiny_lm(), {EOS: 2.0, OTHER_EOS: 2.0})
     responses = sampler(model, pad_token_id=pad).sample(PROMPTS * 5, max_completion_length=3, temperature=1.0)
     assert len(responses) == 60
@@ -58,7 +62,7 @@ def test_responses_end_with_any_end_token_or_at_the_limit(tiny_lm: TinyLM, pad: 
     assert any(not r.truncated and len(r.tokens) == 3 for r in responses)  # the limit cut nothing off
 
 
-def test_a_response_of_one_token(tiny_lm: TinyLM) -> None:
+def test_a_response_of_one_token(sampler: Make, tiny_lm: TinyLM) -> None:
     model = favour(tiny_lm(), {EOS: 1e4})
     for limit in (1, 4):
         for response in sampler(model).sample(PROMPTS[:2], max_completion_length=limit, temperature=1.0):
@@ -67,14 +71,14 @@ def test_a_response_of_one_token(tiny_lm: TinyLM) -> None:
             assert float(response.logprob) == 0
 
 
-def test_no_end_token(tiny_lm: TinyLM) -> None:
+def test_no_end_token(sampler: Make, tiny_lm: TinyLM) -> None:
     responses = sampler(tiny_lm(), eos_token_ids=[]).sample(PROMPTS, max_completion_length=4, temperature=1.0)
     assert all(r.truncated and len(r.tokens) == 4 for r in responses)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("pad", [PAD, EOS])
-def test_logprobs_are_the_trainers(tiny_lm: TinyLM, temperature: float, pad: int) -> None:
+def test_logprobs_are_the_trainers(sampler: Make, tiny_lm: TinyLM, temperature: float, pad: int) -> None:
     """Left padding in the sampler, right padding in the trainer: the same distribution of the same tokens."""
     model = favour(tiny_lm(), {EOS: 1.0})
     prompts = PROMPTS * 2
@@ -103,7 +107,7 @@ def test_logprobs_are_the_trainers(tiny_lm: TinyLM, temperature: float, pad: int
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_frequencies_are_those_of_the_softmax(tiny_lm: TinyLM, temperature: float) -> None:
+def test_frequencies_are_those_of_the_softmax(sampler: Make, tiny_lm: TinyLM, temperature: float) -> None:
     model, prompt, count = tiny_lm(), torch.tensor([3, 4]), 4000
     responses = sampler(model).sample([prompt] * count, max_completion_length=1, temperature=temperature)
     with torch.no_grad():
@@ -117,7 +121,7 @@ def test_frequencies_are_those_of_the_softmax(tiny_lm: TinyLM, temperature: floa
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, (seen, expected)
 
 
-def test_a_checkpoints_own_sampling_settings_do_not_apply(tiny_lm: TinyLM) -> None:
+def test_a_checkpoints_own_sampling_settings_do_not_apply(sampler: Make, tiny_lm: TinyLM) -> None:
     def draw(own: GenerationConfig | None) -> list[Response]:
         model = tiny_lm()
         if own is not None:
@@ -147,7 +151,7 @@ def test_a_checkpoints_own_sampling_settings_do_not_apply(tiny_lm: TinyLM) -> No
         assert torch.equal(plain.logprob, other.logprob)
 
 
-def test_own_settings_come_back_after_an_error(tiny_lm: TinyLM) -> None:
+def test_own_settings_come_back_after_an_error(sampler: Make, tiny_lm: TinyLM) -> None:
     model = tiny_lm().train()
     own = model.generation_config
     with pytest.raises(IndexError):
@@ -157,7 +161,7 @@ def test_own_settings_come_back_after_an_error(tiny_lm: TinyLM) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12, 100])
-def test_responses_come_in_the_order_of_the_prompts(tiny_lm: TinyLM, batch_size: int) -> None:
+def test_responses_come_in_the_order_of_the_prompts(sampler: Make, tiny_lm: TinyLM, batch_size: int) -> None:
     """A model that all but repeats the last token, so a response tells which prompt it belongs to."""
     model = tiny_lm(tie_word_embeddings=True, num_hidden_layers=1)
     with torch.no_grad():
@@ -170,13 +174,25 @@ def test_responses_come_in_the_order_of_the_prompts(tiny_lm: TinyLM, batch_size:
         assert response.tokens.tolist()[0] == 3 + i
 
 
-def test_no_prompts(tiny_lm: TinyLM) -> None:
+def test_no_prompts(sampler: Make, tiny_lm: TinyLM) -> None:
     assert sampler(tiny_lm()).sample([], max_completion_length=2, temperature=1.0) == []
 
 
-def test_every_token_of_a_large_vocabulary_can_be_drawn(tiny_lm: TinyLM) -> None:
+def test_every_token_of_a_large_vocabulary_can_be_drawn(sampler: Make, tiny_lm: TinyLM) -> None:
     """A default of transformers keeps the 50 likeliest only."""
     model = favour(tiny_lm(vocab_size=130), {token: 0.01 * token for token in range(130)})
     torch.nn.init.zeros_(model.lm_head.weight)
     responses = sampler(model).sample(PROMPTS * 250, max_completion_length=1, temperature=1.0)
     assert len({int(r.tokens) for r in responses}) == 130
+
+
+@pytest.mark.parametrize("kind", [GenerateSampler, DecodingSampler, ContinuousBatchingSampler])
+def test_at_temperature_0_the_likeliest_token_is_taken(tiny_lm: TinyLM, kind: Any) -> None:
+    model = tiny_lm()
+    one = kind(model, eos_token_ids=[EOS], pad_token_id=PAD)
+    for prompt, response in zip(
+        PROMPTS[:4], one.sample(PROMPTS[:4], max_completion_length=5, temperature=0.0), strict=True
+    ):
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, response.tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        assert torch.equal(response.tokens, logits.argmax(dim=-1))

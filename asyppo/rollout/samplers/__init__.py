@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,16 @@ from asyppo.config.references import check_parameters, resolve
 from asyppo.models.policy import Policy
 from asyppo.models.tokenizer import eos_token_ids, pad_token_id
 from asyppo.rollout.samplers.base import DividedSampler, HoldsWeights, NamedWeights, Response, Sampler, SentWeights
+from asyppo.rollout.samplers.check import Alternatives, agreement, settle, tolerance
 from asyppo.rollout.samplers.continuous import ContinuousBatchingSampler
+from asyppo.rollout.samplers.decode import DecodingSampler
 from asyppo.rollout.samplers.generate import GenerateSampler
 
 __all__ = [
     "SAMPLERS",
+    "Alternatives",
     "ContinuousBatchingSampler",
+    "DecodingSampler",
     "DividedSampler",
     "GenerateSampler",
     "HoldsWeights",
@@ -27,33 +31,54 @@ __all__ = [
     "Sampler",
     "SamplerFactory",
     "SentWeights",
+    "agreement",
     "make_sampler",
     "sampler_factory",
+    "settle",
+    "tolerance",
 ]
 
 
 SamplerFactory = Callable[[Policy, PreTrainedTokenizerBase, AsyPPOConfig], Sampler]
 
 
-def _decoding(kind: Any, policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
-    return kind(
-        policy.model,
-        eos_token_ids=eos_token_ids(policy.model, tokenizer),
-        pad_token_id=pad_token_id(tokenizer),
-        batch_size=config.generation_batch_size,
-        dtype=policy.dtype,
-    )
+def _ways(
+    kinds: Sequence[str], policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig
+) -> Alternatives:
+    """The ways to sample of these kinds, the best first."""
+    options: dict[str, Any] = {
+        "eos_token_ids": eos_token_ids(policy.model, tokenizer),
+        "pad_token_id": pad_token_id(tokenizer),
+        "batch_size": config.generation_batch_size,
+        "dtype": policy.dtype,
+    }
+    max_tokens = config.max_tokens_per_micro_batch
+    few = {"batch_size": max(1, min(config.generation_batch_size, max_tokens // config.max_completion_length))}
+    generate = partial(GenerateSampler, policy.model, **options)
+    ways: dict[str, dict[str, Callable[[], Sampler]]] = {
+        "continuous": {"continuous batching": partial(ContinuousBatchingSampler, policy.model, **options)},
+        "generate": {
+            "a cache of keys and values": partial(DecodingSampler, policy.model, max_tokens=max_tokens, **options),
+            "transformers' generate": generate,
+            "transformers' generate on prompts of one length": partial(generate, pads=False),
+            "transformers' generate without a cache": partial(generate, pads=False, cache=False, **few),
+        },
+    }
+    return Alternatives({name: make for kind in kinds for name, make in ways[kind].items()})
 
 
 def _auto(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: AsyPPOConfig) -> Sampler:
-    kind = ContinuousBatchingSampler if policy.device.type == "cuda" else GenerateSampler
-    return _decoding(kind, policy, tokenizer, config)
+    attention = str(policy.model.config._attn_implementation)
+    # With other attention each token of continuous batching is masked against the cache of the whole batch.
+    paged = policy.device.type == "cuda" and ("flash" in attention or "paged" in attention)
+    kinds = ["continuous", "generate"] if paged else ["generate"]
+    return _ways(kinds, policy, tokenizer, config)
 
 
 SAMPLERS: dict[str, SamplerFactory] = {
     "auto": _auto,
-    "generate": partial(_decoding, GenerateSampler),
-    "continuous": partial(_decoding, ContinuousBatchingSampler),
+    "generate": partial(_ways, ["generate"]),
+    "continuous": partial(_ways, ["continuous"]),
 }
 """The built-in ones by name. One's own is a function like these."""
 

@@ -31,6 +31,18 @@ class Response:
     """Cut off by the length limit."""
 
 
+def cut_at_the_end(tokens: Tensor, logprob: Tensor, eos_token_ids: Sequence[int]) -> list[Response]:
+    """Return rows of ``tokens`` (int64 [n, T], on the CPU) and their log-probs up to and including the first
+    end-of-sequence token; what follows it is padding."""
+    is_end = torch.isin(tokens, torch.tensor(eos_token_ids, dtype=torch.int64))
+    finished = is_end.any(dim=1)
+    length = torch.where(finished, is_end.int().argmax(dim=1) + 1, tokens.shape[1])
+    return [
+        Response(tokens[row, :n].clone(), logprob[row, :n].clone(), not done)
+        for row, (n, done) in enumerate(zip(length.tolist(), finished.tolist(), strict=True))
+    ]
+
+
 class Sampler(Protocol):
     """Anything that continues prompts with the current policy.
 

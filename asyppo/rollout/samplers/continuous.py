@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -46,8 +47,8 @@ class ContinuousBatchingSampler:
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # the cache takes what is free, and what training keeps for reuse is not
         generation = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_completion_length,
@@ -55,7 +56,8 @@ class ContinuousBatchingSampler:
             pad_token_id=self.pad_token_id,
         )
         batching = self._batching(model, max(len(p) for p in prompts) + max_completion_length, len(prompts))
-        with evaluating(model), forked_rng():  # the manager seeds the global generator
+        # The manager seeds the global generator.
+        with evaluating(model), _own_attention(model), forked_rng():
             manager = model.init_continuous_batching(generation, batching)
             try:
                 # Before it starts, so that what is drawn does not depend on how fast the requests come in.
@@ -104,3 +106,14 @@ class ContinuousBatchingSampler:
 
     def _response(self, tokens: list[int], logprob: list[float]) -> Response:
         return Response(torch.tensor(tokens), torch.tensor(logprob), tokens[-1] not in self.eos_token_ids)
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Put the attention of ``model`` back afterwards; a manager that fails leaves its own behind."""
+    own = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from asyppo.rollout.samplers.base import Response, WorkingWeights, evaluating
+from asyppo.rollout.samplers.base import Response, WorkingWeights, cut_at_the_end, evaluating
+from asyppo.rollout.samplers.draw import tempered
 
 
 class GenerateSampler:
-    """``Sampler`` over Hugging Face ``generate``, batched with left padding; the whole softmax is sampled from.
+    """``Sampler`` over Hugging Face ``generate``, batched with left padding; the whole softmax is sampled from. Without
+    ``pads`` a batch has prompts of one length, for models that read padding, too; without ``cache`` each token is drawn
+    from a pass over all tokens before it.
 
     Randomness comes from torch's global generator. Sampling settings that a checkpoint brings along (top-k, top-p,
     repetition penalty, …) do not apply: with them, log-probs of the trainer would be those of another distribution.
@@ -27,8 +30,11 @@ class GenerateSampler:
         pad_token_id: int,
         batch_size: int = 512,
         dtype: torch.dtype = torch.float32,
+        pads: bool = True,
+        cache: bool = True,
     ):
         self.weights, self.batch_size = WorkingWeights(model, dtype), batch_size
+        self.pads, self.cache = pads, cache
         self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
 
     @torch.no_grad()
@@ -38,8 +44,12 @@ class GenerateSampler:
         # Prompts of like length go together, so that padding is small.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[Response | None] = [None] * len(prompts)
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        start = 0
+        while start < len(order):
+            width = len(prompts[order[start]])
+            batch = order[start : start + self.batch_size]
+            chosen = [i for i in batch if self.pads or len(prompts[i]) == width]
+            start += len(chosen)
             drawn = self._generate(model, [prompts[i] for i in chosen], max_completion_length, temperature)
             for index, response in zip(chosen, drawn, strict=True):
                 responses[index] = response
@@ -63,7 +73,7 @@ class GenerateSampler:
             max_new_tokens=max_new_tokens,
             eos_token_id=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
-            use_cache=True,
+            use_cache=self.cache,
         )
         with _without_own_generation_config(model), evaluating(model):
             output = model.generate(
@@ -72,16 +82,7 @@ class GenerateSampler:
                 generation_config=config,
                 logits_processor=LogitsProcessorList([recorder]),
             )
-        tokens = output[:, width:].cpu()
-        logprob = recorder.finish(output).cpu()
-        is_eos = torch.isin(tokens, torch.tensor(self.eos_token_ids))
-        # Length up to and including the first end-of-sequence token; what follows it is padding.
-        finished = is_eos.any(dim=1)
-        length = torch.where(finished, is_eos.int().argmax(dim=1) + 1, tokens.shape[1])
-        return [
-            Response(tokens[row, :n].clone(), logprob[row, :n].clone(), not done)
-            for row, (n, done) in enumerate(zip(length.tolist(), finished.tolist(), strict=True))
-        ]
+        return cut_at_the_end(output[:, width:].cpu(), recorder.finish(output).cpu(), self.eos_token_ids)
 
 
 class _TemperLogitsAndRecord(LogitsProcessor):
@@ -97,7 +98,7 @@ class _TemperLogitsAndRecord(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._record(input_ids)
-        scores = scores.float() / self.temperature
+        scores = tempered(scores, self.temperature)
         self.waiting = scores.log_softmax(dim=-1)
         return scores
 

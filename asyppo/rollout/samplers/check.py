@@ -1,0 +1,133 @@
+"""Whether a sampler draws from what the trainer learns: its log-probs beside those of the policy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config.references import in_one_line
+from asyppo.data.batch import make_batch, micro_batches
+from asyppo.distributed.processes import forked_rng, is_main
+from asyppo.models.policy import Policy
+from asyppo.rollout.samplers.base import Response, Sampler
+
+log = logging.getLogger("asyppo")
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Nats that the log-probs of the same tokens may differ by in the mean, by the dtype of the policy's passes."""
+
+
+def tolerance(config: AsyPPOConfig, policy: Policy) -> float:
+    """Return the difference that ``config`` allows, or else that of the policy's dtype."""
+    allowed = config.sampling_logp_tolerance
+    return TOLERANCE[policy.dtype] if allowed is None else allowed
+
+
+class Alternatives:
+    """``Sampler`` that samples in one of several ways: the first, until ``settle`` has tried them."""
+
+    def __init__(self, ways: Mapping[str, Callable[[], Sampler]]):
+        """``ways``: what makes a sampler, by what a message calls it."""
+        self.ways = ways
+        self.chosen = next(iter(ways.values()))()
+
+    def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
+        """Return one response for each prompt (int64 [length])."""
+        return self.chosen.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
+
+
+def settle(sampler: Sampler, engine: object, policy: Policy, prompts: Sequence[Tensor], config: AsyPPOConfig) -> None:
+    """Make sure that ``sampler``, which calls ``engine``, samples from the ``policy``: by short responses to some of
+    the ``prompts`` (int64 [length]) and to parts of them.
+
+    Where ``engine`` has ``Alternatives``, the first way that can and agrees is taken, and a line logged that says why
+    the ones before it are not. Raises ConfigError, which says so in a line, where none does.
+    """
+    limit = tolerance(config, policy)
+    if not isinstance(engine, Alternatives):
+        if objection := _beyond(agreement(sampler, policy, prompts, config), limit):
+            raise ConfigError(
+                f"sampler: {objection}; needs a sampler of the policy's distribution, or a sampling_logp_tolerance"
+            )
+        return
+    objections: dict[str, str] = {}
+    for name, make in engine.ways.items():
+        if objections:
+            del engine.chosen  # with it goes its copy of the weights
+            engine.chosen = make()
+        with _quiet():
+            try:
+                objection = _beyond(agreement(sampler, policy, prompts, config), limit)
+            except Exception as error:  # whatever transformers meets in a model that it cannot sample from
+                objection = f"{type(error).__name__}: {in_one_line(error)}"
+        if objection is None:
+            if objections and is_main():
+                log.warning("sampler: %s is used; %s", name, _listed(objections))
+            return
+        objections[name] = objection
+    model = type(policy.model).__name__
+    raise ConfigError(
+        f"sampler: got {config.sampler!r}, which does not sample from {model}, needs "
+        f"{'one of your own' if config.sampler == 'auto' else 'auto, or one of your own'}; {_listed(objections)}"
+    )
+
+
+@torch.no_grad()
+def agreement(sampler: Sampler, policy: Policy, prompts: Sequence[Tensor], config: AsyPPOConfig) -> float:
+    """Return by how many nats the log-probs of sampled tokens and those that ``policy`` computes of them differ: the
+    mean over the tokens of a response, of the response where it is largest.
+
+    Two short responses each to the shortest and the longest of ``prompts`` (int64 [length]), and to the last half,
+    quarter and token of the longest, all in one call. Torch's generators are put back afterwards.
+    """
+    by_length = sorted(prompts, key=len)
+    longest = by_length[-1][-256:]
+    trial = [by_length[0], *(longest[-max(1, len(longest) // part) :] for part in (1, 2, 4, len(longest)))]
+    trial = [prompt for prompt in trial for _ in range(2)]
+    with forked_rng():
+        torch.manual_seed(config.seed)
+        responses = sampler.sample(
+            trial, max_completion_length=min(12, config.max_completion_length), temperature=policy.temperature
+        )
+    batch = make_batch(
+        trial,
+        [r.tokens for r in responses],
+        [r.logprob for r in responses],
+        [0.0] * len(trial),
+        [r.truncated for r in responses],
+        list(range(len(trial))),
+        pad_token_id=0,
+        device=policy.device,
+    )
+    everything = torch.arange(len(batch), device=policy.device)
+    micros = micro_batches(batch, everything, config.max_tokens_per_micro_batch)
+    gap = (policy.logprobs(batch, micros).logprob - batch.sampler_logprob).abs()
+    policy.padding_frac()  # counts the passes, and a step is to have its own alone
+    return float((torch.where(batch.mask, gap, 0.0).sum(dim=1) / batch.mask.sum(dim=1)).max())
+
+
+def _beyond(gap: float, limit: float) -> str | None:
+    """Say that ``gap`` is more than ``limit``, or NaN; None where it is not."""
+    if gap <= limit:
+        return None
+    return f"log-probs differ from the trainer's by {gap:.3g} nats a token, more than {limit:g}"
+
+
+def _listed(objections: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {objection}" for name, objection in objections.items())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what is logged, tracebacks of transformers' threads among it, for the time inside."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,48 @@
+"""Drawing tokens from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def draw(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Draw a token from each row of ``logits`` [b, V], tempered, and return it, int64 [b], and its log-prob,
+    float32 [b].
+
+    By the inverse of the cumulative distribution, with sums and uniforms in float64: those of float32 would coarsen
+    whatever is less likely than 2^-24. A token of probability 0 is never drawn. Raises RuntimeError where a row is no
+    distribution (NaN or +inf).
+    """
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+    drawn = []
+    # Some rows at a time: sums of all of them would take twice the memory of the logits, and fit in no CPU's cache.
+    rows = max(1, (2**24 if logits.is_cuda else 2**18) // logits.shape[1])
+    for part, share in zip(logits.split(rows), uniform.split(rows), strict=True):
+        scores = tempered(part, temperature)
+        scores -= scores.amax(dim=1, keepdim=True)
+        cumulative = scores.exp().cumsum(dim=1, dtype=torch.float64)
+        total = cumulative[:, -1:].contiguous()
+        token = inverse(cumulative, share * total)
+        drawn.append((token, scores.gather(1, token) - total.log(), total))
+    token, logprob, total = (torch.cat(part)[:, 0] for part in zip(*drawn, strict=True))
+    if not bool(total.isfinite().all()):
+        raise RuntimeError("the model's logits are not finite: there is nothing to draw from")
+    return token, logprob.float()
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Return ``logits`` [b, V] of the tempered distribution, float32; at temperature 0 all of it is on the likeliest
+    token."""
+    if temperature > 0:
+        return logits.float() / temperature
+    likeliest = logits.argmax(dim=1, keepdim=True)
+    return torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter(1, likeliest, 0.0)
+
+
+def inverse(cumulative: Tensor, at: Tensor) -> Tensor:
+    """Return for each row the first index where ``cumulative`` [b, V] is above ``at`` [b, 1], int64 [b, 1]; the last
+    one of a probability that is not 0 where rounding has put ``at`` at the very total."""
+    total = cumulative[:, -1:].contiguous()
+    last = torch.searchsorted(cumulative, total).clamp(max=cumulative.shape[1] - 1)  # of NaN: past the end
+    return torch.searchsorted(cumulative, at.contiguous(), right=True).minimum(last)
