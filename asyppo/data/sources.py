@@ -53,7 +53,7 @@ def open_data(field: str, name: str, dataset_config: str | None = None, suffix: 
 
 
 def _json(path: Path) -> Any:
-    """JSON lines by another name, a list of rows, a single row, or an object of such lists by split."""
+    """JSON lines by another name, a list of rows, a single row, or an object of such lists: splits, or a single one."""
     with open(path, "rb") as file:
         first, second = file.readline().strip(), file.readline().strip()
     if second and is_object(first):
@@ -61,8 +61,9 @@ def _json(path: Path) -> Any:
     value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         return value if isinstance(value, list) else [value]
-    is_row = not value or any(name in value or not isinstance(value[name], list) for name in ("prompt", *value))
-    return [value] if is_row else value
+    if not value or {"prompt", "messages"} & value.keys() or not all(isinstance(v, list) for v in value.values()):
+        return [value]
+    return value if len(value) > 1 or "train" in value else next(iter(value.values()))
 
 
 def _table(path: Path, name: str, dataset_config: str | None) -> Any:

@@ -150,6 +150,37 @@ def test_tables(tmp_path: Path, kind: str) -> None:
     assert isinstance(loaded.source, datasets.Dataset)  # memory-mapped, not copied
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "answers"),
+    [
+        ("own.json", '[{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": "x"}]', [1, "x"]),
+        ("own.json", '\n[\n{"prompt": "a",\n "answer": 1}]\n', [1]),
+        ("own.json", '{"prompt": "a", "answer": 1}\n{"prompt": "b", "answer": "x"}\n', [1, "x"]),
+        ("own.json", '{"prompt": "a",\n"answer": 1}', [1]),
+        ("own.json", '{"prompt": "a", "answer": 1}', [1]),
+        ("own.json", '{"data": [{"prompt": "a", "answer": 1}]}', [1]),
+        ("own.json", '{"test": [{"prompt": "b"}],\n"train": [{"prompt": "a", "answer": 1}]}', [1]),
+        ("own.csv", 'prompt,answer\n"a, and b",1\nb,2\n', [1, 2]),
+        ("own.tsv", "prompt\tanswer\na\tx\nb\ty\n", ["x", "y"]),
+    ],
+)
+def test_files_of_other_kinds(tmp_path: Path, name: str, content: str, answers: list[Any]) -> None:
+    (tmp_path / name).write_text(content)
+    rows = load_train_rows(DataConfig(dataset_name=str(tmp_path / name)), [])
+    assert [row["answer"] for row in rows] == answers
+    assert rows[0]["prompt"] == ("a, and b" if name == "own.csv" else "a")
+    assert rows[0]["task"] == "own"
+
+
+def test_a_file_of_json_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"prompt": "a",\n')
+    with pytest.raises(ConfigError, match=r"data\.dataset_name: cannot load '.*own\.json': Expecting property name"):
+        load_train_rows(DataConfig(dataset_name=str(tmp_path / "own.json")), [])
+    (tmp_path / "own.json").write_text("[3]")
+    with pytest.raises(ConfigError, match=r"own\.json has 1 bad row: row 1: no row but 3; needs"):
+        load_train_rows(DataConfig(dataset_name=str(tmp_path / "own.json")), [])
+
+
 def test_held_out_prompts_of_a_data_set_are_never_trained_on(tmp_path: Path) -> None:
     # Every prompt twice: neither copy of a held-out one may be trained on. One of them has blanks around it.
     rows = [*numbered(20), *({**row, "prompt": f" {row['prompt']}\n"} for row in numbered(20))]
