@@ -254,7 +254,7 @@ class AsyPPOTrainer:
         # 1. Split: each prompt's responses among the critics, disjointly.
         share = None
         if config.critic.share == "disjoint":
-            share = split_responses(batch.group, len(critics), generator).to(self.device)
+            share = split_responses(batch.group, len(critics), generator)
 
         values = None
         if config.advantage_values == "before":
@@ -269,6 +269,8 @@ class AsyPPOTrainer:
         if values is None:
             with timer.phase("values"):
                 values = critics.values(batch, max_tokens)
+        if share is not None:
+            share = share.to(self.device)
         return values, share, metrics | {"critic/padding_frac": critics.padding_frac()}
 
     def update_critics(self, batch: Batch, share: Tensor | None, generator: torch.Generator) -> dict[str, float]:
@@ -276,7 +278,7 @@ class AsyPPOTrainer:
         assert self.critics is not None
         assert self.critic_optimizer is not None
         config, max_tokens = self.config.critic, self.config.max_tokens_per_micro_batch
-        everything = torch.arange(len(batch), device=self.device)
+        everything = torch.arange(len(batch))  # rows are chosen on the host
         own = [everything if share is None else everything[share == m] for m in range(len(self.critics))]
         returns, old_value = self._critic_targets(batch, own)
         # All chance before the first update, critic by critic.
@@ -284,7 +286,7 @@ class AsyPPOTrainer:
         updates = CriticUpdates(len(own))
         # Where a critic has fewer rows than minibatches are asked for, it sits out the last.
         for rows_of in zip_longest(*parts, fillvalue=own[0][:0]):
-            weight = [token_weights(batch.learned, rows, "token-mean") for rows in rows_of]
+            weight = [token_weights(batch.learned, rows.to(self.device), "token-mean") for rows in rows_of]
 
             def loss(m: int, micro: MicroBatch, value: Tensor, weight: Sequence[Tensor] = weight) -> Tensor:
                 targets = old_value[m][micro.grid], returns[m][micro.grid], weight[m][micro.grid]
@@ -308,13 +310,14 @@ class AsyPPOTrainer:
         config, updates = self.config, PolicyUpdates(PolicyLossOptions.of(self.config))
         objective = self._objective(batch, signal, old_logprob, ref_logprob)
         log_ratio = torch.zeros_like(old_logprob)
-        everything = torch.arange(len(batch), device=self.device)
+        everything = torch.arange(len(batch))
         parts = list(minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
         for rows in parts:
-            weight = token_weights(batch.learned, rows, config.loss_aggregation)
+            chosen = rows.to(self.device)
+            weight = token_weights(batch.learned, chosen, config.loss_aggregation)
             weighted = replace(objective.targets, token_weight=weight)
             loss = torch.zeros((), device=self.device)
-            log_ratio[rows] = 0.0  # another rank may have visited them before
+            log_ratio[chosen] = 0.0  # another rank may have visited them before
             micros = self._micro_batches(batch, rows, at_least=config.gradient_accumulation_steps)
             for micro in between_replicas_once(self.policy, micros):
                 targets = weighted.at(micro.grid)

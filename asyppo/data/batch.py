@@ -48,6 +48,8 @@ class Batch:
     """float32 [B]: what the reward functions gave, whatever is added to ``reward`` later."""
     ignored: Tensor
     """bool [B]: no loss counts it."""
+    known_lengths: tuple[list[int], list[int]] | None = None
+    """``prompt_length`` and ``response_length`` on the host; None: to be read from the device once they are needed."""
 
     @property
     def mask(self) -> Tensor:
@@ -67,7 +69,9 @@ class Batch:
 
     @cached_property
     def on_host(self) -> tuple[list[int], list[int]]:
-        """Lengths of the prompts and of the responses; read from the device once."""
+        """Lengths of the prompts and of the responses."""
+        if self.known_lengths is not None:
+            return self.known_lengths
         prompt, response = torch.stack([self.prompt_length, self.response_length]).tolist()
         return prompt, response
 
@@ -113,6 +117,7 @@ def make_batch(
         truncated=torch.tensor(truncated).to(device),
         score=reward.sum(dim=1).to(device),
         ignored=torch.zeros(len(responses), dtype=torch.bool, device=device),
+        known_lengths=([len(p) for p in prompts], response_length.tolist()),
     )
 
 
@@ -130,8 +135,6 @@ class Packing:
     """int64 [1, S], in 0 … b - 1."""
     starts: Tensor
     """int32 [b + 1]: where each begins, and S."""
-    longest: int
-    """Tokens of the longest."""
 
 
 @dataclass
@@ -152,6 +155,8 @@ class MicroBatch:
     """int64 [N], in 0 … b - 1: which of ``rows`` each response token belongs to."""
     tokens: int
     """Of all sequences, without padding."""
+    longest: int
+    """Tokens of the longest sequence."""
     packing: Packing | None = None
     """None: padded."""
 
@@ -189,10 +194,10 @@ def micro_batch(
     own, prompt, length, of_response = to_device([numbers, prompts, lengths, responses], batch.tokens.device)
     response, position = _ragged(of_response, sum(responses))
     grid, column, total = (own[response], position), prompt[response] - 1 + position, sum(lengths)
+    longest = max(lengths, default=0)
     if not packed:
-        width = max(lengths) if width is None else width
-        ids = batch.tokens[own, :width]
-        return MicroBatch(own, ids, length, grid, (response, column), response, total)
+        ids = batch.tokens[own, : longest if width is None else width]
+        return MicroBatch(own, ids, length, grid, (response, column), response, total, longest)
     sequence, place = _ragged(length, total)
     starts = torch.nn.functional.pad(length.cumsum(0), (1, 0))
     return MicroBatch(
@@ -203,7 +208,8 @@ def micro_batch(
         predicts=(torch.zeros_like(column), starts[response] + column),
         response=response,
         tokens=total,
-        packing=Packing(place[None], sequence[None], starts.int(), max(lengths)),
+        longest=longest,
+        packing=Packing(place[None], sequence[None], starts.int()),
     )
 
 
@@ -228,8 +234,8 @@ def empty_micro_batch(batch: Batch, *, packed: bool = False) -> MicroBatch:
     the communication between ranks."""
     none = batch.tokens.new_zeros(0)
     token = batch.tokens.new_zeros(1, 1)
-    packing = Packing(token, token, torch.arange(2, dtype=torch.int32, device=token.device), 1) if packed else None
-    return MicroBatch(none, token, token.new_ones(1), (none, none), (none, none), none, 0, packing)
+    packing = Packing(token, token, torch.arange(2, dtype=torch.int32, device=token.device)) if packed else None
+    return MicroBatch(none, token, token.new_ones(1), (none, none), (none, none), none, 1, 1, packing)
 
 
 def micro_batches(

@@ -34,12 +34,12 @@ def known_sequences(sequence: Tensor | None) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = original
 
 
-def packed_inputs(model: PreTrainedModel, packing: Packing) -> dict[str, Any]:
-    """Return what ``model``'s decoder has to be given beside packed tokens."""
+def packed_inputs(model: PreTrainedModel, packing: Packing, longest: int) -> dict[str, Any]:
+    """Return what ``model``'s decoder has to be given beside packed tokens, whose longest sequence has so many."""
     inputs: dict[str, Any] = {"position_ids": packing.position_ids}
     if is_flash_attention_requested(model.config):
         inputs |= {f"cu_seq_lens_{x}": packing.starts for x in "qk"}
-        inputs |= {f"max_length_{x}": packing.longest for x in "qk"}
+        inputs |= {f"max_length_{x}": longest for x in "qk"}
     return inputs
 
 

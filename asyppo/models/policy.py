@@ -151,7 +151,7 @@ class Policy(nn.Module):
         either."""
         self._padding.add(micro.tokens, micro.input_ids.numel())
         packing = micro.packing
-        inputs = {} if packing is None else packed_inputs(self.model, packing)
+        inputs = {} if packing is None else packed_inputs(self.model, packing, micro.longest)
         with self.autocast(), known_sequences(None if packing is None else packing.sequence):
             # Padding is on the right, where causal attention does not look: no mask is made of it.
             hidden = self.model.get_decoder()(input_ids=micro.input_ids, use_cache=False, **inputs).last_hidden_state

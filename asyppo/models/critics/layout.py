@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ VarlenAttention = Callable[..., Tensor]
 WORTH_PACKING = 1 / 16
 
 
+class Extent(NamedTuple):
+    """How far the tokens of a pass go, where the host knows."""
+
+    longest: int
+    """Tokens of the longest sequence."""
+    most: int
+    """Tokens of the critic that has most."""
+    least: int
+    """Tokens of the critic that has fewest."""
+    most_runs: int = 1
+    """Pieces of the sequence that has most; one without a hole has one."""
+
+
 class Layout:
     """The tokens of one pass, from ``input_ids`` int64 [K, B, T], where K is M, or 1 if all critics read the same.
 
@@ -32,14 +45,23 @@ class Layout:
     tokens: Tensor
     """int64 [K, N]. Where one critic has fewer than another, padding fills its end."""
 
-    def __init__(self, input_ids: Tensor, attention_mask: Tensor, num_critics: int, varlen: VarlenAttention | None):
+    def __init__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_critics: int,
+        varlen: VarlenAttention | None,
+        known: Extent | None = None,
+    ):
         self.varlen, self.width = varlen, input_ids.shape[2]
         length = attention_mask.sum(2)  # [K, B]
         total = length.sum(1)  # [K]
-        runs = (attention_mask & ~F.pad(attention_mask, (1, 0))[..., :-1]).sum(2)  # of a row with a hole two or more
-        # The only time the host waits.
-        extremes = torch.stack([length.max(), total.max(), total.min(), runs.max()])
-        self.longest, most, least, self.most_runs = extremes.tolist()
+        if known is None:
+            # Of a row with a hole there are two or more.
+            runs = (attention_mask & ~F.pad(attention_mask, (1, 0))[..., :-1]).sum(2)
+            # The only time the host waits.
+            known = Extent(*torch.stack([length.max(), total.max(), total.min(), runs.max()]).tolist())
+        self.longest, most, least, self.most_runs = known
         self.sequences = num_critics * input_ids.shape[1]
         grid = input_ids.shape[1] * self.longest
         self.packed = varlen is not None or most < grid * (1 - WORTH_PACKING)

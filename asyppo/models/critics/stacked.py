@@ -29,7 +29,7 @@ from asyppo.distributed.sharding import (
 )
 from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.layers import MakeLinear, StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
-from asyppo.models.critics.layout import Layout, VarlenAttention
+from asyppo.models.critics.layout import Extent, Layout, VarlenAttention
 from asyppo.models.critics.loading import load_value_models
 from asyppo.models.hub import SaveDtype, save_model
 
@@ -139,7 +139,11 @@ class Stacked(Critics):
         self.tie_models()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        known: Extent | None = None,
     ) -> Tensor:
         """Return values, float32 and differentiable.
 
@@ -150,6 +154,7 @@ class Stacked(Critics):
                 window: that is a ValueError.
             positions: int64 [n], or [M, n] to each critic its own: the places row * T + column whose values are
                 wanted, none of them padding; None: all.
+            known: what the host knows of ``attention_mask``; None: it is read from the device.
 
         Returns:
             [M, B, T], or [M, n] given positions.
@@ -164,7 +169,7 @@ class Stacked(Critics):
                 f"{list(input_ids.shape)}"
             )
         mask = torch.ones_like(own, dtype=torch.bool) if attention_mask is None else attention_mask.view_as(own).bool()
-        layout = Layout(self.readable(own), mask, count, self.varlen)
+        layout = Layout(self.readable(own), mask, count, self.varlen, known)
         self._padding.add(mask.sum(), layout.tokens.numel())
         if positions is not None:
             return self._values(layout, layout.index(positions))
@@ -196,7 +201,8 @@ class Stacked(Critics):
         everything = torch.arange(len(batch), device=batch.tokens.device)
         for micro in micro_batches(batch, everything, max(1, max_tokens // len(self))):
             row, position = micro.grid
-            value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts)
+            known = Extent(micro.longest, micro.tokens, micro.tokens)
+            value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts, known)
         release(self)
         return sum_over_ranks(value)
 
@@ -228,7 +234,8 @@ class Stacked(Critics):
         mask = pad([m.attention_mask for m in micros], batch_first=True)
         # What pads the positions is never read: it may be anything that is there.
         positions = pad([m.flat_predicts for m in micros], batch_first=True)
-        value = self(ids, mask, positions)
+        tokens = [m.tokens for m in micros]
+        value = self(ids, mask, positions, Extent(max(m.longest for m in micros), max(tokens), min(tokens)))
         return [critic_value[: len(m.flat_predicts)] for critic_value, m in zip(value, micros, strict=True)]
 
     def collect_gradients(self) -> None:
