@@ -468,8 +468,17 @@ def test_arithmetic_is_that_of_the_rows_that_count(backend: str, count_gemms: Ca
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 4.0}, {"entropy": False}])
-@pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("options", "ignored"),
+    [
+        ({}, 0.0),
+        ({"temperature": 0.7, "softcap": 4.0}, 0.3),
+        ({"entropy": False}, 0.3),
+        pytest.param({}, 0.3, marks=pytest.mark.slow),
+        pytest.param({"temperature": 0.7, "softcap": 4.0}, 0.0, marks=pytest.mark.slow),
+        pytest.param({"entropy": False}, 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_kept_or_computed_again_give_the_same(
     backend: str, dtype: torch.dtype, options: dict[str, Any], ignored: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
