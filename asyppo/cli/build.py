@@ -17,12 +17,13 @@ from asyppo.data.rows import Row
 from asyppo.data.sources import load_eval_rows, load_train_rows
 from asyppo.distributed.processes import agreed, from_main, make_mesh
 from asyppo.evaluate import Evaluation, evaluate
+from asyppo.metrics.introduction import introduction_of_evaluation
 from asyppo.models import warm_start
 from asyppo.models.loading import choose_device, fit_of, policy_of, tokenizer_of
 from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
 from asyppo.rollout.samplers import make_sampler, sampler_factory, settle
 from asyppo.run.directory import run_path
-from asyppo.run.progress import ProgressDisplay
+from asyppo.run.progress import ProgressDisplay, say
 from asyppo.run.writers import check_writers
 from asyppo.trainer import AsyPPOTrainer, advantage_of, surrogate_of
 
@@ -113,6 +114,7 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     prompts = [torch.tensor(ids) for ids in tokens]
     sampler = make_sampler(policy, tokenizer, config)
     settle(sampler, sampler, policy, prompts[:32], config)
+    say(*introduction_of_evaluation(config, policy, rows))
     try:
         out.mkdir(parents=True)
     except OSError as error:

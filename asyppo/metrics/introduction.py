@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +16,7 @@ def introduction(
     config: AsyPPOConfig, policy: Policy, critics: Critics | None, train_rows: Sized, eval_rows: Sized
 ) -> list[str]:
     """Return lines that say which device, models and rows a run has."""
-    dtype = str(policy.dtype).removeprefix("torch.")
-    lines = {"device": f"{policy.device}, computing in {dtype}", "policy": _policy(policy)}
+    lines = {"device": _device(policy), "policy": _policy(policy)}
     if critics is not None:
         lines["critics" if len(critics) > 1 else "critic"] = _critics(critics)
     held_out = f"{len(eval_rows):,} held out to evaluate on" if len(eval_rows) else "none held out"
@@ -28,7 +27,22 @@ def introduction(
         f"{config.max_steps:,} steps of {config.prompts_per_step:,} prompts with {config.num_generations:,} responses "
         f"each, {passes:.3g} passes over the prompts"
     )
+    return _aligned(lines)
+
+
+def introduction_of_evaluation(config: AsyPPOConfig, policy: Policy, rows: Sized) -> list[str]:
+    """Return lines that say which device, model and rows an evaluation has."""
+    count = config.eval.num_generations
+    prompts = f"{len(rows):,} held out, with {count:,} response{'s' if count > 1 else ''} each"
+    return _aligned({"device": _device(policy), "model": _policy(policy), "prompts": prompts})
+
+
+def _aligned(lines: Mapping[str, str]) -> list[str]:
     return [f"{name + ':':<12}{text}" for name, text in lines.items()]
+
+
+def _device(policy: Policy) -> str:
+    return f"{policy.device}, computing in {str(policy.dtype).removeprefix('torch.')}"
 
 
 def _policy(policy: Policy) -> str:

@@ -106,7 +106,7 @@ def other_vocabulary(project: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(project / "critic")
-    config.vocab_size = 99
+    config.vocab_size = 18
     AutoModelForCausalLM.from_config(config).save_pretrained(project / "critic")
 
 
@@ -141,7 +141,7 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str], list[str]]] = [
     (
         other_vocabulary,
         [],
-        ["critic.model_name_or_path: 'critic' has a vocabulary of 99 tokens, needs the policy's 19"],
+        ["critic.model_name_or_path: 'critic' has embeddings of 18 tokens, needs those of the policy's tokenizer, 19"],
     ),
     (pickle_weights, [], ["policy.model_name_or_path: 'policy'", "pickle", "needs safetensors"]),
     (a_run_of_that_name, ["--run_name", "mine"], ["run_name: ", "runs/mine exists", "--resume"]),
