@@ -156,6 +156,12 @@ def log2_gap(x, scale, offset, FINITE: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, y):
+    """x y, which no compiler fuses with the sum it goes into: a difference of equal products is 0."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def add_block(x, scale, offset, total, weighted, VECTOR: tl.constexpr, ENTROPY: tl.constexpr, FINITE: tl.constexpr):
     """The three numbers of each group in ``row_statistics``, with a block of the row added to them.
 
@@ -213,19 +219,29 @@ def row_statistics(
         x, _ = capped(raw, bias_ptr, start + lane, None, inv_softcap, SOFTCAP)
         offset, total, weighted = add_block(x, scale, offset, total, weighted, VECTOR, ENTROPY, SOFTCAP)
 
-    row_max = tl.min(offset, axis=0) * -LN_2
-    row_offset = row_max * -LOG2_E  # as ``write_gradient`` computes it from row_max
-    below = row_offset - offset
+    lowest = tl.min(offset, axis=0)
+    below = lowest - offset
     share = tl.exp2(below)
     whole = tl.sum(total * share, axis=0)
-    log_sum = tl.log(whole)
-    entropy = log_sum
-    if ENTROPY:
-        entropy -= LN_2 * tl.sum(tl.fma(total, below, weighted) * share, axis=0) / whole
-        entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    logprob = LN_2 * log2_gap(target_x, scale, row_offset, SOFTCAP) - log_sum
+    gap = log2_gap(target_x, scale, lowest, SOFTCAP)
+    # A target near the maximum is held against the sum as the very term it is there: one that is alone has log-prob 0,
+    # entropy 0 and gradient 0.
+    near = gap > -1.0
+    base = tl.where(near, gap, 0.0)
+    unit = tl.exp2(base)
+    log_rest = tl.log(tl.where(whole == unit, 1.0, whole / unit))  # a division by itself may be a rounding off 1
     # Roundings may lift a log-prob above 0, and an entropy below.
-    return tl.minimum(logprob, 0.0, propagate_nan=tl.PropagateNan.ALL), entropy, row_max, log_sum
+    logprob = tl.minimum((gap - base) * LN_2 - log_rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    entropy = log_rest
+    if ENTROPY:
+        entropy += (rounded(base, whole) - tl.sum(tl.fma(total, below, weighted) * share, axis=0)) * LN_2 / whole
+        entropy = tl.maximum(entropy, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # ``write_gradient`` has the gaps from row_max, and the log-prob from a gap and log_sum.
+    row_max = lowest * -LN_2
+    row_offset = row_max * -LOG2_E
+    from_target = rounded(log2_gap(target_x, scale, row_offset, SOFTCAP), LN_2) - logprob
+    log_sum = tl.where(near, from_target, log_rest + (row_offset - lowest) * LN_2)
+    return logprob, entropy, row_max, log_sum
 
 
 @triton.jit
@@ -291,8 +307,10 @@ def write_gradient(
 
     tl.debug_barrier()  # the store below comes after that of the target's block
     x, slope = capped(raw_target, bias_ptr, target_column, has_target, inv_softcap, SOFTCAP)
-    gap = log2_gap(x, scale, offset, SOFTCAP)
-    grad = (tl.exp2(gap) * tl.fma(gap, slant, level) + grad_logprob) * slope
+    logprob = rounded(log2_gap(x, scale, offset, SOFTCAP), LN_2) - log_sum
+    logprob = tl.minimum(logprob, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    prob = tl.exp(logprob)
+    grad = (grad_logprob * (1.0 - prob) - grad_entropy * prob * (logprob + entropy)) * slope
     tl.store(grad_row + target_column, grad.to(grad_row.dtype.element_ty), mask=has_target)
 
 

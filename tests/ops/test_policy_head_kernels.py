@@ -171,3 +171,18 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) ->
     inputs = [x.detach().cpu() for x in head(2, 3, 4)]
     with pytest.raises(ValueError, match="backend: got 'triton' for tensors on cpu, needs a GPU, or TRITON_INTERPRET"):
         linear_logprob(*inputs, backend="triton")
+
+
+@pytest.mark.parametrize("softcap", [None, 15.0])
+def test_a_token_that_is_alone_has_no_gradient(softcap: float | None) -> None:
+    """Log-prob, entropy and their gradients are 0, not a rounding of the logit."""
+    hidden, weight, target = head(50, 8, 1)
+    logprob, entropy = linear_logprob(hidden, weight, target, temperature=0.7, softcap=softcap, backend="triton")
+    (logprob.sum() + entropy.sum()).backward()
+    row = torch.ones(50)
+    options = {"temperature": 0.7, "softcap": softcap, "entropy_coef": 0.1, "backend": "triton"}
+    out = linear_ppo_loss(hidden, weight, target, None, row, row, **options)
+    out.loss.backward()
+    for x in (logprob, entropy, out.logprob, out.entropy, hidden.grad, weight.grad):
+        assert x is not None
+        assert (x == 0).all()

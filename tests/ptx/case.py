@@ -40,7 +40,6 @@ class Case:
     arguments: Mapping[str, Any]
     settings: Mapping[str, int]
     quick: bool = True  # among those that `make test-slow` runs
-    floor: float = 1e-30  # what a result's size is at least taken for, where every number of it is 0
 
     def run(self, schedule: Schedule, **options: Any) -> tuple[Results, Session]:
         """Results, launches and issues under ``schedule``; ``options`` are those of ``emulated``."""
@@ -62,9 +61,7 @@ class Case:
         return stack
 
 
-def compare(
-    got: Results, plain: Results, want: Results, noise: float = 0.0, floor: float = 1e-30
-) -> tuple[list[str], float]:
+def compare(got: Results, plain: Results, want: Results, noise: float = 0.0) -> tuple[list[str], float]:
     """(what is wrong with ``got``, its largest error as a share of what is allowed).
 
     Allowed against ``want`` is twice the error of ``plain``, the torch form, and a rounding of the largest number; of
@@ -84,8 +81,7 @@ def compare(
             found.append(f"{key}: NaN in {int((result.isnan() != oracle.isnan()).sum())} places where it should not be")
         elif result.numel():
             ours, theirs, exact = (x.double().nan_to_num(0, 1e30, -1e30) for x in (result, plain[key], oracle))
-            # A log-prob is the difference of numbers around 1, and has their rounding.
-            scale = max(float(exact.abs().max()), 0.1 if key == "logprob" else floor)
+            scale = max(float(exact.abs().max()), 1e-30)
             rounding = coarse if key.startswith("d_") else ROUNDING.get(result.dtype, 2e-6)
             rounding += 8 * noise
             error, other = float((ours - exact).abs().max()), float((theirs - exact).abs().max())

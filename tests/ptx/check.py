@@ -54,7 +54,7 @@ def check(case: Case, schedules: Sequence[Schedule]) -> Outcome:
         except PTXError as error:
             problems.append(f"{_words(schedule)}: {error}")
             continue
-        found, error = compare(got, plain, want, schedule.noise, case.floor)
+        found, error = compare(got, plain, want, schedule.noise)
         worst = max(worst, error)
         if (schedule.capability, schedule.contract, schedule.noise) == (90, False, 0):
             if bits is not None and not all(_same(got[key], bits[key]) for key in got):

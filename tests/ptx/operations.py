@@ -247,14 +247,15 @@ def fused(w: Wave, pc: int, i: Instruction) -> Run:
 
 
 def approximate(w: Wave, evaluate: Callable[[slice], Array]) -> Callable[[slice], Array]:
-    """With the schedule's relative error, but exact where the result is 1, as hardware has it for 2^0 and x / x."""
-    noise = w.machine.schedule.noise
+    """With the schedule's relative error, the same for the same result, as hardware has it; none at 1, as of 2^0."""
+    noise, seed = w.machine.schedule.noise, np.uint32(w.machine.schedule.seed)
     if not noise:
         return evaluate
 
     def noisy(s: slice) -> Array:
         exact = evaluate(s)
-        factor = 1 + w.rng.uniform(-noise, noise, exact.shape)
+        drawn = (exact.view(np.uint32) + seed) * np.uint32(2_654_435_761)  # a multiplicative hash
+        factor = 1 + noise * (drawn / 2.0**31 - 1)
         return np.where(exact == np.float32(1), exact, (exact.astype(np.float64) * factor).astype(np.float32))
 
     return noisy
