@@ -241,6 +241,8 @@ def test_what_a_resumed_run_may_change() -> None:
         "save_total_limit",
         "save_dtype",
         "logging_samples",
+        "log_completions_steps",
+        "num_completions_to_print",
         "diagnostics_steps",
         "report_to",
         "max_skipped_steps",
