@@ -5,7 +5,7 @@ READY := .venv/.ready
 PEERS := .venv/.peers
 SITE := .venv/.site
 
-.PHONY: train test test-slow test-triton browser bench docs lint clean
+.PHONY: train test test-slow test-triton test-versions test-versions-shard browser bench docs lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
@@ -20,6 +20,14 @@ test-slow: $(READY) browser
 # The ahead-of-time budgets and the emulator's quick cases with every minor version of Triton; minutes a version.
 test-triton: $(READY)
 	$(BIN)/python -m tests.ptx versions
+
+# The fast tests and the ahead-of-time budgets with the oldest and the newest versions that pyproject.toml allows; hours.
+test-versions: $(READY)
+	$(BIN)/python -m tests.versions all
+
+# One part of one set of versions, chosen by the commit; minutes.
+test-versions-shard: $(READY)
+	$(BIN)/python -m tests.versions shard $$(git rev-parse HEAD)
 
 # The report's page is tested in Chromium. Root on Debian or Ubuntu gets it here; others are told what to do by the tests.
 browser:
