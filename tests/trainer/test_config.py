@@ -241,6 +241,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "save_total_limit",
         "save_dtype",
         "logging_samples",
+        "log_completions",
         "log_completions_steps",
         "num_completions_to_print",
         "diagnostics_steps",
