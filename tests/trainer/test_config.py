@@ -299,3 +299,9 @@ def test_the_version_is_that_of_the_distribution(monkeypatch: pytest.MonkeyPatch
     installed = asyppo.__version__
     monkeypatch.setattr(asyppo, "version", not_installed)
     assert asyppo.__version__ == asyppo_kernels.__version__ == installed
+
+
+def test_an_evaluation_may_be_greedy() -> None:
+    assert parse(["train", "--eval.temperature", "0"]).eval.temperature == 0
+    with pytest.raises(ConfigError, match=r"temperature: got 0\.0, needs a positive number"):
+        parse(["train", "--temperature", "0"])

@@ -196,3 +196,15 @@ def test_at_temperature_0_the_likeliest_token_is_taken(tiny_lm: TinyLM, kind: An
         with torch.no_grad():
             logits = model(torch.cat([prompt, response.tokens])[None]).logits[0, len(prompt) - 1 : -1]
         assert torch.equal(response.tokens, logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("kind", [GenerateSampler, DecodingSampler, ContinuousBatchingSampler])
+def test_temperature_0_takes_the_likeliest_tokens(kind: Any, tiny_lm: Callable[..., Any]) -> None:
+    model, prompts = tiny_lm(), [torch.tensor([3, 4, 5]), torch.tensor([6])]
+    sampler = kind(model, eos_token_ids=[1], pad_token_id=0)
+    for prompt, response in zip(prompts, sampler.sample(prompts, max_completion_length=5, temperature=0), strict=True):
+        tokens = torch.cat([prompt, response.tokens])
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None]).logits[0]
+        assert torch.equal(logits.argmax(dim=1)[len(prompt) - 1 : -1], response.tokens)
+        assert not response.logprob.any()

@@ -50,7 +50,8 @@ class Sampler(Protocol):
     """
 
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
-        """Return one response for each prompt (int64 [length])."""
+        """Return one response for each prompt (int64 [length]). At temperature 0 it is made of the likeliest tokens,
+        the first of equals, whose log-probs are 0: nothing else could be drawn."""
         ...
 
 

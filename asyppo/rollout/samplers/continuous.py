@@ -79,7 +79,7 @@ class ContinuousBatchingSampler:
                 f"continuous batching: {len(finished)} of {len(prompts)} responses finished; "
                 f"{'; '.join(sorted(errors)) or 'its thread ended'}. sampler: generate does without it"
             )
-        return [self._response(finished[name].generated_tokens, finished[name].logprobs) for name in names]
+        return [self._response(finished[name], certain=temperature == 0) for name in names]
 
     def _batching(self, model: PreTrainedModel, longest: int, count: int) -> ContinuousBatchingConfig:
         together, page = min(self.batch_size, count), 32 if model.device.type == "cpu" else 256
@@ -104,8 +104,10 @@ class ContinuousBatchingSampler:
             settings["max_blocks_per_request"] = 2 * (blocks // 2 + 1)  # even, and one to spare
         return ContinuousBatchingConfig(**settings)
 
-    def _response(self, tokens: list[int], logprob: list[float]) -> Response:
-        return Response(torch.tensor(tokens), torch.tensor(logprob), tokens[-1] not in self.eos_token_ids)
+    def _response(self, output: GenerationOutput, certain: bool) -> Response:
+        tokens, logprob = torch.tensor(output.generated_tokens), torch.tensor(output.logprobs)
+        ended = output.generated_tokens[-1] in self.eos_token_ids
+        return Response(tokens, torch.zeros_like(logprob) if certain else logprob, not ended)
 
 
 @contextmanager

@@ -5,15 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOT_FINITE = "the model's logits are not finite: there is nothing to draw from"
+
 
 def draw(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Draw a token from each row of ``logits`` [b, V], tempered, and return it, int64 [b], and its log-prob,
     float32 [b].
 
     By the inverse of the cumulative distribution, with sums and uniforms in float64: those of float32 would coarsen
-    whatever is less likely than 2^-24. A token of probability 0 is never drawn. Raises RuntimeError where a row is no
+    whatever is less likely than 2^-24. A token of probability 0 is never drawn. At temperature 0 it is the likeliest
+    token, the first of equals, and its log-prob is 0. Raises RuntimeError where a row is no
     distribution (NaN or +inf).
     """
+    if temperature == 0:
+        most, token = logits.max(dim=1)
+        if not bool(most.isfinite().all()):
+            raise RuntimeError(NOT_FINITE)
+        return token, torch.zeros_like(most, dtype=torch.float32)
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     drawn = []
     # Some rows at a time: sums of all of them would take twice the memory of the logits, and fit in no CPU's cache.
@@ -27,7 +35,7 @@ def draw(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         drawn.append((token, scores.gather(1, token) - total.log(), total))
     token, logprob, total = (torch.cat(part)[:, 0] for part in zip(*drawn, strict=True))
     if not bool(total.isfinite().all()):
-        raise RuntimeError("the model's logits are not finite: there is nothing to draw from")
+        raise RuntimeError(NOT_FINITE)
     return token, logprob.float()
 
 

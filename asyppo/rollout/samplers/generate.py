@@ -86,7 +86,8 @@ class GenerateSampler:
 
 
 class _TemperLogitsAndRecord(LogitsProcessor):
-    """Divide logits by the temperature, and keep the log-prob of the token that is drawn from them.
+    """Divide logits by the temperature, or at 0 leave the likeliest token alone, and keep the log-prob of the token
+    that is drawn from them.
 
     The token is known one call later, so one [B, V] tensor waits for it; nothing of size [B, T, V] exists.
     """
