@@ -28,7 +28,7 @@ resumed run and `asyppo eval`, on a CPU in float32 with transformers {transforme
 same family. A figure means that the family is right. It is the difference between the sampler's log-probs and the
 trainer's, in nats, the mean over tokens, of the worse of two steps; more than {tolerance:g} would count as wrong.
 Where a sampler that is named cannot sample from a family, that is refused in one line before the first step, and
-`auto` takes another.
+`auto` takes another; numbers lead to what that line says.
 
 `python -m tests.families --out docs/families.md` makes this page; names of families behind it take these alone.
 
@@ -44,7 +44,7 @@ def table(found: dict[str, dict[str, Outcome]]) -> str:
         outcome, instead = outcomes[sampler], outcomes.get(f"auto for {sampler}")
         if not outcome.refusal:
             return str(outcome)
-        number = notes.setdefault(outcome.refusal, len(notes) + 1)
+        number = notes.setdefault(outcome.refusal.rpartition("one of your own; ")[2], len(notes) + 1)
         return f"refused ({number})" + ("" if instead is None or instead.refusal else f"; `auto`: {instead}")
 
     lines = [
@@ -55,7 +55,7 @@ def table(found: dict[str, dict[str, Outcome]]) -> str:
         cells = (cell(outcomes, sampler) for sampler in ROUTES)
         lines.append(f"| {name} | {FAMILIES[name].kind} | " + " | ".join(cells) + " |")
     refusals = [f"{number}. {text}" for text, number in notes.items()]
-    return "\n".join([*lines, *(["", "Refused with:", "", *refusals] if refusals else [])])
+    return "\n".join([*lines, *(["", "Why refused:", "", *refusals] if refusals else [])])
 
 
 def main() -> int:

@@ -38,17 +38,17 @@ def test_the_table() -> None:
         "qwen3": {"generate": Outcome(gap=2.34e-7), "continuous": Outcome(gap=1e-7)},
         "mamba": {
             "generate": Outcome(gap=0.0),
-            "continuous": Outcome(refusal="sampler: no"),
+            "continuous": Outcome(refusal="sampler: got it, needs auto, or one of your own; no"),
             "auto for continuous": Outcome(gap=3e-7),
         },
-        "rwkv": {"generate": Outcome(fault="RuntimeError: shapes"), "continuous": Outcome(refusal="sampler: no")},
+        "rwkv": {"generate": Outcome(fault="RuntimeError: shapes"), "continuous": Outcome(refusal="no")},
     }
     assert table(found).splitlines()[2:] == [
         "| qwen3 | rotary | 2e-07 | 1e-07 |",
         "| mamba | state space | 0e+00 | refused (1); `auto`: 3e-07 |",
         "| rwkv | recurrent | **RuntimeError: shapes** | refused (1) |",
         "",
-        "Refused with:",
+        "Why refused:",
         "",
-        "1. sampler: no",
+        "1. no",
     ]
