@@ -8,10 +8,12 @@ from typing import Any
 from asyppo_kernels._policy_head_kernels import launch_shape
 from asyppo_kernels.linear_logprob import kernels as linear_logprob
 from asyppo_kernels.linear_ppo_loss import kernels as linear_ppo_loss
+from asyppo_kernels.linear_ppo_loss.triton_form import ROWS_BLOCK, ROWS_WARPS
 from bench import aot_ensemble, aot_stacked
 from bench.aot_case import Case
 
 VOCABULARY = 151_936
+NUMBERS = ("old_logprob_ptr", "ref_logprob_ptr", "advantage_ptr", "rollout_weight_ptr", "token_weight_ptr")
 
 
 def policy_head() -> Iterator[Case]:
@@ -56,14 +58,13 @@ def policy_head() -> Iterator[Case]:
             wide=("load", "store"),
             **budget,
         )
-        numbers = ("old_logprob_ptr", "ref_logprob_ptr", "advantage_ptr", "rollout_weight_ptr", "token_weight_ptr")
         outputs = ("loss_ptr", "logprob_ptr", "entropy_ptr", "ratio_ptr")
         yield Case(
             op="linear_ppo_loss",
             name=f"loss, {name}" + (", dual clip, KL" if full else ""),
             kernel=linear_ppo_loss.loss_kernel,
             signature={**gradient, **rows, **bias, **shape, **head, "first_row": "i32"}
-            | dict.fromkeys((*numbers, *outputs), "*fp32")
+            | dict.fromkeys((*NUMBERS, *outputs), "*fp32")
             | {"entropy_on_ptr": "*u8", "clipped_ptr": "*u8"}
             | dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "entropy_coef", "kl_coef"), "fp32"),
             constants=constants
@@ -81,4 +82,23 @@ def policy_head() -> Iterator[Case]:
         )
 
 
-CASES: list[Case] = [*policy_head(), *aot_ensemble.CASES, *aot_stacked.CASES]
+def rows() -> Case:
+    """All that may be given, compacted."""
+    return Case(
+        op="linear_ppo_loss",
+        name="rows",
+        kernel=linear_ppo_loss.rows_kernel,
+        signature=dict.fromkeys(("target_ptr", "cleared_target_ptr", "index_ptr", "count_ptr"), "*i64")
+        | dict.fromkeys((*NUMBERS, "numbers_ptr"), "*fp32")
+        | dict.fromkeys(("advantage_keep_ptr", "entropy_keep_ptr", "flags_ptr"), "*u8")
+        | {"n_rows": "i32", "pitch": "i32"},
+        constants={"ENTROPY": True, "BLOCK": ROWS_BLOCK},
+        divisible=("pitch",),
+        num_warps=ROWS_WARPS,
+        wide=(),  # any number of rows
+        max_registers=80,
+        max_shared=1024,
+    )
+
+
+CASES: list[Case] = [*policy_head(), rows(), *aot_ensemble.CASES, *aot_stacked.CASES]

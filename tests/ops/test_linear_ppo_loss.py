@@ -18,7 +18,7 @@ from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels._policy_head import HeadOptions
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
-from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs
 
 BACKENDS = ["torch", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -879,16 +879,16 @@ def test_without_compaction_no_value_reaches_the_host(backend: str, monkeypatch:
     """Meta tensors have no values: reading one raises."""
     form = importlib.import_module(f"asyppo_kernels.linear_ppo_loss.{backend}_form")
     if backend == "triton":  # a launch reads nothing on the host, but has to be one of real memory
-        monkeypatch.setattr(form, "loss_kernel", defaultdict(lambda: lambda *args, **kwargs: None))
+        for name in ("loss_kernel", "rows_kernel"):
+            monkeypatch.setattr(form, name, defaultdict(lambda: lambda *args, **kwargs: None))
     data = {k: x.to("meta") for k, x in make(20, 4, 7).items()}
     ppo = PPOOptions(0.2, 0.3, 2.0, 0.1, 0.1, kl_bias_correction=True)
-    columns = ("target", "old_logprob", "advantage", "token_weight", "advantage_keep", "entropy_keep", "ref_logprob")
-    rows = read_rows(*(data[k] for k in columns), data["rollout_weight"], ppo)
+    given = RowInputs(**{k: data[k] for k in RowInputs._fields})
 
     def run(compact: bool) -> Tensor:
         return form.forward(
             *(data[k] for k in HEAD),
-            rows,
+            given,
             HeadOptions(0.9, 5.0, torch.float32),
             ppo,
             compact=compact,

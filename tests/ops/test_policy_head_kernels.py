@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyppo_kernels import linear_logprob, linear_ppo_loss
 from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels._policy_head import HeadOptions, even_size
 from asyppo_kernels._policy_head_kernels import Workspace, launch_shape, padded
 from asyppo_kernels.linear_logprob.kernels import gradient_kernel, statistics_kernel
+from asyppo_kernels.linear_ppo_loss import triton_form
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs, live_and_dead, read_rows
 
 Count = Callable[[Callable[[], object]], list]
 
@@ -26,7 +30,7 @@ def head(n: int, h: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[to
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_loss_launches_one_kernel_a_chunk(compact: bool, count_launches: Count, count_gemms: Count) -> None:
-    """And three matrix products; a chunk of rows that are not live has one of each."""
+    """After one that reads the rows; and three matrix products; a chunk of rows that are not live has one of each."""
     n, v = 20, 37
     row = torch.ones(n)
     keep = torch.arange(n) < 12
@@ -40,12 +44,89 @@ def test_loss_launches_one_kernel_a_chunk(compact: bool, count_launches: Count, 
     triton = {"backend": "triton"}
     launches = count_launches(run)
     sizes = [(4,), (4,), (4,), (4,)] if compact else [(5,)] * 4  # 12 live rows in 3 chunks, 4 that only count
-    assert launches == [("loss_kernel", size) for size in sizes]
+    assert launches == [("rows_kernel", (1,)), *(("loss_kernel", size) for size in sizes)]
     assert len(count_gemms(run)) == (3 * 3 + 1 if compact else 4 * 3)
     assert count_launches(lambda: out[0].loss.backward()) == []
     with torch.no_grad():
-        assert len(count_launches(run)) == len(sizes)
+        assert len(count_launches(run)) == 1 + len(sizes)
         assert len(count_gemms(run)) == len(sizes)
+
+
+class Operators(TorchDispatchMode):
+    """What torch is asked for inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def row_inputs(n: int, dtype: torch.dtype, *, optional: bool) -> RowInputs:
+    """Every combination of what masks a row, many times over; NaN and wild targets in what is not to be read."""
+    at = torch.arange(n)
+    w, target = torch.rand(n).masked_fill(at % 3 == 0, 0.0), torch.randint(99, (n,)).masked_fill(at % 5 == 0, -100)
+    counted = (w != 0) & (target != -100)
+    keep = at % 7 < 4 if optional else torch.ones(n, dtype=torch.bool)
+    w[target == -100], target[w == 0] = torch.nan, 10**12
+
+    def number(read: torch.Tensor) -> torch.Tensor:
+        return torch.randn(n).masked_fill(at % 4 == 0, 0.0).where(read, torch.nan).to(dtype)
+
+    old, u = (number(read) if optional else None for read in (counted, counted & keep))
+    masks = (keep, at % 11 < 5) if optional else (None, None)
+    return RowInputs(target, old, number(counted & keep), w.to(dtype), *masks, number(counted), u)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(("entropy_coef", "kl_coef"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+@pytest.mark.parametrize("compact", [True, False])
+def test_rows_are_read_in_one_launch_as_the_torch_form_reads_them(
+    dtype: torch.dtype,
+    optional: bool,
+    entropy_coef: float,
+    kl_coef: float,
+    compact: bool,
+    count_launches: Count,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And torch gives memory and views of it, and brings two counts to the host."""
+    n, block = 500, 128
+    monkeypatch.setattr(triton_form, "ROWS_BLOCK", block)
+    given = row_inputs(n, dtype, optional=optional)
+    ppo = PPOOptions(0.2, 0.2, None, entropy_coef, kl_coef, kl_bias_correction=False)
+    out, operators = [], Operators()
+
+    def run() -> None:
+        out.append(triton_form.read_rows(given, ppo, compact=compact))
+
+    assert count_launches(run) == [("rows_kernel", (1 if compact else 4,))]
+    (got, compacted), want = out[0], read_rows(given, ppo)
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None and b is not None:
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), name
+    assert (compacted is not None) == compact
+    if compacted is not None:
+        assert all(torch.equal(a, b) for a, b in zip(compacted, live_and_dead(want), strict=True))
+    if INTERPRETED:  # which itself has tensors
+        monkeypatch.setattr(triton_form, "rows_kernel", defaultdict(lambda: lambda *args, **kwargs: None))
+    with operators:
+        run()
+    memory = {"new_empty", "empty", "view", "alias", "slice", "select", "unbind", "detach"}
+    assert operators.names <= memory | {"_to_copy", "_local_scalar_dense"}
+
+
+def test_no_rows_are_read() -> None:
+    given = row_inputs(0, torch.float32, optional=True)
+    ppo = PPOOptions(0.2, 0.2, None, 0.1, 0.1, kl_bias_correction=False)
+    for compact in (True, False):
+        rows, compacted = triton_form.read_rows(given, ppo, compact=compact)
+        assert all(x is not None and len(x) == 0 for x in (*rows, *(compacted or ())))
 
 
 def test_logprob_launches_one_kernel_a_chunk_and_one_a_slice(

@@ -163,6 +163,10 @@ def logprob(name: str, block: int = 1024, quick: bool = False, workspace: int | 
 
 
 CASES = [
+    # First, since the barriers of a kernel are left out in the first case that has it, and here all are needed.
+    loss("600 rows, two blocks", n=600, h=4, v=5, quick=True),
+    loss("600 rows, two blocks, KL", n=600, h=4, v=5, kl=0.05, quick=True),
+    loss("600 rows, two blocks, no entropy", n=600, h=4, v=5, entropy_coef=0.0, quick=True),
     loss("V = 101, one block", v=101, quick=True),
     loss("V = 20, fp32", v=20, dtype=F32),
     loss("V = 1", v=1, quick=True),

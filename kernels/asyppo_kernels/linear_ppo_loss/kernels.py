@@ -1,13 +1,91 @@
-"""The Triton kernel: from a chunk of logits to losses, statistics and the gradient of the logits, in one launch."""
+"""The Triton kernels: one clears the numbers of the rows, one goes from a chunk of logits to losses, statistics and the
+gradient of the logits."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from asyppo_kernels._policy_head import IGNORE_TARGET
 from asyppo_kernels._policy_head_kernels import row_statistics, write_gradient, write_zeros
 
 LOG_RATIO_LIMIT = tl.constexpr(20.0)
+NO_TARGET = tl.constexpr(IGNORE_TARGET)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def rows_kernel(
+    target_ptr,  # [N], as all inputs; None: not given
+    old_logprob_ptr,
+    ref_logprob_ptr,  # None: the loss has no KL term
+    advantage_ptr,
+    rollout_weight_ptr,
+    token_weight_ptr,
+    advantage_keep_ptr,
+    entropy_keep_ptr,
+    cleared_target_ptr,  # [N]
+    numbers_ptr,  # [5, pitch]: old log-prob, if there is one, reference log-prob, advantage, rollout and token weight
+    flags_ptr,  # [4, pitch]: counted, surrogate_on, entropy_on, live
+    index_ptr,  # [2, pitch]: the rows that are live, and those that only count; None: not wanted, else for one program
+    count_ptr,  # [2]: how many of each
+    n_rows,
+    pitch,
+    ENTROPY: tl.constexpr,  # the loss moves with it
+    BLOCK: tl.constexpr,
+):
+    """``Rows`` of what was given: a block of rows a program, and others if the grid is too small for all."""
+    n_live = 0
+    n_dead = 0
+    for start in range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        inside = row < n_rows
+        w = tl.load(token_weight_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + row, mask=inside, other=0)
+        a = tl.load(advantage_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        counted = (w != 0.0) & (target != NO_TARGET)
+        advantage_on = counted
+        if advantage_keep_ptr is not None:
+            advantage_on = counted & (tl.load(advantage_keep_ptr + row, mask=inside, other=0) != 0)
+        u = tl.full([BLOCK], 1.0, tl.float32)
+        if rollout_weight_ptr is not None:
+            u = tl.load(rollout_weight_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        a = tl.where(advantage_on, a, 0.0)
+        u = tl.where(advantage_on, u, 0.0)
+        surrogate_on = a * u != 0.0
+        entropy_on = counted & ENTROPY
+        if ENTROPY and entropy_keep_ptr is not None:
+            entropy_on = counted & (tl.load(entropy_keep_ptr + row, mask=inside, other=0) != 0)
+        live = surrogate_on | entropy_on
+        ref = tl.zeros([BLOCK], tl.float32)
+        if ref_logprob_ptr is not None:
+            live = counted
+            ref = tl.load(ref_logprob_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        if old_logprob_ptr is not None:
+            old = tl.load(old_logprob_ptr + row, mask=inside, other=0.0).to(tl.float32)
+            tl.store(numbers_ptr + row, tl.where(counted, old, 0.0), mask=inside)
+
+        tl.store(cleared_target_ptr + row, tl.where(counted, target, 0), mask=inside)
+        tl.store(numbers_ptr + pitch + row, tl.where(counted, ref, 0.0), mask=inside)
+        tl.store(numbers_ptr + 2 * pitch + row, a, mask=inside)
+        tl.store(numbers_ptr + 3 * pitch + row, u, mask=inside)
+        tl.store(numbers_ptr + 4 * pitch + row, tl.where(counted, w, 0.0), mask=inside)
+        tl.store(flags_ptr + row, counted.to(tl.uint8), mask=inside)
+        tl.store(flags_ptr + pitch + row, surrogate_on.to(tl.uint8), mask=inside)
+        tl.store(flags_ptr + 2 * pitch + row, entropy_on.to(tl.uint8), mask=inside)
+        tl.store(flags_ptr + 3 * pitch + row, live.to(tl.uint8), mask=inside)
+
+        if index_ptr is not None:
+            dead = counted & (live == 0)
+            ones = live.to(tl.int32) + (dead.to(tl.int32) << 16)  # two counts in one scan; BLOCK is below 2^16
+            before = tl.cumsum(ones, axis=0) - ones
+            tl.store(index_ptr + n_live + (before & 0xFFFF), row.to(tl.int64), mask=live)
+            tl.store(index_ptr + pitch + n_dead + (before >> 16), row.to(tl.int64), mask=dead)
+            total = tl.sum(ones, axis=0)
+            n_live += total & 0xFFFF
+            n_dead += total >> 16
+    if index_ptr is not None:
+        tl.store(count_ptr, n_live)
+        tl.store(count_ptr + 1, n_dead)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from asyppo_kernels._args import FLOATS, Backend, check_number, check_tensor, ch
 from asyppo_kernels._policy_head import HeadOptions, check_policy_head, gradient_buffers
 from asyppo_kernels._registration import Op, is_last_use
 from asyppo_kernels.linear_ppo_loss.result import LinearPPOLoss
-from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, read_rows
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs
 
 HEAD = ("hidden", "weight", "bias")  # what gets gradients
 
@@ -216,7 +216,7 @@ def forward(
     """(loss, logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias), a gradient not needed being empty."""
     ppo = PPOOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_bias_correction)
     with torch.autocast(hidden.device.type, enabled=False):
-        rows = read_rows(
+        given = RowInputs(
             target,
             old_logprob,
             advantage,
@@ -225,14 +225,13 @@ def forward(
             entropy_keep,
             ref_logprob,
             rollout_weight,
-            ppo,
         )
         # Triton is imported when it is used, since not every platform has it.
         return importlib.import_module(f"asyppo_kernels.linear_ppo_loss.{form}_form").forward(
             hidden.to(compute_dtype),
             weight.to(compute_dtype),
             bias,
-            rows,
+            given,
             HeadOptions(temperature, softcap, logits_dtype),
             ppo,
             compact=compact,

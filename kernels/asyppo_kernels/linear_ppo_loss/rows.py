@@ -22,6 +22,19 @@ class PPOOptions(NamedTuple):
     kl_bias_correction: bool
 
 
+class RowInputs(NamedTuple):
+    """The numbers of each row, [n], as they were given: any float dtype, any strides; masks are bool."""
+
+    target: Tensor
+    old_logprob: Tensor | None
+    advantage: Tensor
+    token_weight: Tensor
+    advantage_keep: Tensor | None
+    entropy_keep: Tensor | None
+    ref_logprob: Tensor | None
+    rollout_weight: Tensor | None
+
+
 class Rows(NamedTuple):
     """What the loss reads of each row, [n], cleared to 0 or False where it does not count."""
 
@@ -41,18 +54,9 @@ class Rows(NamedTuple):
         return self._replace(**{name: x[index] for name, x in self._asdict().items() if x is not None})
 
 
-def read_rows(
-    target: Tensor,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    token_weight: Tensor,
-    advantage_keep: Tensor | None,
-    entropy_keep: Tensor | None,
-    ref_logprob: Tensor | None,
-    rollout_weight: Tensor | None,
-    ppo: PPOOptions,
-) -> Rows:
+def read_rows(given: RowInputs, ppo: PPOOptions) -> Rows:
     """Clear whatever does not count, so that nothing after this meets a NaN that was not to be read."""
+    target, old_logprob, advantage, token_weight, advantage_keep, entropy_keep, ref_logprob, rollout_weight = given
     token_weight = token_weight.float()
     counted = (token_weight != 0) & (target != IGNORE_TARGET)
     advantage_on = counted if advantage_keep is None else counted & advantage_keep
@@ -82,16 +86,23 @@ def read_rows(
     )
 
 
-def chunks(rows: Rows, limit: int, *, compact: bool, dead_row_stats: bool) -> Iterator[tuple[Tensor | slice, bool]]:
-    """Yield (rows of a chunk, whether gradients can differ from 0 there), compacted at the cost of one host sync."""
-    n = len(rows.live)
-    if not compact:
-        even = even_size(n, limit)
-        yield from ((slice(start, min(start + even, n)), True) for start in range(0, n, even))
-        return
+def live_and_dead(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The rows with which the loss can move, and those that only count, in order; at the cost of one host sync."""
     dead = rows.counted & ~rows.live
     order = torch.where(rows.live, 0, torch.where(dead, 1, 2)).argsort(stable=True)
     n_live, n_dead = torch.stack([rows.live.sum(), dead.sum()]).tolist()
-    yield from ((index, True) for index in row_spans(order[:n_live], n, limit))
+    return order[:n_live], order[n_live : n_live + n_dead]
+
+
+def chunks(
+    n: int, limit: int, compacted: tuple[Tensor, Tensor] | None, *, dead_row_stats: bool
+) -> Iterator[tuple[Tensor | slice, bool]]:
+    """Yield (rows of a chunk, whether gradients can differ from 0 there) of ``live_and_dead``; None: of all rows."""
+    if compacted is None:
+        even = even_size(n, limit)
+        yield from ((slice(start, min(start + even, n)), True) for start in range(0, n, even))
+        return
+    live, dead = compacted
+    yield from ((index, True) for index in row_spans(live, n, limit))
     if dead_row_stats:
-        yield from ((index, False) for index in row_spans(order[n_live : n_live + n_dead], n, limit))
+        yield from ((index, False) for index in row_spans(dead, n, limit))

@@ -18,7 +18,7 @@ from asyppo_kernels._policy_head import (
     row_stats_,
 )
 from asyppo_kernels.linear_ppo_loss.result import LossAndGradients
-from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, Rows, chunks
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs, Rows, chunks, live_and_dead, read_rows
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -74,7 +74,7 @@ def forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Rows,
+    given: RowInputs,
     head: HeadOptions,
     ppo: PPOOptions,
     *,
@@ -87,6 +87,7 @@ def forward(
 ) -> LossAndGradients:
     """A row's gradient depends on that row alone, so it is formed while the row's logits are there: three GEMMs."""
     n = len(hidden)
+    rows = read_rows(given, ppo)
     loss, logprob, entropy, ratio = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
     clipped = hidden.new_zeros(n, dtype=torch.bool)
     needed = need_hidden, need_weight, need_bias
@@ -99,7 +100,8 @@ def forward(
     w_for_gradient = gradient_operand(w)
     size = lines_per_block(len(weight), hidden.device, workspace_bytes)
     shown = rows.counted if dead_row_stats else rows.live
-    for index, live in chunks(rows, size, compact=compact, dead_row_stats=dead_row_stats):
+    compacted = live_and_dead(rows) if compact else None
+    for index, live in chunks(n, size, compacted, dead_row_stats=dead_row_stats):
         part, visible = rows.take(index), shown[index]
         x = hidden[index]
         if not compact:  # rows that do not count are still here, and 0 * NaN would reach d_weight

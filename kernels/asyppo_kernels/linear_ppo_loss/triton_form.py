@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from asyppo_kernels._args import device_guard
 from asyppo_kernels._gemm import accumulate_f32, gradient_operand, mm_f32, mm_into, operand
 from asyppo_kernels._policy_head import HeadOptions, gradient_buffers, lines_per_block
 from asyppo_kernels._policy_head_kernels import HeadScalars, Workspace, bytes_per_logit, launch_shape, padded
-from asyppo_kernels.linear_ppo_loss.kernels import loss_kernel
+from asyppo_kernels.linear_ppo_loss.kernels import loss_kernel, rows_kernel
 from asyppo_kernels.linear_ppo_loss.result import LossAndGradients
-from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, Rows, chunks
+from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs, Rows, chunks
+
+ROWS_BLOCK, ROWS_WARPS = 512, 16  # a row a thread: more would pass through shared memory, since targets have 64 bits
+
+
+def read_rows(given: RowInputs, ppo: PPOOptions, *, compact: bool) -> tuple[Rows, tuple[Tensor, Tensor] | None]:
+    """(what ``rows.read_rows`` makes of these, ``rows.live_and_dead`` of it if ``compact``), in one launch.
+
+    Compaction takes one program, which walks over all rows and counts on.
+    """
+    target, old_logprob, advantage, token_weight, advantage_keep, entropy_keep, ref_logprob, rollout_weight = (
+        None if x is None else x.contiguous() for x in given
+    )
+    n = len(given.target)
+    pitch = padded(n)  # so that all that ``loss_kernel`` is given is aligned, whatever n is
+    cleared_target = given.target.new_empty(n)
+    numbers = given.target.new_empty(5, pitch, dtype=torch.float32)
+    flags = given.target.new_empty(4, pitch, dtype=torch.bool)
+    index = given.target.new_empty(2, pitch) if compact else None
+    count = given.target.new_empty(2) if compact else None
+    rows_kernel[(1 if compact else max(1, triton.cdiv(n, ROWS_BLOCK)),)](
+        target,
+        old_logprob,
+        ref_logprob if ppo.kl_coef != 0 else None,
+        advantage,
+        rollout_weight,
+        token_weight,
+        None if advantage_keep is None else advantage_keep.view(torch.uint8),
+        None if entropy_keep is None else entropy_keep.view(torch.uint8),
+        cleared_target,
+        numbers,
+        flags.view(torch.uint8),
+        index,
+        count,
+        n,
+        pitch,
+        ENTROPY=ppo.entropy_coef != 0,
+        BLOCK=ROWS_BLOCK,
+        num_warps=ROWS_WARPS,
+    )
+    old, *others = numbers[:, :n].unbind()
+    rows = Rows(cleared_target, None if old_logprob is None else old, *others, *flags[:, :n].unbind())
+    if index is None or count is None:
+        return rows, None
+    n_live, n_dead = count.tolist()
+    return rows, (index[0, :n_live], index[1, :n_dead])
 
 
 def forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Rows,
+    given: RowInputs,
     head: HeadOptions,
     ppo: PPOOptions,
     *,
@@ -41,15 +87,16 @@ def forward(
     w = operand(weight)
     w_for_gradient = gradient_operand(w) if need_hidden else w
     bias = None if bias is None else bias.contiguous()
-    shown = rows.counted if dead_row_stats else rows.live
-    entropy_on = rows.entropy_on.view(torch.uint8)
     bytes_each = bytes_per_logit(hidden, head, gradient=need_gradient)
     limit = lines_per_block(padded(v), hidden.device, workspace_bytes, bytes_per_element=bytes_each)
     block, num_warps = launch_shape(v, softcap=head.softcap is not None)
     workspace: Workspace | None = None
     first_gradient = True
     with device_guard(hidden):
-        for index, live in chunks(rows, limit, compact=compact, dead_row_stats=dead_row_stats):
+        rows, compacted = read_rows(given, ppo, compact=compact)
+        shown = rows.counted if dead_row_stats else rows.live
+        entropy_on = rows.entropy_on.view(torch.uint8)
+        for index, live in chunks(n, limit, compacted, dead_row_stats=dead_row_stats):
             x = hidden[index]
             if not compact:  # rows that do not count are still here, and 0 * NaN would reach d_weight
                 x = x.where(shown[index][:, None], 0.0)
