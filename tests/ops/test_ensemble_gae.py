@@ -287,11 +287,13 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_no_worse_than_a_float32_loop(backend, name):
     """The largest error is at most that of the loop, and a unit in the last place of the largest true number; where
-    every step counts, and where some do not."""
+    every step counts or those at an end do not, and where there are holes in other rows."""
     gamma, lam, value_lam, level, each = LARGE[name]
     b, t = (2, 1100) if backend == "triton" and INTERPRETED else (16, 1200)
     value, reward, mask = make(2, b, t)
     mask[: b // 2] = True
+    mask[: b // 4, :100] = False
+    mask[b // 4 : b // 2 - 1, -100:] = False
     value = level + 0.1 * value
     if not each:
         reward = torch.zeros(b, t)
@@ -299,11 +301,12 @@ def test_no_worse_than_a_float32_loop(backend, name):
         reward[torch.arange(b), last] = level + torch.randn(b)
     numbers = {"gamma": gamma, "lam": lam, "value_lam": value_lam}
     want = oracle(value, reward, mask, gamma, lam, value_lam)
-    ours = ensemble_gae(value, reward, mask, backend=backend, **numbers)
     loop = ensemble_gae_reference(value, reward, mask, **numbers)
-    for field, got, plain, expected in zip(ours._fields, ours, loop, want, strict=True):
-        allowed = np.abs(f64(plain) - expected).max() + 2**-23 * np.abs(expected).max()
-        assert np.abs(f64(got) - expected).max() <= allowed, field
+    for rows in (slice(None), slice(b // 2)):
+        ours = ensemble_gae(value[:, rows], reward[rows], mask[rows], backend=backend, **numbers)
+        for field, got, plain, expected in zip(ours._fields, ours, loop, want, strict=True):
+            allowed = np.abs(f64(plain[rows]) - expected[rows]).max() + 2**-23 * np.abs(expected[rows]).max()
+            assert np.abs(f64(got) - expected[rows]).max() <= allowed, field
 
 
 @pytest.mark.parametrize(("gamma", "level"), [(1.0, 30.1), (1.0, 1e4), (0.5, 0.7)])
@@ -322,16 +325,30 @@ def test_zero_where_the_loop_is_zero(backend, gamma, level):
     assert torch.equal(out.returns, value[0] * mask)
 
 
+@pytest.mark.parametrize("keep", [0.7, 1.0])
 @pytest.mark.parametrize("at", [0, 5, 39])
-def test_a_nan_that_counts_shows(backend, at):
+def test_a_nan_that_counts_shows(backend, at, keep):
     """A diverged critic's step and all before it come out NaN, as in a loop; those after it do not."""
-    value, reward, mask = make(2, 2, 40, keep=1.0)
+    value, reward, mask = make(2, 2, 40, keep=keep)
+    mask[0, at] = True
     value[1, 0, at] = torch.nan
     out = ensemble_gae(value, reward, mask, backend=backend)
     for got in (out.advantage, out.returns):
-        assert got[0, : at + 1].isnan().all()
+        assert torch.equal(got[0, : at + 1].isnan(), mask[0, : at + 1])
         assert got[0, at + 1 :].isfinite().all()
         assert got[1].isfinite().all()
+
+
+@pytest.mark.parametrize("power", [-80, 110])
+@pytest.mark.parametrize("keep", [0.9, 1.0])
+def test_any_scale(backend, keep, power):
+    """Numbers 2^power times as large give results 2^power times as large, however fast the sums decay."""
+    value, reward, mask = make(2, 3, 300 if backend == "triton" and INTERPRETED else 1100, keep=keep)
+    numbers = {"lam": 0.6, "value_lam": 0.4, "backend": backend}
+    plain = ensemble_gae(value, reward, mask, **numbers)
+    scaled = ensemble_gae(value * 2.0**power, reward * 2.0**power, mask, **numbers)
+    for name, a, b in zip(plain._fields, plain, scaled, strict=True):
+        assert torch.equal(a * 2.0**power, b), name
 
 
 @pytest.mark.parametrize("lam", [0.9, 1.0])

@@ -14,6 +14,9 @@ def mean_and_std(value: Tensor) -> tuple[Tensor, Tensor]:
     """
     if value.shape[0] == 1:
         return value[0].clone(), torch.zeros_like(value[0])
+    if value.shape[0] == 2:
+        gap = value[1] - value[0]
+        return value[0].add(gap, alpha=0.5), gap.abs_().mul_(0.5)
     offset = value - value[0]
     shift = offset.mean(0)
     return value[0] + shift, (offset - shift).square().mean(0).sqrt()
