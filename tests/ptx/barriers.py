@@ -17,6 +17,7 @@ from tests.ptx.program import Program
 # Cases of several steps, where a barrier guards against the step after. A program of ``ensemble_gae`` is one warp, and
 # has none.
 QUICK = {
+    ("linear_ppo_loss", "600 rows, two blocks"),
     ("linear_ppo_loss", "V = 16,421, blocks as on a GPU"),
     ("ensemble_value", "M = 2, H = 1,100, several blocks a row, several steps a part"),
     ("stacked_rms_norm", "H = 1,000, residual, several steps a part"),
