@@ -76,8 +76,8 @@ FAULTS = [
     ),
     Fault(
         "a value that is never put into shared memory",
-        "ensemble_gae",
-        "M = 2, T = 1,500, two blocks",
+        "stacked_rms_norm",
+        "H = 1,000, residual, several steps a part",
         _accesses("shared", "st"),
         _left_out,
         "uninitialised shared memory is read",
