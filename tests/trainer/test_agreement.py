@@ -123,7 +123,13 @@ def test_a_way_that_agrees_is_taken(
 
 
 @pytest.mark.parametrize(
-    ("family", "reason"), [("gptj", "log-probs differ from the trainer's by 0"), ("lfm2", "ValueError: Invalid layer")]
+    ("family", "reason"),
+    [
+        ("gptj", "log-probs differ from the trainer's by 0"),
+        # From the thread of transformers 5.17, or from the call that would start it.
+        ("lfm2", "(RuntimeError: continuous batching: 0 of .* finished; Invalid group|ValueError: Invalid layer)"),
+    ],
+    ids=["gptj", "lfm2"],
 )
 def test_a_named_sampler_is_refused_in_a_line(
     family: str, reason: str, tiny_config: Make, tokenizer: Any, capfd: pytest.CaptureFixture

@@ -74,9 +74,10 @@ class ContinuousBatchingSampler:
                 manager.stop(block=True)
                 manager.destroy()
         errors = {str(result.error) for result in finished.values() if result.error is not None}
-        if errors or len(finished) < len(prompts):
+        whole = sum(result.error is None for result in finished.values())
+        if whole < len(prompts):
             raise RuntimeError(
-                f"continuous batching: {len(finished)} of {len(prompts)} responses finished; "
+                f"continuous batching: {whole} of {len(prompts)} responses finished; "
                 f"{'; '.join(sorted(errors)) or 'its thread ended'}. sampler: generate does without it"
             )
         return [self._response(finished[name], certain=temperature == 0) for name in names]
