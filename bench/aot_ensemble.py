@@ -81,6 +81,7 @@ CASES = [
         op="ensemble_gae",
         num_warps=1,
         max_registers=168,  # twelve programs a multiprocessor
+        max_registers_with={"3.6": 184},  # eleven: its sm_80 code takes 178
         amd={"ROWS": 8},
         name="scan of short rows",
         kernel=gae.gae_kernel,

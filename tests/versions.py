@@ -126,7 +126,7 @@ def environment_of(name: str) -> Path:
         dev = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
         pip += [text for text in dev if Requirement(text).name not in ("peft", "trl", "ruff", "mypy")]
     if not chosen.oldest:
-        pip += ["--upgrade", "--upgrade-strategy", "eager"]
+        pip += ["--upgrade"]  # of what is named; what that needs goes along where it has to
     _call([*pip, *wanted])
     ready.write_text("\n".join(wanted))
     return interpreter
