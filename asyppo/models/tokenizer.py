@@ -65,7 +65,7 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     for token in tokenizer(rest, add_special_tokens=False)["input_ids"] if found and rest.strip() else []:
         if token in tokenizer.all_special_ids or (token in added and added[token].content.strip()):
             return token
-    if rest.strip():
+    if found and rest:
         log.warning("the chat template ends a turn with %r, which is no special token: responses go on after it", rest)
     return None
 

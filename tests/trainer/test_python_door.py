@@ -52,6 +52,12 @@ def test_rows_of_all_kinds(given: Callable[[], Any]) -> None:
     assert read(given_rows(given(), "train_dataset", "train", DataConfig())) == ROWS
 
 
+def test_empty_cells_are_none() -> None:
+    rows = [{"prompt": "a", "answer": 1.0, "task": None}, {"prompt": "b", "answer": None, "task": "easy"}]
+    table = pd.DataFrame(rows)  # of numbers, an empty cell is NaN
+    assert read(given_rows(table, "train_dataset", "train", DataConfig())) == rows
+
+
 def test_messages_of_all_kinds() -> None:
     message = {"role": "user", "content": "a"}
     answer = {"role": "assistant", "content": "b"}

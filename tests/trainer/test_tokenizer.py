@@ -39,10 +39,12 @@ def test_what_ends_a_response(tokenizer: PreTrainedTokenizerFast, caplog: pytest
         assert stops(tokenizer, chat_template=turns("")) == [eos]
         assert not caplog.messages
         assert stops(tokenizer, chat_template=turns("bcd")) == [eos]
+        assert stops(tokenizer, chat_template=turns("\n")) == [eos]
         assert stops(tokenizer, chat_template="{{ raise_exception('no') }}") == [eos]
         assert stops(tokenizer, eos_token=None) == []
     assert [message.split(":")[0] for message in caplog.messages] == [
         "the chat template ends a turn with 'bcd', which is no special token",
+        "the chat template ends a turn with '\\n', which is no special token",
         "the chat template takes no turn of user and assistant",
         "the tokenizer has no end-of-sequence token",
     ]
