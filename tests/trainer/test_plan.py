@@ -156,13 +156,16 @@ MOE = {"num_attention_heads": 2, "intermediate_size": 32, "num_experts": 4, "num
 MPT = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 16}
 
 
-@pytest.mark.parametrize(("family", "changes"), [("mamba", {}), ("olmoe", MOE), ("mpt", MPT)])
+@pytest.mark.parametrize(
+    ("family", "changes", "algorithm"),
+    [("mamba", {}, "grpo"), ("mamba", {}, "ppo"), ("olmoe", MOE, "grpo"), ("mpt", MPT, "grpo")],
+)
 def test_any_family_that_trains_has_a_plan(
-    tiny_config: Callable[..., AsyPPOConfig], tmp_path: Path, family: str, changes: dict[str, Any]
+    tiny_config: Callable[..., AsyPPOConfig], tmp_path: Path, family: str, changes: dict[str, Any], algorithm: str
 ) -> None:
-    """Without attention, with experts, with positions for less than the prompts that are assumed."""
+    """Without attention or a token classifier, with experts, with positions for less than the prompts assumed."""
     AutoConfig.for_model(family, **(changes if family == "mpt" else TINY | changes)).save_pretrained(tmp_path)
-    config = tiny_config(algorithm="grpo", max_tokens_per_micro_batch=40)
+    config = tiny_config(algorithm=algorithm, max_tokens_per_micro_batch=40)
     config.policy.model_name_or_path = str(tmp_path)
     plan = make_plan(config, prompt_length=20)  # MPT has 16 positions, 5 of them for the response
     assert plan.phases["policy update"]["activations"] > 0

@@ -33,6 +33,10 @@ class BackboneWithValueHead(nn.Module):
         """Where the weights are."""
         return self.score.weight.device
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's."""
+        return self.base_model.get_input_embeddings()
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the backbone's directory, for ``AutoModel``, and the head beside it."""
         self.base_model.save_pretrained(directory)
