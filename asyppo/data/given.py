@@ -14,9 +14,9 @@ def given_rows(given: Any, field: str, split: str, config: DataConfig) -> Sequen
     """Return ``given``, which messages call ``field``, as rows that can be asked for by number. Raises ConfigError.
 
     Lists, ``datasets.Dataset``, torch data sets with a length and the like stay where they are; a ``DataFrame`` becomes
-    its records, None where a cell is empty, as in ``datasets.Dataset.from_pandas``. What can only be gone through (an ``IterableDataset``, a generator) is read to its end, or to
-    ``data.max_train_rows``, into memory: passes over it are shuffled. Of a mapping of splits, such as a
-    ``DatasetDict``, the one named ``split`` is taken.
+    its records, None where a cell is empty, as in ``datasets.Dataset.from_pandas``. What can only be gone through (an
+    ``IterableDataset``, a generator) is read to its end, or to ``data.max_train_rows``, into memory: passes over it are
+    shuffled. Of a mapping of splits, such as a ``DatasetDict``, the one named ``split`` is taken.
     """
     if given is None:
         return []
