@@ -96,7 +96,7 @@ class Model:
     def goes_token_by_token(self) -> bool:
         """Whether transformers' own code of a layer loops over the tokens, rather than over chunks of them."""
         stateful = not hasattr(self.text, "num_attention_heads") or any(kind in STATEFUL for kind in self.kinds)
-        return stateful and not any("chunk_size" in name or name == "block_size" for name in vars(self.text))
+        return stateful and not any(name.endswith("chunk_size") or name == "block_size" for name in vars(self.text))
 
     def kv_bytes_per_token(self, element: int) -> int:
         """Bytes of the key-value cache for one token of one sequence; layers with a state have none."""

@@ -28,6 +28,7 @@ from asyppo.run.durable import damage
 SCRIPT = Path(__file__).with_name("distributed_rank.py")
 # What depends on how rows are cut into micro-batches, and on the clock.
 NOT_COMPARED = ("timing_s/", "perf/", "critic/padding_frac", "actor/padding_frac")
+LEARNING_RATE = 1e-2  # of policy and critics, in SCRIPT
 
 
 def launch(processes: int, *arguments: Any, script: str | None = None, **environment: str) -> str:
@@ -61,7 +62,11 @@ def alone(rank_script: ModuleType) -> dict[str, Any]:
 
 def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) -> None:
     """Assert that two runs had the same metrics, masks, signals and weights, up to ``tolerance``, absolute and of the
-    largest of a tensor; masks exactly."""
+    largest of a tensor; masks exactly.
+
+    One weight of a tensor may be off by a hundredth of an update: Adam divides by the size of the gradient, so that of
+    one that is almost 0 the rounding, which depends on which rows a micro-batch has, is a share of a whole update.
+    """
     for step, (a, b) in enumerate(zip(one["rows"], other["rows"], strict=True)):
         names = {name for name in a if not name.startswith(NOT_COMPARED)}
         assert names == {name for name in b if not name.startswith(NOT_COMPARED)}
@@ -76,9 +81,10 @@ def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) ->
                 torch.testing.assert_close(b[name], value, rtol=10 * tolerance, atol=10 * tolerance)
     assert one["weights"].keys() == other["weights"].keys()
     for name, value in one["weights"].items():
-        torch.testing.assert_close(
-            other["weights"][name], value, rtol=tolerance, atol=tolerance * float(value.abs().max()), msg=name
-        )
+        difference = (other["weights"][name] - value).abs()
+        off = difference > tolerance * (value.abs() + value.abs().max())
+        assert off.sum() <= 1, name
+        assert difference.max() <= 0.01 * LEARNING_RATE, (name, difference.max())
 
 
 @pytest.mark.slow

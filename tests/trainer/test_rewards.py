@@ -557,10 +557,13 @@ def reward(started, **_):
 ABANDONS = """
 import os, signal, sys, threading, time
 from asyppo.rewards.function import resolve_reward_funcs
+from asyppo.rewards.logged import Logged
+from transformers import TrainerState
 
 reference, started = sys.argv[1:]
 [func] = resolve_reward_funcs([reference], 1000)
-threading.Thread(target=func, args=({"completions": ["a"], "started": [started]},), daemon=True).start()
+given = {"completions": ["a"], "started": [started]}, TrainerState(), Logged()
+threading.Thread(target=func, args=given, daemon=True).start()
 while not os.path.exists(started) or not open(started).read().endswith("\\n"):
     time.sleep(0.1)
 os.kill(os.getpid(), signal.SIGKILL)

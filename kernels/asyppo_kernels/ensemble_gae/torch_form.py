@@ -78,13 +78,12 @@ def _scan(a: float | Tensor, b: Tensor) -> Tensor:
     """Return z with z_t = b_t + a z_{t+1} along the last dimension; a is a number, or [B, 1] of b's rows."""
     if isinstance(a, Tensor):
         return _scan_blocks(a, b)
-    steps = b.shape[1]
-    if b.device.type != "cpu" or a**steps < SMALLEST:
-        return _scan_blocks(b.new_full((1, 1), a), b)
-    if a == 1:
+    steps, rounded = b.shape[1], b.new_full((1, 1), a)  # float32 as in a loop: delta has gamma rounded, too
+    if b.device.type != "cpu" or (c := float(rounded)) ** steps < SMALLEST:
+        return _scan_blocks(rounded, b)
+    if c == 1:
         return b.flip(1).cumsum_(1).flip(1)
-    a = b.new_tensor(a).double()  # float32 as in a loop: delta has gamma rounded, too
-    weight = a ** -torch.arange(steps, dtype=torch.float64)
+    weight = torch.full((), c, dtype=torch.float64) ** -torch.arange(steps, dtype=torch.float64)
     return b.flip(1).double().mul_(weight).cumsum_(1).div_(weight).float().flip(1)
 
 
