@@ -743,18 +743,26 @@ def soiled(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return data, dirty
 
 
+BOTH = list(itertools.product([True, False], repeat=2))
+ROWS_LEFT_OUT = [
+    *((EVERYTHING, *both) for both in BOTH),
+    ({}, True, False),
+    ({}, False, False),
+    ({"entropy_coef": 0.1}, True, True),
+    ({"kl_coef": 0.1}, True, False),
+]
+"""(options, compact, dead_row_stats) of the fast suite; the slow one has the other combinations."""
+
+
 @pytest.mark.parametrize(
     ("options", "compact", "dead_row_stats"),
     [
-        *((EVERYTHING, *both) for both in itertools.product([True, False], repeat=2)),
-        ({}, True, False),
-        ({}, False, False),
-        ({"entropy_coef": 0.1}, True, True),
-        ({"kl_coef": 0.1}, True, False),
+        *ROWS_LEFT_OUT,
         *(
             pytest.param(options, *both, marks=SLOW)
             for options in ({}, {"entropy_coef": 0.1}, {"kl_coef": 0.1})
-            for both in itertools.product([True, False], repeat=2)
+            for both in BOTH
+            if (options, *both) not in ROWS_LEFT_OUT
         ),
     ],
 )
