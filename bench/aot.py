@@ -58,6 +58,7 @@ class Compiled:
     wide_stores: int
     stores: int
     problems: tuple[str, ...]
+    exception: str  # what is over the budget of other versions of Triton, and within this one's own
 
 
 def compile_case(case: Case, target: str) -> Compiled:
@@ -93,8 +94,11 @@ def compile_case(case: Case, target: str) -> Compiled:
     shared = int(kernel.metadata.shared)
     problems = [f"{spills} bytes of spills"] if spills else []
     most = case.max_registers_with.get(".".join(triton.__version__.split(".")[:2]), case.max_registers)
+    exception = ""
     if backend == "cuda" and registers > most:
         problems.append(f"{registers} registers, over {most}")
+    elif backend == "cuda" and registers > case.max_registers:
+        exception = f"{registers} registers, at most {most} for {case.max_registers}"
     if shared > case.max_shared:
         problems.append(f"{shared} bytes of shared memory, over {case.max_shared}")
     problems += [f"no {kind} of 16 bytes a lane" for kind in case.wide if not count["wide", kind]]
@@ -112,6 +116,7 @@ def compile_case(case: Case, target: str) -> Compiled:
         wide_stores=count["wide", "store"],
         stores=count["any", "store"],
         problems=tuple(problems),
+        exception=exception,
     )
 
 

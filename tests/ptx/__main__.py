@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from tests.ptx import device
-
-README = Path(__file__).with_name("README.md")
-KERNELS_README = Path(__file__).parents[2] / "kernels" / "README.md"
+from tests.ptx import device, tables
 
 
 def main() -> int:
@@ -29,18 +25,20 @@ def main() -> int:
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, description=text)
         if name in ("check", "bounds", "mutate"):
-            command.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
-        if name != "faults":
             command.add_argument(
-                "--no-write", action="store_true", help="leave the table alone, which is written if all run"
+                "--op", action="append", default=[], help="only this op, and its rows of the table (may be repeated)"
             )
+        if name != "faults":
+            command.add_argument("--no-write", action="store_true", help="leave the table alone")
         if name in ("check", "mutate"):
             command.add_argument("--quick", action="store_true", help="fewer cases, and fewer schedules")
             command.add_argument("--case", default="", help="only cases whose name contains this")
         if name == "check":
             command.add_argument("--greedy", type=int, default=0, metavar="N", help="N seeds of the greedy schedule")
         if name == "versions":
-            command.add_argument("--triton", action="append", default=[], help="only this one, such as 3.8")
+            command.add_argument(
+                "--triton", action="append", default=[], help="only this one, such as 3.8, and its row of the table"
+            )
     chosen = parser.parse_args()
 
     start = time.perf_counter()
@@ -63,6 +61,12 @@ def check(chosen: argparse.Namespace) -> int:
     outcomes = check_all(choose(chosen.op, chosen.case, quick=chosen.quick), schedules)
     failed = sum(bool(outcome.problems) for outcome in outcomes)
     print(f"{failed} of {len(outcomes)} cases with problems")
+    if not (chosen.case or chosen.quick or chosen.greedy or chosen.no_write):
+        text = tables.merged(tables.README, "check", table(outcomes), _ops(), tables.version())
+        cases = text.splitlines()[2:]
+        unclean = sum(not case.endswith("| nothing |") for case in cases)
+        found = f"{tables.version()}. {unclean} of {len(cases)} cases with problems."
+        tables.write(tables.README, "check", f"{found}\n\n{text}")
     if chosen.op or chosen.case:
         return 1 if failed else 0
     missed = package_kernels() - {name for outcome in outcomes for name in outcome.kernels}
@@ -72,9 +76,6 @@ def check(chosen: argparse.Namespace) -> int:
         unused = set(OPERATIONS) - {op for outcome in outcomes for op in outcome.opcodes}
         if unused:
             print(f"opcodes no kernel uses any more: {sorted(unused)}; delete them from tests/ptx/operations.py")
-        found = f"{_version()}. {failed} of {len(outcomes)} cases with problems."
-        if not chosen.no_write:
-            write(README, "check", f"{found}\n\n{table(outcomes)}")
     return 1 if failed or missed else 0
 
 
@@ -86,7 +87,7 @@ def bounds(chosen: argparse.Namespace) -> int:
     over = [problem for row in rows for problem in row.problems()]
     print("\n".join([counts.table(rows), *over]))
     if not (chosen.op or chosen.no_write):
-        write(KERNELS_README, "bounds", f"{_version()}.\n\n{counts.table(rows)}")
+        tables.write(tables.KERNELS_README, "bounds", f"{tables.version()}.\n\n{counts.table(rows)}")
     return 1 if over else 0
 
 
@@ -103,38 +104,33 @@ def mutate(chosen: argparse.Namespace) -> int:
     from tests.ptx import barriers
 
     rows = barriers.mutate_all(chosen.op, chosen.case, quick=chosen.quick)
-    missed = [text for row in rows for text in row.missed]
-    print("\n".join([barriers.table(rows), *missed]))
-    if not (chosen.op or chosen.case or chosen.quick or chosen.no_write):
-        write(README, "mutate", f"{_version()}.\n\n{barriers.table(rows)}")
-    return 1 if missed else 0
+    found = [text for row in rows for text in row.missed] + barriers.stale(rows)
+    print("\n".join([barriers.table(rows), *found]))
+    if not (chosen.case or chosen.quick or chosen.no_write):
+        text = tables.merged(tables.README, "mutate", barriers.table(rows), _ops(), tables.version())
+        text = f"{tables.version()}. Not needed:\n\n{barriers.reasons()}\n\n{text}"
+        tables.write(tables.README, "mutate", text)
+    return 1 if found else 0
 
 
 def versions(chosen: argparse.Namespace) -> int:
     """Every minor version of Triton."""
-    from tests.ptx.versions import judge_all, table
+    from tests.ptx.versions import judge_all, minor_versions, table
 
     verdicts = []
     for verdict in judge_all(chosen.triton):
         verdicts.append(verdict)
         print(table([verdict]).splitlines()[-1], flush=True)
-    if not (chosen.triton or chosen.no_write):
-        write(KERNELS_README, "versions", table(verdicts))
+        if not chosen.no_write:
+            text = tables.merged(tables.KERNELS_README, "versions", table([verdict]), minor_versions())
+            tables.write(tables.KERNELS_README, "versions", text)
     return 1 if any(v.over_budget or v.unclean for v in verdicts) else 0
 
 
-def write(path: Path, section: str, text: str) -> None:
-    """Replace what stands between a section's markers."""
-    begin, end = f"<!-- {section}: begin, written by python -m tests.ptx {section} -->", f"<!-- {section}: end -->"
-    before, rest = path.read_text().split(begin)
-    _, after = rest.split(end)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+def _ops() -> list[str]:
+    from tests.ptx.cases import CASES
 
-
-def _version() -> str:
-    import triton
-
-    return f"Triton {triton.__version__}"
+    return list(dict.fromkeys(case.op for case in CASES))
 
 
 if __name__ == "__main__":

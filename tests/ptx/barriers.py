@@ -12,7 +12,7 @@ from tests.ptx.device import Launch
 from tests.ptx.faults import findings
 from tests.ptx.machine import Schedule
 from tests.ptx.operations import access_width
-from tests.ptx.program import Program
+from tests.ptx.program import Address, Immediate, Program
 
 # Cases of several steps, where a barrier guards against the step after. A program of ``ensemble_gae`` is one warp, and
 # has none.
@@ -24,6 +24,39 @@ QUICK = {
 }
 
 
+def _is_cleared_by_its_reader(program: Program, at: int) -> bool:
+    """Whether what comes after is ``st.shared [a], 0``, and the last to touch shared memory is ``ld.shared [a]``."""
+    touched = [where for where, i in enumerate(program.code) if access_width(i) and "shared" in i.parts]
+    after = [program.code[where] for where in touched if where > at]
+    if not after or after[0].parts[0] != "st" or after[-1].parts[0] != "ld":
+        return False
+    place, value = after[0].operands
+    return isinstance(place, Address) and value == Immediate(0) and after[-1].operands[1] == place
+
+
+@dataclass(frozen=True)
+class Unneeded:
+    """A barrier of ``kernel`` that nothing needs, found by what is ``reason`` in its code."""
+
+    op: str
+    kernel: str
+    which: str
+    reason: str
+    holds: Callable[[Program, int], bool]
+
+
+UNNEEDED = [
+    Unneeded(
+        "agreement_masks",
+        "count_all_kernel",
+        "the barrier before a histogram is cleared",
+        "A thread clears the word that it has read itself, of the histogram of the block before, and all additions to "
+        "that came before the barrier that it read after.",
+        _is_cleared_by_its_reader,
+    )
+]
+
+
 @dataclass(frozen=True)
 class Row:
     """The barriers of one kernel in one case."""
@@ -33,6 +66,7 @@ class Row:
     caught: int
     idle: int  # no warp comes there
     redundant: tuple[str, ...]  # nothing between it and the barriers around it needs it
+    unneeded: tuple[Unneeded, ...]
     missed: tuple[str, ...]
 
 
@@ -55,7 +89,8 @@ def mutate_all(ops: list[str], text: str, *, quick: bool, say: Callable[[str], N
 
 def mutate(case: Case, launch: Launch) -> Row:
     """Each barrier of one kernel."""
-    program, missed, redundant, caught, idle = launch.machine.program, [], [], 0, 0
+    program, missed, redundant, unneeded, caught, idle = launch.machine.program, [], [], [], 0, 0
+    listed = [u for u in UNNEEDED if (u.op, u.kernel) == (case.op, program.name)]
     for at in program.barriers():
         if not launch.machine.executed[at]:
             idle += 1
@@ -63,9 +98,11 @@ def mutate(case: Case, launch: Launch) -> Row:
             redundant.append(str(program.code[at]))
         elif findings(case, _without(launch.kernel.hash, at)):
             caught += 1
+        elif found := [u for u in listed if u.holds(program, at)]:
+            unneeded += found
         else:
             missed.append(f"{case.op}, {case.name}: {program.name}, instruction {at}: {program.code[at]}")
-    return Row(case, program.name, caught, idle, tuple(redundant), tuple(missed))
+    return Row(case, program.name, caught, idle, tuple(redundant), tuple(unneeded), tuple(missed))
 
 
 def _without(name: str, at: int) -> Callable[[Any, Program], Program]:
@@ -86,14 +123,30 @@ def _stands_alone(program: Program, at: int) -> bool:
     return False
 
 
+def stale(rows: list[Row]) -> list[str]:
+    """What UNNEEDED says of the kernels of ``rows`` that is not so any more."""
+    found = [u for row in rows for u in row.unneeded]
+    seen = {(row.case.op, row.kernel) for row in rows}
+    return [
+        f"{u.op}, {u.kernel}: {u.which} is listed as not needed, and there is none like it; see UNNEEDED in barriers.py"
+        for u in UNNEEDED
+        if (u.op, u.kernel) in seen and u not in found
+    ]
+
+
 def table(rows: list[Row]) -> str:
     """Markdown: a row per kernel and case."""
     lines = [
-        "| op | case | kernel | barriers | caught | next to another | not reached | missed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| op | case | kernel | barriers | caught | next to another | not reached | not needed | missed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        counts = (row.caught, len(row.redundant), row.idle, len(row.missed))
+        counts = (row.caught, len(row.redundant), row.idle, len(row.unneeded), len(row.missed))
         cells = " | ".join(str(count) for count in (sum(counts), *counts))
         lines.append(f"| `{row.case.op}` | {row.case.name} | `{row.kernel}` | {cells} |")
     return "\n".join(lines)
+
+
+def reasons() -> str:
+    """Markdown: why barriers are not needed."""
+    return "\n".join(f"- `{u.kernel}` of `{u.op}`: {u.which}. {u.reason}" for u in UNNEEDED)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "triton"
@@ -24,8 +25,10 @@ OLDEST = (3, 6)  # as pyproject.toml has it
 class Verdict:
     """Of one version: how many cases of each kind there are, and what is wrong with those that fail."""
 
+    minor: str
     version: str
     compiled: int
+    exceptions: tuple[str, ...]  # within a budget of this version's own
     over_budget: tuple[str, ...]
     emulated: int
     unclean: tuple[str, ...]
@@ -77,12 +80,17 @@ def judge(version: str) -> Verdict:
     if not exact.startswith(f"{version}."):
         raise RuntimeError(f"triton {version} was asked for, {exact} was imported")
     compiled = json.loads(run("-m", "bench.aot", "--json"))
-    over = [f"{c['op']}, {c['name']}, {c['target']}: {'; '.join(c['problems'])}" for c in compiled if c["problems"]]
+    over = [f"{_case(c)}: {'; '.join(c['problems'])}" for c in compiled if c["problems"]]
+    exceptions = [f"{_case(c)}: {c['exception']}" for c in compiled if c["exception"]]
     checked = run("-m", "tests.ptx", "check", "--quick", "--no-write").splitlines()
     cases = [line for line in checked if line.startswith(("clean", "PROBLEM"))]
     unclean = [re.sub(r"\s+", " ", line.split(" error ")[0]) for line in cases if line.startswith("PROBLEM")]
     unclean += [line for line in checked if line.startswith("kernels that no case reaches")]
-    return Verdict(exact, len(compiled), tuple(over), len(cases), tuple(unclean))
+    return Verdict(version, exact, len(compiled), tuple(exceptions), tuple(over), len(cases), tuple(unclean))
+
+
+def _case(compiled: dict[str, Any]) -> str:
+    return f"`{compiled['op']}`, {compiled['name']}, {compiled['target']}"
 
 
 def judge_all(chosen: list[str]) -> Iterator[Verdict]:
@@ -94,11 +102,15 @@ def judge_all(chosen: list[str]) -> Iterator[Verdict]:
 def table(verdicts: list[Verdict]) -> str:
     """Markdown: a row per version."""
     lines = [
-        "| Triton | compiled ahead of time, within budget | in the emulator, clean | what fails |",
-        "|---|---|---|---|",
+        "| Triton | release | compiled ahead of time, within budget | in the emulator, clean | budgets of its own | "
+        "what fails |",
+        "|---|---|---|---|---|---|",
     ]
     for v in verdicts:
         within, clean = v.compiled - len(v.over_budget), v.emulated - len(v.unclean)
         failing = "; ".join((*v.over_budget, *v.unclean)) or "nothing"
-        lines.append(f"| {v.version} | {within} of {v.compiled} | {clean} of {v.emulated} | {failing} |")
+        own = "; ".join(v.exceptions) or "none"
+        lines.append(
+            f"| {v.minor} | {v.version} | {within} of {v.compiled} | {clean} of {v.emulated} | {own} | {failing} |"
+        )
     return "\n".join(lines)
