@@ -13,6 +13,8 @@ import torch
 
 from tests.interpreter import quicken
 
+pytest.register_assert_rewrite("tests.ops.ppo_loss_oracle")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def rounding_to_nearest() -> None:
