@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -32,7 +32,7 @@ from asyppo.data.prompts import prompt_tokens
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.loop import StepResult, TrainingError, TrainingLoop, TrainResult
-from asyppo.metrics.diagnostics import critic_diagnostics, masked_gradient_fractions
+from asyppo.metrics.diagnostics import critic_diagnostics, mask_diagnostics, masked_gradient_fractions
 from asyppo.metrics.record import StepRecord
 from asyppo.metrics.samples import sample_rows
 from asyppo.metrics.step import (
@@ -102,6 +102,7 @@ class AsyPPOTrainer:
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
         self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
+        self.own_values = values_of(config)
         self.reward_funcs: Sequence[RewardFunction] = resolve_reward_funcs(
             reward_funcs, config.reward_timeout, config.reward_weights, reward_processing_classes
         )
@@ -189,8 +190,9 @@ class AsyPPOTrainer:
         """One step of the algorithm, counted from 1: on a batch of its own, or on one that was ``sampled`` before."""
         config, timer = self.config, Timer(self.device)
         # All randomness of a step follows from the seed and its number.
-        seed_everything(config.seed * 1_000_003 + step)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        seed = config.seed * 1_000_003 + step
+        seed_everything(seed)
+        generator = torch.Generator().manual_seed(seed)
         metrics: dict[str, float] = {"step": step}
         self._set_learning_rates(step)
         with timer.phase("step"):
@@ -214,10 +216,13 @@ class AsyPPOTrainer:
             if self.critics is not None:
                 values, share, critic_metrics = self.learn_values(self.critics, batch, generator, timer)
                 metrics |= critic_metrics
+            elif self.own_values is not None:
+                with timer.phase("values"):
+                    values = self.own_values(batch, self.tokenizer)
 
             # 4 and 5. Advantage on the mean value; masks from the disagreement.
             with timer.phase("adv"):
-                outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group, values, share)
+                outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group, values, share, seed)
                 signal = self.advantage(outcome, AdvantageOptions.of(config))
             metrics |= self._diagnose(step, batch, signal, old, timer)
 
@@ -362,10 +367,11 @@ class AsyPPOTrainer:
         self, step: int, batch: Batch, signal: LearningSignal, old: TokenStats, timer: Timer
     ) -> dict[str, float]:
         """What disagreement goes along with, and every ``diagnostics_steps`` what the masks remove of the gradient;
-        nothing without critics."""
-        if self.critics is None:
+        nothing without values."""
+        if len(signal.values) == 0:
             return {}
         metrics = critic_diagnostics(signal, old.entropy, batch.mask)
+        metrics |= mask_diagnostics(signal, old.entropy, batch.learned)
         if self.config.diagnostics_steps and step % self.config.diagnostics_steps == 0:
             with timer.phase("diagnostics"):
                 micros = list(self._micro_batches(batch))
@@ -428,6 +434,28 @@ def advantage_of(config: AsyPPOConfig) -> Advantage:
             got = type(signal).__name__
             raise ConfigError(f"algorithm: {config.algorithm} returned {got}, needs a LearningSignal")
         return signal
+
+    return checked
+
+
+def values_of(config: AsyPPOConfig) -> Callable[[Batch, PreTrainedTokenizerBase], Tensor] | None:
+    """Return the function of the configured algorithm's own values; None where it has none. Raises ConfigError."""
+    values = config.resolved_algorithm.values
+    if values is None:
+        return None
+    found = load("algorithm", values) if isinstance(values, str) else values
+    check_parameters("algorithm", f"values of {config.algorithm}", found, "batch", "tokenizer")
+
+    def checked(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        made = found(batch, tokenizer)
+        right = isinstance(made, Tensor) and made.dtype == torch.float32 and made.dim() == 3
+        if not right or made.shape[1:] != batch.reward.shape or made.device != batch.reward.device or not len(made):
+            got = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise ConfigError(
+                f"algorithm: the values of {config.algorithm} came as {got}, need float32 [M, B, T] with "
+                f"[B, T] = {list(batch.reward.shape)}, on the rewards' device"
+            )
+        return made
 
     return checked
 

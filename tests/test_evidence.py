@@ -8,21 +8,32 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from asyppo.algorithm.options import AdvantageOptions
+from asyppo.algorithm.signal import Outcome
 from asyppo.compare.grid import load_grid
+from asyppo.config import DataConfig, TaskConfig
+from asyppo.data.batch import make_batch
+from asyppo.data.sources import load_train_rows
+from asyppo.models import warm_start
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 RESULTS = PAGE.with_suffix("")
 
 
-@pytest.fixture(scope="module")
-def effects() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("effects", RESULTS / "effects.py")
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RESULTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def effects() -> ModuleType:
+    return module("effects")
 
 
 @pytest.mark.parametrize("name", ["sweep", "stage1", "stage2", "gcd"])
@@ -45,3 +56,39 @@ def test_arms_without_a_common_seed_have_no_effect(tmp_path: Path, effects: Modu
     (tmp_path / "grid.json").write_text(json.dumps(arms))
     with pytest.raises(SystemExit, match=r"grid\.json: got no seed that all of asyppo, grpo have finished"):
         effects.table(tmp_path / "grid.json")
+
+
+def test_the_oracle_knows_a_mistake_when_it_is_made() -> None:
+    oracle = module("oracle")
+    task = TaskConfig("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1})
+    tokenizer = warm_start._make_tokenizer(load_train_rows(DataConfig(task=task, train_size=50), []))
+    prompt = torch.tensor(tokenizer("State the final answer to 4 - 1 + 7 =\n")["input_ids"])
+    texts = [f"{total}, <answer>{answer}</answer><eos>" for total, answer in ((3, 10), (3, 11), (4, 11))]
+    responses = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    batch = make_batch(
+        [prompt] * 3,
+        responses,
+        [torch.zeros(len(r)) for r in responses],
+        [1.0, 0.0, 0.0],
+        [False] * 3,
+        [0] * 3,
+        pad_token_id=0,
+        device=torch.device("cpu"),
+    )
+    [value] = oracle.values(batch, tokenizer)
+    alike: dict[bool | None, list[tuple[int, int]]] = {}  # by whether the total is still to write; None: wrong
+    for row, text in enumerate(texts):
+        written = ""
+        for t, token in enumerate(responses[row].tolist()):
+            key = "," not in written if texts[0].startswith(written) else None
+            alike.setdefault(key, []).append((row, t))
+            written += tokenizer.decode([token])
+        assert written == text
+    for places in alike.values():
+        mean = sum(row == 0 for row, _ in places) / len(places)
+        assert [float(value[place]) for place in places] == pytest.approx([mean] * len(places))
+    assert set(alike) == {True, False, None}
+    signal = oracle.oracle.advantage(
+        Outcome(batch.reward, batch.mask, batch.learned, batch.group, value[None]), AdvantageOptions()
+    )
+    assert torch.equal(signal.advantage_keep, batch.mask)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asyppo.algorithm.masked import masked_moments
+from asyppo.algorithm.masked import masked_mean, masked_moments
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import AdvantageOptions
 from asyppo.algorithm.signal import LearningSignal, Outcome
@@ -33,7 +33,7 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FU
         lam = length_adaptive_lambda(mask.sum(dim=1), options.length_adaptive_alpha)
     gae = ops.ensemble_gae(fitted, outcome.reward, mask, gamma=options.gamma, lam=lam, value_lam=options.value_lambda)
     std = gae.std if trained_by is None else torch.where(mask, values.std(dim=0, correction=0), 0.0)
-    advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options, ops)
+    advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options, ops, outcome.seed)
     return LearningSignal(
         advantage=whiten(gae.advantage, learned, outcome.group, options.whiten),
         advantage_keep=advantage_keep,
@@ -49,25 +49,47 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FU
 
 
 def disagreement_masks(
-    std: Tensor, learned: Tensor, options: AdvantageOptions, ops: Ops = FUSED
+    std: Tensor, learned: Tensor, options: AdvantageOptions, ops: Ops = FUSED, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return I^A and I^H, bool [B, T], and the thresholds of σ = ``std`` [B, T] that they come from, 0-d.
 
     k and h of the paper, ``advantage_mask_fraction`` and ``entropy_filter_fraction``, are of the tokens in ``learned``
-    of the batch or of each response.
+    (bool [B, T]) of the batch, of each response, or of each position in the responses. Two departures from the paper's
+    I^A: ``advantage_mask`` ``random`` drops k of the tokens by numbers that follow from ``seed``, whatever their σ; and
+    the first ``advantage_mask_skip`` tokens of a response are kept, k being of the others.
     """
+    sigma = coarse(std)
+    k = 0.0 if options.advantage_mask == "none" else options.advantage_mask_fraction
+    if options.advantage_mask != "random" and options.advantage_mask_skip == 0:
+        return _masks_in_scope(sigma, learned, k, options, ops)
+    _, entropy_keep, low, high = _masks_in_scope(sigma, learned, 0.0, options, ops)
+    ranked = learned & (torch.arange(learned.shape[1], device=learned.device) >= options.advantage_mask_skip)
+    if options.advantage_mask == "random":
+        generator = torch.Generator().manual_seed(seed)
+        sigma = torch.rand(std.shape, generator=generator).to(std.device)
+    advantage_keep, _, edge, _ = _masks_in_scope(sigma, ranked, k, options, ops)
+    return advantage_keep | (learned & ~ranked), entropy_keep, low if options.advantage_mask == "random" else edge, high
+
+
+def _masks_in_scope(
+    sigma: Tensor, counted: Tensor, advantage_fraction: float, options: AdvantageOptions, ops: Ops
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masks and thresholds by the rank of ``sigma`` [B, T] among the tokens in ``counted``; of several scopes, the mean
+    of the thresholds of those that have tokens."""
     masks = partial(
         ops.agreement_masks,
-        advantage_fraction=options.advantage_mask_fraction,
+        advantage_fraction=advantage_fraction,
         entropy_fraction=options.entropy_filter_fraction,
     )
     if options.quantile_scope == "batch":
-        return masks(coarse(std), learned)
-    rows = [masks(sigma, valid) for sigma, valid in zip(coarse(std), learned, strict=True)]
-    advantage_keep = torch.stack([row.advantage_keep for row in rows])
-    entropy_keep = torch.stack([row.entropy_keep for row in rows])
-    low = torch.stack([row.low for row in rows]).mean()
-    high = torch.stack([row.high for row in rows]).mean()
+        return masks(sigma, counted)
+    dim = 0 if options.quantile_scope == "sequence" else 1
+    parts = [masks(s, c) for s, c in zip(sigma.unbind(dim), counted.unbind(dim), strict=True)]
+    advantage_keep = torch.stack([part.advantage_keep for part in parts], dim)
+    entropy_keep = torch.stack([part.entropy_keep for part in parts], dim)
+    there = counted.any(dim=1 - dim)
+    low = masked_mean(torch.stack([part.low for part in parts]), there)
+    high = masked_mean(torch.stack([part.high for part in parts]), there)
     return advantage_keep, entropy_keep, low, high
 
 

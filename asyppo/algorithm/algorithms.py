@@ -19,6 +19,9 @@ class Algorithm:
     critics: Literal["mini", "policy", "none"] = "none"
     """``mini``: ``critic.num_critics`` of them, from ``critic.model_name_or_path``. ``policy``: one, made from the
     policy's own checkpoint. ``none``: no critic."""
+    values: str | Callable[..., Any] | None = None
+    """Values of one's own in place of critics': ``(Batch, tokenizer) -> float32 [M, B, T]``, V_m at the position that
+    predicts each token of the response grid, or ``module:function`` of it. None: critics', or none."""
     compares_group: bool = False
     """Whether it compares the responses of one prompt, which takes at least two."""
     scales_rewards: bool = False

@@ -21,9 +21,11 @@ class AdvantageOptions:
     whiten: Literal["none", "batch", "group"] = "batch"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     advantage_values: Literal["after", "before", "cross_fit"] = "after"
+    advantage_mask: Literal["sigma", "random", "none"] = "sigma"
     advantage_mask_fraction: float = 0.2
+    advantage_mask_skip: int = 0
     entropy_filter_fraction: float = 0.2
-    quantile_scope: Literal["batch", "sequence"] = "batch"
+    quantile_scope: Literal["batch", "sequence", "position"] = "batch"
 
     @classmethod
     def of(cls, config: Any) -> AdvantageOptions:

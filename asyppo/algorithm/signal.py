@@ -26,6 +26,9 @@ class Outcome:
     """float32 [M, B, T]: every critic's value at the position that predicts each token; None without critics."""
     share: Tensor | None = None
     """int64 [B]: the critic that learned from a response; None: all did, or there is none."""
+    seed: int = 0
+    """Of the chance that an algorithm may take, such as a random mask's: of the run's seed and the step, so the same on
+    every rank and in a resumed run."""
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,9 @@ class WarmStartConfig:
     """Probability that a line of a solution is wrong, and everything after it follows from the wrong value."""
     guess: float = setting(0.5, at_least=0, at_most=1, noun="probability")
     """Probability that a solution leaves the working out and guesses."""
+    wrong_rule: float = setting(0.0, at_least=0, at_most=1, noun="probability")
+    """Probability that a solution with working keeps to a wrong rule from its first line to its last, so that its
+    mistakes are no improbable tokens: in ``chain_sum``, a 9 is taken for a 1 of the other sign."""
     seed: int = 0
     """Seed of weights and noise."""
     cache_dir: str = setting("~/.cache/asyppo", may_change=True)
@@ -425,12 +428,19 @@ class AsyPPOConfig:
     """Values that advantages and masks are made of. ``after``: of the critics after their update (the paper's order).
     ``before``: of the critics before it, which have not seen these responses. ``cross_fit``: after it, but a
     response's mean value leaves out the critic trained on it; σ is over all critics."""
+    advantage_mask: Literal["sigma", "random", "none"] = "sigma"
+    """Tokens whose advantage is masked. ``sigma``: those where critics agree most (the paper's). ``random``: as many,
+    whichever, by the seed and the step: the control of a claim about the mask. ``none``: none."""
     advantage_mask_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
-    """k: fraction of tokens, those where critics agree most, whose advantage is masked. The paper's."""
+    """k: fraction of tokens whose advantage is masked. The paper's. 0 masks none, either."""
+    advantage_mask_skip: int = setting(0, at_least=0)
+    """First tokens of each response that the advantage mask leaves alone: critics agree there, since they have nothing
+    to go by yet. They do not count: k is a fraction of the others. 0 is the paper's."""
     entropy_filter_fraction: float = setting(0.2, at_least=0, below=1, noun="fraction")
     """h: fraction of tokens, those where critics disagree most, left out of the entropy bonus. The paper's."""
-    quantile_scope: Literal["batch", "sequence"] = "batch"
-    """Whether k and h are fractions of the batch's response tokens or of each response's. Our choice."""
+    quantile_scope: Literal["batch", "sequence", "position"] = "batch"
+    """What k and h are fractions of: the batch's response tokens (our choice), each response's, or those at the same
+    position of all responses, which compares a σ with what is usual as far along."""
 
     def __post_init__(self) -> None:
         """One name in place of a list of them is that list, as in TRL; ``report_to`` "none" is an empty one."""
@@ -496,6 +506,21 @@ class AsyPPOConfig:
             self.length_adaptive_alpha,
             f"a critic, algorithm {self.algorithm} has none",
         )
+        need(
+            algorithm.values is None or algorithm.critics == "none",
+            "algorithm",
+            self.algorithm,
+            f"values of its own or {algorithm.critics} critics, not both",
+        )
+        masks = self.num_critics > 0 or algorithm.values is not None or self.algorithm not in ALGORITHMS
+        for name in ("advantage_mask", "advantage_mask_skip"):
+            got = getattr(self, name)
+            need(
+                masks or got == getattr(AsyPPOConfig, name),
+                name,
+                got,
+                f"a critic, algorithm {self.algorithm} has none and masks nothing",
+            )
         need(
             self.advantage_values == "after"
             or self.num_critics >= {"before": 1, "cross_fit": 2}[self.advantage_values],

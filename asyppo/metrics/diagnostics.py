@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from asyppo.algorithm.masked import masked_mean, masked_moments
+from asyppo.algorithm.masked import masked_mean, masked_moments, masked_sum
 from asyppo.algorithm.signal import LearningSignal
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.distributed.sharding import between_replicas_once, total_norms
@@ -28,6 +28,39 @@ def critic_diagnostics(signal: LearningSignal, entropy: Tensor, mask: Tensor) ->
     row["critic/std/corr_abs_error"] = correlation(signal.std, (signal.value - signal.returns).abs(), mask)
     row["critic/std/corr_entropy"] = correlation(signal.std, entropy, mask)
     return {name: float(number) for name, number in row.items()}
+
+
+def mask_diagnostics(signal: LearningSignal, entropy: Tensor, learned: Tensor) -> Row:
+    """What the two masks take of the tokens in ``learned`` bool [B, T], which losses count.
+
+    ``actor/adv_mask_advantage_frac`` is of the sum of |advantage|, ``actor/entropy_filter_entropy_frac`` of the sum of
+    the policy's ``entropy`` [B, T]; NaN where that is 0. Of two critics or more also by position: σ, and the shares of
+    tokens that each mask takes, at the first token of the responses, the second, the third and fourth, the fifth to
+    eighth, and so on, as ``critic/std/tokens_5_8``, ``actor/adv_mask_frac/…`` and ``actor/entropy_filter_frac/…``.
+    """
+    dropped = [learned & ~keep for keep in (signal.advantage_keep, signal.entropy_keep)]
+    shares = []
+    for drop, weight in zip(dropped, (signal.advantage.abs(), entropy), strict=True):
+        whole = masked_sum(weight, learned)
+        shares.append(masked_sum(weight, drop) / torch.where(whole > 0, whole, torch.nan))
+    names = ["actor/adv_mask_advantage_frac", "actor/entropy_filter_entropy_frac"]
+    row = dict(zip(names, torch.stack(shares).tolist(), strict=True))
+    if len(signal.values) < 2:
+        return row
+    columns = [learned, torch.where(learned, signal.std, 0.0), *dropped]
+    numbers = range(1, learned.shape[1] + 1)
+    stretch = torch.tensor([(number - 1).bit_length() for number in numbers], device=learned.device)
+    count = int((learned.shape[1] - 1).bit_length()) + 1
+    # A product, since sums by index are not deterministic on a GPU.
+    chosen = (stretch[:, None] == torch.arange(count, device=learned.device)).float()
+    sums = torch.stack([column.float().sum(dim=0) for column in columns]) @ chosen
+    for i, (tokens, std, masked, filtered) in enumerate(sums.T.tolist()):
+        place = f"tokens_{2 ** (i - 1) + 1}_{2**i}" if i > 1 else f"tokens_{i + 1}"
+        if tokens:
+            row[f"critic/std/{place}"] = std / tokens
+            row[f"actor/adv_mask_frac/{place}"] = masked / tokens
+            row[f"actor/entropy_filter_frac/{place}"] = filtered / tokens
+    return row
 
 
 def explained_variance(value: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -31,17 +31,22 @@ from asyppo.run import durable
 from asyppo.run.progress import ProgressDisplay
 
 
-def chain_sum_solution(metadata: dict[str, Any], noise: float, guess: float, rng: random.Random) -> str:
+def chain_sum_solution(
+    metadata: dict[str, Any], noise: float, guess: float, rng: random.Random, wrong_rule: float = 0.0
+) -> str:
     """Return the running totals of ``"4 - 1 + 7"`` as ``"3, <answer>10</answer>"``, with mistakes.
 
     Each total is off by 1 or 2 with probability ``noise``, and the next goes on from it. With probability ``guess`` the
-    working is left out, and the answer is at most 4 away from the right one.
+    working is left out, and the answer is at most 4 away from the right one. With probability ``wrong_rule`` a solution
+    with working takes every 9 for a 1 of the other sign, as one does who forgets the ten: 27 + 9 is 26.
     """
     first, *rest = metadata["expression"].split()
     guessed = rng.random() < guess
+    forgets = not guessed and wrong_rule > 0 and rng.random() < wrong_rule
     total, totals = int(first), []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        total += int(term) if sign == "+" else -int(term)
+        step = -1 if forgets and term == "9" else int(term)
+        total += step if sign == "+" else -step
         if not guessed and rng.random() < noise:
             total += rng.choice((-2, -1, 1, 2))
         totals.append(total)
@@ -69,15 +74,20 @@ def gcd_solution(metadata: dict[str, Any], noise: float, guess: float, rng: rand
     return f"{lines}<answer>{a}</answer>"
 
 
-Solution = Callable[[dict[str, Any], float, float, random.Random], str]
+Solution = Callable[..., str]
 SOLUTIONS: dict[str, Solution] = {"chain_sum": chain_sum_solution, "gcd": gcd_solution}
 """Worked solutions by reasoning-gym task, from its row's metadata."""
 
 
-def worked_solution(row: Row, noise: float, guess: float, rng: random.Random) -> str:
+WITH_A_WRONG_RULE = ("chain_sum",)
+"""Tasks whose solutions take a ``wrong_rule``."""
+
+
+def worked_solution(row: Row, noise: float, guess: float, rng: random.Random, wrong_rule: float = 0.0) -> str:
     """Return a solution of a row, with mistakes."""
     metadata = row["entry"]["metadata"]
-    return SOLUTIONS[metadata["source_dataset"]](metadata, noise, guess, rng)
+    rule = {"wrong_rule": wrong_rule} if wrong_rule else {}
+    return SOLUTIONS[metadata["source_dataset"]](metadata, noise, guess, rng, **rule)
 
 
 def build(
@@ -91,6 +101,11 @@ def build(
         if name not in SOLUTIONS:
             raise ConfigError(
                 f"data.task.name: got {name!r}, needs one of {', '.join(SOLUTIONS)}, which warm_start has solutions of"
+            )
+        if config.wrong_rule and name not in WITH_A_WRONG_RULE:
+            raise ConfigError(
+                f"warm_start.wrong_rule: got {config.wrong_rule}, needs 0 for {name!r}: "
+                f"only {', '.join(WITH_A_WRONG_RULE)} has one"
             )
     settings = {"warm_start": asdict(replace(config, cache_dir="")), "data": asdict(data), "format": 1}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -184,7 +199,8 @@ def _teach(
     with ProgressDisplay(f"teach the {name}", config.steps, every=50) as progress:
         for _ in range(config.steps):
             chosen = [rng.randrange(len(rows)) for _ in range(config.batch_size)]
-            texts = [worked_solution(rows[i], config.noise, config.guess, rng) for i in chosen]
+            mistakes = config.noise, config.guess, rng, config.wrong_rule
+            texts = [worked_solution(rows[i], *mistakes) for i in chosen]
             solutions = tokenizer(texts)["input_ids"]
             responses = [[*s, tokenizer.eos_token_id] for s in solutions]
             tokens = [torch.tensor(prompts[i] + r) for i, r in zip(chosen, responses, strict=True)]

@@ -298,6 +298,40 @@ def by_tenth(
     return Chart(title, data, layout, says, Table(["", *(f"{m - 5}–{m + 5} %" for m in middles)], rows))
 
 
+def by_number(
+    title: str, unit: str, runs: Sequence[Run], names: Sequence[str], metrics: dict[str, str]
+) -> Chart | None:
+    """Return means over the last third of training of metrics that are recorded by the token's number in the response,
+    such as ``critic/std/tokens_5_8`` under ``critic/std``; one curve a run and metric."""
+    data: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    head: list[str] = []
+    for r, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for m, (metric, short) in enumerate(metrics.items()):
+            means = {}
+            places = {key for row in run.metrics for key in row if key.startswith(f"{metric}/tokens_")}
+            for place in sorted(places, key=lambda key: int(key.split("_")[-1])):
+                steps, values = run.series(place)
+                late = [value for step, value in zip(steps, values, strict=True) if 3 * step > 2 * run.last_step]
+                if late:
+                    means[place.split("/tokens_")[1].replace("_", "–")] = float(np.mean(late))
+            if not means:
+                continue
+            label = short if len(runs) == 1 else name if len(metrics) == 1 else f"{name}, {short}"
+            head = max(head, list(means), key=len)
+            rows.append([label, *map(number, means.values())])
+            kind = r if len(runs) > 1 else m
+            data.append(_line(label, list(means), list(means.values()), color=kind, dash=m, symbol=kind))
+    if not data:
+        return None
+    layout = {
+        "xaxis": {"title": {"text": "number of the token in the response"}, "type": "category"},
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+        "showlegend": max(len(data), len(runs)) > 1,
+    }
+    return Chart(title, data, layout, "Of all tokens, last third of training.", Table(["", *head], rows))
+
+
 def response_tenths(samples: list[Sample]) -> list[np.ndarray]:
     """position in the response"""
     return [10 * np.arange(len(s.tokens or ())) // max(len(s.tokens or ()), 1) for s in samples]
@@ -363,9 +397,36 @@ def phases(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
 
 def common_tokens(samples: Iterable[Sample]) -> Table | None:
     """Return the ten tokens of highest and the ten of lowest mean σ, of those that occur at least ten times."""
+    texts, count, sums = _by_token(samples)
+    std, masked, filtered = sums / np.maximum(count, 1)
+    order = [c for c in np.argsort(-std, kind="stable") if count[c] >= 10]
+    chosen = order if len(order) <= 20 else [*order[:10], *order[-10:]]
+    rows = [
+        [_quoted(texts[c]), f"{count[c]:,}", number(std[c]), f"{masked[c]:.0%}", f"{filtered[c]:.0%}"] for c in chosen
+    ]
+    return Table(["token", "times", "mean σ", "advantage masked", "entropy filtered"], rows) if rows else None
+
+
+def masked_tokens(samples: Iterable[Sample]) -> Table | None:
+    """Return the tokens that make up most of what a mask takes, ten at most of each mask, with their share of it and of
+    all tokens; None where the masks take nothing."""
+    texts, count, (_, masked, filtered) = _by_token(samples)
+    shares = [part / max(part.sum(), 1) for part in (count, masked, filtered)]
+    most = [[c for c in np.argsort(-share, kind="stable")[:10] if share[c] > 0] for share in shares[1:]]
+    rows = [
+        [_quoted(texts[c]), f"{count[c]:,}", *(f"{share[c]:.1%}" for share in shares)]
+        for c in dict.fromkeys([*most[0], *most[1]])
+    ]
+    head = ["token", "times", "of all tokens", "of masked advantages", "of filtered entropies"]
+    return Table(head, rows) if rows else None
+
+
+def _by_token(samples: Iterable[Sample]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the different tokens with a σ, how often each occurs [n], and the sums of its σ and of how often its
+    advantage was masked and its entropy filtered [3, n]."""
     codes: dict[str, int] = {}
-    sample_codes: list[np.ndarray] = []
-    columns: list[np.ndarray] = []
+    sample_codes: list[np.ndarray] = [np.zeros(0, dtype=int)]
+    columns: list[np.ndarray] = [np.zeros((3, 0))]
     for sample in samples:
         std = sample.columns.get("std")
         if std is None or sample.tokens is None:
@@ -376,22 +437,11 @@ def common_tokens(samples: Iterable[Sample]) -> Table | None:
             np.stack([std, no_flags if masked is None else masked, no_flags if filtered is None else filtered])
         )
         sample_codes.append(np.array([codes.setdefault(token, len(codes)) for token in sample.tokens], dtype=int))
-    if not codes:
-        return None
     table, code = np.concatenate(columns, axis=1), np.concatenate(sample_codes)
     valid = np.isfinite(table[0])
     table, code = table[:, valid], code[valid]
-    count = np.bincount(code, minlength=len(codes))
-    std, masked, filtered = (
-        np.bincount(code, weights=row, minlength=len(codes)) / np.maximum(count, 1) for row in table
-    )
-    order = [c for c in np.argsort(-std, kind="stable") if count[c] >= 10]
-    chosen = order if len(order) <= 20 else [*order[:10], *order[-10:]]
-    texts = list(codes)
-    rows = [
-        [_quoted(texts[c]), f"{count[c]:,}", number(std[c]), f"{masked[c]:.0%}", f"{filtered[c]:.0%}"] for c in chosen
-    ]
-    return Table(["token", "times", "mean σ", "advantage masked", "entropy filtered"], rows) if rows else None
+    sums = np.stack([np.bincount(code, weights=row, minlength=len(codes)) for row in table])
+    return list(codes), np.bincount(code, minlength=len(codes)), sums
 
 
 def plain(values: Any) -> list[float | None]:

@@ -14,12 +14,14 @@ from asyppo.report.figures import (
     Chart,
     Table,
     bands,
+    by_number,
     by_tenth,
     calibration,
     common_tokens,
     curves,
     disagreement_tenths,
     dropped,
+    masked_tokens,
     phases,
     response_tenths,
     rewards,
@@ -157,6 +159,8 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
         "σ is the standard deviation over critics. The tokens of lowest σ lose their advantage (nothing to learn where "
         "critics agree), those of highest σ their entropy bonus (exploration there is noise).",
     )
+    if any(run.config.get("advantage_mask") == "random" for run in runs):
+        section.lead += " With advantage_mask random, any tokens lose their advantage, whatever their σ."
     if not any(map(_disagree, runs)):
         section.missing.append("Fewer than two critics: there is no disagreement, and nothing is masked.")
         return section
@@ -186,6 +190,25 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
             zero=True,
         ),
     )
+    section.add(
+        "Nothing was recorded of σ and masks by the token's number.",
+        by_number("σ by the token's number", "mean σ", kept, names, {"critic/std": "σ"}),
+    )
+    taken = {"actor/adv_mask_frac": "advantage masked", "actor/entropy_filter_frac": "entropy filtered"}
+    together = [taken] if len(runs) == 1 else [{key: name} for key, name in taken.items()]
+    section.charts += [
+        chart
+        for part in together
+        if (
+            chart := by_number(
+                f"{'Masked' if len(part) > 1 else next(iter(part.values())).capitalize()} by the token's number",
+                "share of tokens",
+                kept,
+                names,
+                part,
+            )
+        )
+    ]
     late = {name: _third(run, 2) for run, name in zip(kept, names, strict=True)}
     said = "Last third of training."
     section.add(
@@ -238,6 +261,11 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
         if table is not None:
             title = "Tokens on which critics agree least and most"
             says = "By mean σ, of tokens that occur at least 10 times in the last third of training."
+            section.tables.append((title if len(runs) == 1 else f"{title}: {name}", says, table))
+        table = masked_tokens(samples)
+        if table is not None:
+            title = "What the masks take, by token"
+            says = "The tokens that make up most of what either mask takes, last third of training."
             section.tables.append((title if len(runs) == 1 else f"{title}: {name}", says, table))
     return section
 
@@ -293,7 +321,8 @@ def everything_of(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, 
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in _metrics(runs):
         if key != "step":
-            family = re.sub(r"/\d+/", "/{m}/", re.sub(r"(.)/(mean|min|max|low|high|ci_low|ci_high)$", r"\1", key))
+            relatives = r"(.)/(mean|min|max|low|high|ci_low|ci_high|tokens_\d+(?:_\d+)?)$"
+            family = re.sub(r"/\d+/", "/{m}/", re.sub(relatives, r"\1", key))
             groups[key.split("/")[0]][family].append(key)
     out = []
     for group, families in sorted(groups.items()):

@@ -91,6 +91,9 @@ def write_run(
         if critics > 1:
             row |= {"critic/std/mean": 0.08, "critic/std/low": 0.03, "critic/std/high": 0.12}
             row |= {"actor/adv_mask_frac": 0.2, "actor/entropy_keep_frac": 0.8}
+            for place, masked in (("tokens_1", 1.0), ("tokens_2", 0.7), ("tokens_3_4", 0.1), ("tokens_9_16", 0.0)):
+                row |= {f"critic/std/{place}": 0.1 - 0.05 * masked, f"actor/adv_mask_frac/{place}": masked * done}
+                row |= {f"actor/entropy_filter_frac/{place}": 0.2}
         if step == steps:
             row |= {"eval/accuracy": 0.68, "eval/accuracy/ci_low": 0.64, "eval/accuracy/ci_high": 0.71}
         rows.append(row)

@@ -302,6 +302,24 @@ def test_tokens_by_disagreement() -> None:
         ["'low'", "10", "0.100", "100%", "0%"],
     ]
     assert figures.common_tokens(of_tokens[:9]) is None
+    taken = figures.masked_tokens(of_tokens)
+    assert taken is not None
+    assert taken.rows == [
+        ["'low'", "10", "33.3%", "100.0%", "0.0%"],
+        ["'high'", "10", "33.3%", "0.0%", "100.0%"],
+    ]
+    assert figures.masked_tokens([sample(std=[0.1], advantage_keep=[True], entropy_keep=[True])]) is None
+
+
+def test_masks_by_the_number_of_the_token(make_run: Make) -> None:
+    [masked, filtered] = charts_of(make_run())["Masked by the token's number"].data
+    assert masked["x"] == ["1", "2", "3–4", "9–16"]
+    assert masked["y"] == pytest.approx([0.875, 0.6125, 0.0875, 0.0])  # steps 9 to 12 of 12
+    assert filtered["y"] == [0.2] * 4
+    several = [read_run(make_run(f"run{m}", critics=m)) for m in (1, 2)]
+    charts = {chart.title: chart for s in sections.sections_of(several, ["a", "b"]) for chart in s.charts}
+    assert [trace["name"] for trace in charts["σ by the token's number"].data] == ["b"]
+    assert {"Advantage masked by the token's number", "Entropy filtered by the token's number"} < set(charts)
 
 
 def test_every_metric_has_a_curve(make_run: Make) -> None:

@@ -275,6 +275,7 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "mask_truncated_completions": True,
         "dynamic_sampling": True,
         "advantage_values": "cross_fit",
+        "advantage_mask": "random",
     }
     return {
         "asyppo": lambda: train(make_config(), mesh),

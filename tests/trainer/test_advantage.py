@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,57 @@ def test_quantiles_over_each_sequence() -> None:
     assert out.advantage_keep.tolist() == [[False, True, True, True, True], [True, True, True, False, False]]
     assert out.entropy_keep.tolist() == [[True, True, True, False, False], [False, False, True, True, False]]
     assert (float(out.low), float(out.high)) == ((2 + 7) / 2, (3 + 7) / 2)
+
+
+def test_quantiles_over_each_position() -> None:
+    out = signal(
+        VALUES, ZEROS, VALID, advantage_mask_fraction=0.5, entropy_filter_fraction=0.5, quantile_scope="position"
+    )  # 1 and 9, 2 and 8, 3 and 7, 4 and 6, and 5 alone
+    assert out.advantage_keep.tolist() == [[False] * 4 + [True], [True] * 4 + [False]]
+    assert out.entropy_keep.tolist() == [[True] * 5, [False] * 5]
+    assert (float(out.low), float(out.high)) == ((9 + 8 + 7 + 6 + 5) / 5, (1 + 2 + 3 + 4 + 5) / 5)
+
+
+def test_the_first_tokens_may_be_left_alone() -> None:
+    """k is of the others: of 3, 4, 5, 7 and 6."""
+    out = signal(VALUES, ZEROS, VALID, advantage_mask_fraction=0.4, entropy_filter_fraction=0.34, advantage_mask_skip=2)
+    assert out.advantage_keep.tolist() == [[True, True, False, False, True], [True] * 4 + [False]]
+    assert out.entropy_keep.tolist() == [[True] * 5, [False, False, False, True, False]]  # as without it
+    assert (float(out.low), float(out.high)) == (5, 6)
+    out = signal(VALUES, ZEROS, VALID, advantage_mask_fraction=0.4, advantage_mask_skip=5)
+    assert out.advantage_keep.tolist() == VALID
+
+
+def test_no_mask() -> None:
+    out = signal(VALUES, ZEROS, VALID, advantage_mask="none", advantage_mask_fraction=0.4, advantage_mask_skip=1)
+    assert out.advantage_keep.tolist() == VALID
+    same = signal(VALUES, ZEROS, VALID, advantage_mask_fraction=0.0)
+    assert torch.equal(same.advantage_keep, out.advantage_keep)
+
+
+@pytest.mark.parametrize("critics", [1, 2])
+def test_a_random_mask_drops_as_many_by_the_seed(critics: int) -> None:
+    mask = torch.arange(50) < torch.randint(1, 51, (40, 1))
+    ignored = torch.arange(40) % 8 == 0
+    outcome = Outcome(
+        torch.zeros(40, 50), mask, mask & ~ignored[:, None], torch.arange(40), torch.rand(critics, 40, 50), seed=7
+    )
+    options = AdvantageOptions(advantage_mask="random", advantage_mask_skip=3)
+
+    def kept(outcome: Outcome, options: AdvantageOptions = options) -> torch.Tensor:
+        return critics_advantage(outcome, options).advantage_keep
+
+    keep, learned = kept(outcome), outcome.learned
+    late = learned & (torch.arange(50) >= 3)
+    assert torch.equal(keep | late, learned)
+    assert int((late & ~keep).sum()) == int(0.2 * int(late.sum()))
+    assert torch.equal(keep, kept(outcome))
+    assert torch.equal(keep, kept(replace(outcome, values=torch.rand(critics, 40, 50))))
+    other = kept(replace(outcome, seed=8))
+    shared, dropped = int((late & ~keep & ~other).sum()), int((late & ~keep).sum())
+    assert abs(shared - 0.2 * dropped) < 5 * math.sqrt(0.16 * dropped)
+    of_sigma = critics_advantage(outcome, AdvantageOptions(advantage_mask="sigma"))
+    assert torch.equal(critics_advantage(outcome, options).entropy_keep, of_sigma.entropy_keep)
 
 
 def test_advantages_are_whitened_before_they_are_masked() -> None:

@@ -82,6 +82,10 @@ def centred(outcome, options):
 
 guided = Algorithm(critics_advantage, critics="mini")
 wrong = lambda outcome, options: outcome.reward
+halves = lambda batch, tokenizer: torch.full_like(batch.reward, 0.5)[None].repeat(2, 1, 1)
+valued = Algorithm(critics_advantage, values=halves)
+short = Algorithm(critics_advantage, values=lambda batch, tokenizer: torch.zeros(1, 2, 3))
+both = Algorithm(critics_advantage, critics="mini", values=halves)
 number = 3
 """
 
@@ -98,6 +102,28 @@ def test_one_of_ones_own(tmp_path: Any, tiny_config: Make, tiny_trainer: Make) -
         tiny_trainer(tiny_config(algorithm=f"{file}:wrong"), reward).step(1)
     with pytest.raises(ConfigError, match=r"algorithm: got .*:number', but .* has no function 'number'"):
         tiny_config(algorithm=f"{file}:number").validate()
+
+
+def test_values_of_ones_own(tmp_path: Any, tiny_config: Make, tiny_trainer: Make) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    config = tiny_config(algorithm=f"{file}:valued", advantage_mask="random")
+    row = tiny_trainer(config, reward).step(1).metrics
+    assert (config.num_critics, row["critic/values/mean"], row["critic/std/mean"]) == (0, 0.5, 0.0)
+    assert row["actor/adv_mask_frac"] > 0
+    assert "critic/1/vf_explained_var" in row
+    assert "critic/vf_loss" not in row
+    with pytest.raises(
+        ConfigError, match=r"algorithm: the values of .*own\.py:short came as torch.float32 \[1, 2, 3\], need float32"
+    ):
+        tiny_trainer(tiny_config(algorithm=f"{file}:short"), reward).step(1)
+    with pytest.raises(ConfigError, match=r"algorithm: got .*:both', needs values of its own or mini critics, not bo"):
+        tiny_config(algorithm=f"{file}:both").validate()
+
+
+def test_without_values_there_is_no_mask() -> None:
+    with pytest.raises(ConfigError, match="advantage_mask: got 'random', needs a critic, algorithm grpo has none and"):
+        AsyPPOConfig(algorithm="grpo", advantage_mask="random").validate()
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:

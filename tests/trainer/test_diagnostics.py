@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from asyppo.algorithm.advantage import LearningSignal
-from asyppo.metrics.diagnostics import correlation, critic_diagnostics, explained_variance, masked_gradient_fractions
+from asyppo.metrics.diagnostics import (
+    correlation,
+    critic_diagnostics,
+    explained_variance,
+    mask_diagnostics,
+    masked_gradient_fractions,
+)
 
 Make = Callable[..., Any]
 
@@ -34,12 +41,12 @@ def test_correlation_is_pearsons() -> None:
     assert math.isnan(correlation(torch.ones(2, 50), x, mask))
 
 
-def signal_of(batch: Any, **changes: Any) -> LearningSignal:
-    zero = torch.zeros_like(batch.reward)
+def signal_of(mask: torch.Tensor, **changes: Any) -> LearningSignal:
+    zero = torch.zeros(mask.shape)
     fields = {
-        "advantage": torch.where(batch.mask, 1.0, 0.0),
-        "advantage_keep": batch.mask,
-        "entropy_keep": batch.mask,
+        "advantage": torch.where(mask, 1.0, 0.0),
+        "advantage_keep": mask,
+        "entropy_keep": mask,
         "raw_advantage": zero,
         "returns": zero,
         "value": zero,
@@ -56,12 +63,38 @@ def test_disagreement_that_is_the_error(ragged_batch: Make) -> None:
     returns = torch.randn_like(batch.reward)
     error = torch.rand_like(returns)
     values = torch.stack([returns + error, returns - error, returns + error])
-    signal = signal_of(batch, returns=returns, value=returns + error, values=values, std=2 * error)
+    signal = signal_of(batch.mask, returns=returns, value=returns + error, values=values, std=2 * error)
     row = critic_diagnostics(signal, -error, batch.mask)
     assert row["critic/std/corr_abs_error"] == pytest.approx(1.0, abs=1e-4)
     assert row["critic/std/corr_entropy"] == pytest.approx(-1.0, abs=1e-4)
     assert row["critic/0/vf_explained_var"] == row["critic/2/vf_explained_var"]
     assert set(row) >= {f"critic/{m}/vf_explained_var" for m in range(3)}
+
+
+def test_what_the_masks_take_by_position() -> None:
+    learned = torch.arange(6) < torch.tensor([[6], [3], [1]])
+    std = torch.where(learned, torch.tensor([1.0, 2, 3, 5, 7, 7]), math.nan)
+    keep = learned & (torch.arange(6) > torch.tensor([[0], [1], [0]]))  # drops 1, 2 and 1 tokens
+    entropy = torch.where(learned, torch.tensor([0.0, 0.5, 0.5, 1, 1, 1]), math.nan)
+    advantage = torch.where(learned, torch.tensor([2.0, -1, 1, 1, -1, 0]), math.nan)
+    values = torch.zeros(2, 3, 6)
+    signal = signal_of(
+        learned,
+        advantage=advantage,
+        advantage_keep=keep,
+        entropy_keep=learned & (std < 3),
+        std=std,
+        values=values,
+    )
+    row = mask_diagnostics(signal, entropy, learned)
+    assert row["actor/adv_mask_advantage_frac"] == pytest.approx(7 / 12)
+    assert row["actor/entropy_filter_entropy_frac"] == pytest.approx(4 / 5)
+    places = ("tokens_1", "tokens_2", "tokens_3_4", "tokens_5_8")
+    assert [row[f"critic/std/{place}"] for place in places] == pytest.approx([1, 2, 11 / 3, 7])
+    assert [row[f"actor/adv_mask_frac/{place}"] for place in places] == pytest.approx([1, 1 / 2, 0, 0])
+    assert [row[f"actor/entropy_filter_frac/{place}"] for place in places] == [0, 0, 1, 1]
+    assert len(row) == 14
+    assert len(mask_diagnostics(replace(signal, values=values[:1]), entropy, learned)) == 2
 
 
 def test_the_part_of_the_gradient_that_a_mask_removes(
@@ -78,16 +111,16 @@ def test_the_part_of_the_gradient_that_a_mask_removes(
 
     nothing, first = torch.zeros_like(batch.mask), batch.mask.clone()
     first[3:] = False
-    none = fractions(signal_of(batch))
+    none = fractions(signal_of(batch.mask))
     assert none == {"actor/adv_mask_grad_frac": 0.0, "actor/entropy_filter_grad_frac": 0.0}
-    everything = fractions(signal_of(batch, advantage_keep=nothing, entropy_keep=nothing))
+    everything = fractions(signal_of(batch.mask, advantage_keep=nothing, entropy_keep=nothing))
     assert everything["actor/adv_mask_grad_frac"] == pytest.approx(1.0)
     assert everything["actor/entropy_filter_grad_frac"] == pytest.approx(1.0)
     assert all(p.grad is None for p in policy.parameters())
 
     # By hand, at ratio 1: the gradient of -A log π over the tokens left out, and over all of them.
     advantage = torch.randn_like(batch.reward)
-    got = fractions(signal_of(batch, advantage=advantage, advantage_keep=batch.mask & ~first, entropy_keep=batch.mask))
+    got = fractions(signal_of(batch.mask, advantage=advantage, advantage_keep=batch.mask & ~first))
     norms = []
     for chosen in (first, batch.mask):
         loss = torch.zeros(())

@@ -120,6 +120,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "num_iterations": 2,
         "num_mini_batches": 2,
         "weight_decay": 0.1,
+        "advantage_mask": "random",
         "critic": {"value_lambda": 0.9, "num_iterations": 2, "num_mini_batches": 2},
     },
     "random rewards": {"reward": noisy},

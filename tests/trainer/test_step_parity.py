@@ -148,6 +148,10 @@ def restated_step(
             keep_entropy = [keep_h[sum(lengths[:i]) : sum(lengths[: i + 1])] for i in range(len(lengths))]
         else:
             keep_advantage, keep_entropy = zip(*(masks_of(row, k, h) for row in deviation), strict=True)
+        if (skip := config.advantage_mask_skip) > 0:
+            keep_a, _ = masks_of([s for row in deviation for s in row[skip:]], k, h)
+            left = iter(keep_a)
+            keep_advantage = [[True] * len(row[:skip]) + [next(left) for _ in row[skip:]] for row in deviation]
     else:
         advantage = []
         for s in samples:
@@ -242,6 +246,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "not whitened, short λ": {"whiten": "none", "lam": 0.5},
     "whitened by group": {"whiten": "group"},
     "quantiles by sequence": {"quantile_scope": "sequence"},
+    "a mask that leaves the first tokens": {"advantage_mask_skip": 2},
     "half masked": {"advantage_mask_fraction": 0.5, "entropy_filter_fraction": 0.5},
     "temperature, weight decay": {"temperature": 0.7, "weight_decay": 0.1},
 }

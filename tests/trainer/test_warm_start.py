@@ -50,6 +50,19 @@ def test_solutions_with_noise_or_a_guess_are_often_wrong_but_well_formed(
         assert all(s.count("<answer>") == s.count("</answer>") == 1 for s in solutions)
 
 
+def test_solutions_that_keep_to_a_wrong_rule() -> None:
+    rng = random.Random(0)
+    nines = {"expression": "27 + 9 - 9 + 19 - 3"}
+    wrong = "26, 27, 46, <answer>43</answer>"
+    assert warm_start.chain_sum_solution(nines, 0.0, 0.0, rng, 1.0) == wrong
+    some = [warm_start.chain_sum_solution(nines, 0.0, 0.0, rng, 0.7) for _ in range(300)]
+    assert set(some) == {wrong, warm_start.chain_sum_solution(nines, 0.0, 0.0, rng)}
+    assert 0.6 < some.count(wrong) / 300 < 0.8
+    assert warm_start.chain_sum_solution(nines, 0.0, 1.0, rng, 1.0).startswith("<answer>")
+    with pytest.raises(ConfigError, match=r"warm_start\.wrong_rule: got 0\.5, needs 0 for 'gcd': only chain_sum has"):
+        warm_start.build(WarmStartConfig(wrong_rule=0.5), GCD, [], CPU)
+
+
 def test_build_and_cache(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = load_train_rows(DATA, [])
     config = WarmStartConfig(SHAPE, ModelShape(8, 1, 2, 1, 16), steps=3, batch_size=4, cache_dir=str(tmp_path))
