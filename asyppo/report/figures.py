@@ -303,25 +303,21 @@ def by_number(
 ) -> Chart | None:
     """Return means over the last third of training of metrics that are recorded by the token's number in the response,
     such as ``critic/std/tokens_5_8`` under ``critic/std``; one curve a run and metric."""
-    data: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
-    head: list[str] = []
+    ends = [key.split("/tokens_") for run in runs for row in run.metrics for key in row if "/tokens_" in key]
+    places = sorted({end for metric, end in ends if metric in metrics}, key=lambda end: int(end.split("_")[-1]))
+    head = [place.replace("_", "–") for place in places]
+    data, rows = [], []
     for r, (run, name) in enumerate(zip(runs, names, strict=True)):
         for m, (metric, short) in enumerate(metrics.items()):
-            means = {}
-            places = {key for row in run.metrics for key in row if key.startswith(f"{metric}/tokens_")}
-            for place in sorted(places, key=lambda key: int(key.split("_")[-1])):
-                steps, values = run.series(place)
-                late = [value for step, value in zip(steps, values, strict=True) if 3 * step > 2 * run.last_step]
-                if late:
-                    means[place.split("/tokens_")[1].replace("_", "–")] = float(np.mean(late))
-            if not means:
+            series = [zip(*run.series(f"{metric}/tokens_{place}"), strict=True) for place in places]
+            late = [[value for step, value in points if 3 * step > 2 * run.last_step] for points in series]
+            if not any(late):
                 continue
+            means = [float(np.mean(values)) if values else math.nan for values in late]
             label = short if len(runs) == 1 else name if len(metrics) == 1 else f"{name}, {short}"
-            head = max(head, list(means), key=len)
-            rows.append([label, *map(number, means.values())])
+            rows.append([label, *map(number, means)])
             kind = r if len(runs) > 1 else m
-            data.append(_line(label, list(means), list(means.values()), color=kind, dash=m, symbol=kind))
+            data.append(_line(label, head, means, color=kind, dash=m, symbol=kind))
     if not data:
         return None
     layout = {
