@@ -36,7 +36,7 @@ from asyppo.models.policy import Policy
 from asyppo.report import report_at_the_end
 from asyppo.rewards.function import RewardFunction
 from asyppo.rollout.collecting import Rollout
-from asyppo.rollout.samplers import Sampler, SentWeights, agreement, settle, tolerance
+from asyppo.rollout.samplers import AGREES, Sampler, SentWeights, agreement, settle, tolerance
 from asyppo.run.callbacks import Callbacks
 from asyppo.run.directory import RunDirectory, open_run
 from asyppo.run.durable import WriteError
@@ -93,6 +93,8 @@ class Trainer(Protocol):
     """What is called to sample."""
     engine: Sampler
     """What it calls in the end."""
+    sampler_agrees: bool
+    """Whether its log-probs have been seen to be the policy's."""
     rollout: Rollout
     callbacks: Sequence[TrainerCallback]
     policy_optimizer: Any
@@ -129,7 +131,8 @@ class TrainingLoop:
         ``max_skipped_steps`` steps in a row, after saving a checkpoint, and when something cannot be written.
         """
         trainer = self.trainer
-        settle(trainer.sampler, trainer.engine, trainer.policy, self._trial_prompts(), self.config)
+        gap = settle(trainer.sampler, trainer.engine, trainer.policy, self._trial_prompts(), self.config)
+        trainer.sampler_agrees = gap <= AGREES
         hooks = Callbacks(
             self.trainer.callbacks,
             self.config,
@@ -164,7 +167,9 @@ class TrainingLoop:
                 self.show_completions(step, result, progress)
                 row = result.metrics
                 self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-                strayed = self._strayed(step, row["sampling/sampling_logp_difference/mean"])
+                gap = row["sampling/sampling_logp_difference/mean"]
+                self.trainer.sampler_agrees = gap <= AGREES
+                strayed = self._strayed(step, gap)
                 self.strayed_in_a_row = self.strayed_in_a_row + 1 if strayed else 0
                 hooks.end_step(step)
                 if hooks.control.should_evaluate or hooks.control.should_training_stop:
@@ -257,7 +262,9 @@ class TrainingLoop:
             state = load_checkpoint(checkpoint, self.trainer.trained())
             self.trainer.weights_changed()
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.strayed_in_a_row = state.get("strayed_in_a_row", 0)  # checkpoints of older versions have none
+        # Checkpoints of older versions have neither.
+        self.strayed_in_a_row = state.get("strayed_in_a_row", 0)
+        self.trainer.sampler_agrees = state.get("sampler_agrees", self.trainer.sampler_agrees)
         run.start(state["step"])
         hooks.resume(state["step"], from_main(run.rows), state["callbacks"])
         return state["step"] + 1, checkpoint
@@ -298,6 +305,7 @@ class TrainingLoop:
         remembered = {
             "skipped_in_a_row": self.skipped_in_a_row,
             "strayed_in_a_row": self.strayed_in_a_row,
+            "sampler_agrees": self.trainer.sampler_agrees,
             "accuracy": (row or {}).get("eval/accuracy"),
             "callbacks": {} if hooks is None else hooks.state_dict(),
             "data": {name: rows.digest for name, rows in self._data().items()},

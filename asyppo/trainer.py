@@ -24,6 +24,7 @@ from asyppo.algorithm.value_losses import value_loss
 from asyppo.algorithm.weights import token_weights
 from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config.old_logprobs import source_of_old_logprobs
 from asyppo.config.references import check_parameters, load, resolve
 from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, token_imbalance
 from asyppo.data.checks import Checks, fitting
@@ -69,6 +70,10 @@ class PolicyUpdate:
     metrics: dict[str, float]
     log_ratio: Tensor
     """float32 [B, T]: log π/π_old of each token at its last visit."""
+    old: TokenStats
+    """What the first visits found; the log-prob is the sampler's outside of ``known``."""
+    known: Tensor
+    """bool [B, T]: tokens of the first optimizer step, which the policy that sampled has visited."""
 
 
 class AsyPPOTrainer:
@@ -131,6 +136,8 @@ class AsyPPOTrainer:
         self.callbacks = callbacks
         self.reference = policy.reference() if config.beta > 0 else None
         self.sampler, self.engine = self._sampler_of(sampler, mesh)
+        self.sampler_agrees = False
+        """Whether the sampler's log-probs have been seen to be the policy's; the training loop looks."""
         policy.choose_packing(config.policy.packing)
         self.device = policy.device
         for func in self.reward_funcs:
@@ -202,13 +209,12 @@ class AsyPPOTrainer:
             batch = sampled.batch
 
             # Log-probs of the policy that sampled, as the trainer computes them, and of the reference.
-            with timer.phase("old_log_prob"):
-                old = self.policy.logprobs(batch, self._micro_batches(batch))
+            old, old_logprob = self.old_logprobs(batch, timer, updates=step > self.policy_warmup)
             ref_logprob = None
             if self.reference is not None:
                 with timer.phase("ref"):
                     ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
-            batch, penalties = self.shape_rewards(batch, old, ref_logprob)
+            batch, penalties = self.shape_rewards(batch, old_logprob, ref_logprob)
             metrics |= penalties
 
             # 1 to 3. Split, critic update, values of all responses.
@@ -224,28 +230,44 @@ class AsyPPOTrainer:
             with timer.phase("adv"):
                 outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group, values, share, seed)
                 signal = self.advantage(outcome, AdvantageOptions.of(config))
-            metrics |= self._diagnose(step, batch, signal, old, timer)
+            metrics |= self._diagnose(step, batch, signal, old_logprob, timer)
 
             # 6. Policy update.
-            log_ratio = torch.zeros_like(old.logprob)
+            log_ratio, known = torch.zeros_like(batch.reward), batch.mask
             if step > self.policy_warmup:
                 with timer.phase("update_actor"):
-                    update = self.update_policy(batch, signal, old.logprob, ref_logprob, generator)
+                    update = self.update_policy(batch, signal, old_logprob, ref_logprob, generator)
                 metrics |= update.metrics
                 log_ratio = update.log_ratio
-        record = StepRecord(step, batch, sampled.rewards, old, signal, log_ratio)
+                if old is None:
+                    old, known = update.old, update.known
+        assert old is not None
+        record = StepRecord(step, batch, sampled.rewards, old, known, signal, log_ratio)
+        if len(signal.values):
+            metrics |= critic_diagnostics(signal, batch.mask, old.entropy, known)
+            metrics |= mask_diagnostics(signal, batch.learned, old.entropy, known)
         metrics |= {"actor/padding_frac": self.policy.padding_frac()}
         metrics |= batch_metrics(record) | reward_metrics(sampled.rewards)
         metrics |= time_metrics(batch, timer.seconds, self.device)
         return StepResult(metrics, sample_rows(record, config.logging_samples, self.tokenizer))
 
+    def old_logprobs(self, batch: Batch, timer: Timer, *, updates: bool) -> tuple[TokenStats | None, Tensor | None]:
+        """Return what the policy says of ``batch``, and the log-probs [B, T] that ratios are taken of. None in place of
+        the first: the update finds it; in place of the second: the policy is still the one that sampled."""
+        source = source_of_old_logprobs(self.config, updates=updates, sampler_agrees=self.sampler_agrees)
+        if source != "policy":
+            return None, batch.sampler_logprob if source == "sampler" else None
+        with timer.phase("old_log_prob"):
+            old = self.policy.logprobs(batch, self._micro_batches(batch))
+        return old, old.logprob
+
     def shape_rewards(
-        self, batch: Batch, old: TokenStats, ref_logprob: Tensor | None
+        self, batch: Batch, old_logprob: Tensor | None, ref_logprob: Tensor | None
     ) -> tuple[Batch, dict[str, float]]:
         """Return ``batch`` with its rewards as the algorithm sees them, and with those responses ``ignored`` that it is
         not to learn from; and the metrics of the penalties."""
         reward, penalties = shape_rewards(
-            batch.reward, batch.mask, old.logprob, ref_logprob, ShapingOptions.of(self.config)
+            batch.reward, batch.mask, old_logprob, ref_logprob, ShapingOptions.of(self.config)
         )
         ignored = batch.truncated if self.config.mask_truncated_completions else batch.ignored
         return replace(batch, reward=reward, ignored=ignored), penalties
@@ -307,17 +329,19 @@ class AsyPPOTrainer:
         self,
         batch: Batch,
         signal: LearningSignal,
-        old_logprob: Tensor,
+        old_logprob: Tensor | None,
         ref_logprob: Tensor | None,
         generator: torch.Generator,
     ) -> PolicyUpdate:
-        """Maximise the masked surrogate and the filtered entropy over the whole batch."""
+        """Maximise the masked surrogate and the filtered entropy over the whole batch. ``old_logprob`` None: in one
+        optimizer step, before which the policy is the one that sampled."""
         config, updates = self.config, PolicyUpdates(PolicyLossOptions.of(self.config))
         objective = self._objective(batch, signal, old_logprob, ref_logprob)
-        log_ratio = torch.zeros_like(old_logprob)
+        found = batch.reward.new_zeros(3, *batch.reward.shape)
+        log_ratio, logprob, entropy = found
         everything = torch.arange(len(batch))
         parts = list(minibatches(everything, config.num_iterations, config.num_mini_batches, generator))
-        for rows in parts:
+        for number, rows in enumerate(parts):
             chosen = rows.to(self.device)
             weight = token_weights(batch.learned, chosen, config.loss_aggregation)
             weighted = replace(objective.targets, token_weight=weight)
@@ -330,8 +354,10 @@ class AsyPPOTrainer:
                 result.loss.backward()
                 loss += result.loss.detach()
                 updates.add(result, targets)
-                moved = result.logprob - targets.old_logprob
+                moved = result.logprob - targets.old(result.logprob)
                 log_ratio[micro.grid] = torch.where(targets.token_weight != 0, moved, 0.0)
+                if number < config.num_mini_batches:  # the first pass
+                    logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
             loss = sum_over_ranks(loss)
             norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
             updates.stepped(float(loss), norm)
@@ -342,14 +368,18 @@ class AsyPPOTrainer:
         }
         if objective.targets.rollout_weight is not None:
             metrics |= importance_metrics(objective.targets.rollout_weight, batch.mask)
-        return PolicyUpdate(metrics, sum_over_ranks(log_ratio))
+        log_ratio, logprob, entropy = sum_over_ranks(found).unbind()
+        known, first = torch.zeros_like(batch.mask), parts[0].to(self.device)
+        known[first] = batch.mask[first]
+        return PolicyUpdate(metrics, log_ratio, TokenStats(logprob.where(known, batch.sampler_logprob), entropy), known)
 
     def _objective(
-        self, batch: Batch, signal: LearningSignal, old_logprob: Tensor, ref_logprob: Tensor | None = None
+        self, batch: Batch, signal: LearningSignal, old_logprob: Tensor | None, ref_logprob: Tensor | None = None
     ) -> Objective:
         """What the policy maximises on ``batch``; the weights are those of one minibatch of all responses."""
         config, rollout_weight = self.config, None
         if config.importance_sampling_clip_max is not None:
+            assert old_logprob is not None
             rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.importance_sampling_clip_max)
         everything = torch.arange(len(batch), device=self.device)
         targets = PolicyTargets(
@@ -364,20 +394,16 @@ class AsyPPOTrainer:
         return Objective(targets, PolicyLossOptions.of(config), self.surrogate)
 
     def _diagnose(
-        self, step: int, batch: Batch, signal: LearningSignal, old: TokenStats, timer: Timer
+        self, step: int, batch: Batch, signal: LearningSignal, old_logprob: Tensor | None, timer: Timer
     ) -> dict[str, float]:
-        """What disagreement goes along with, and every ``diagnostics_steps`` what the masks remove of the gradient;
-        nothing without values."""
-        if len(signal.values) == 0:
+        """What the masks remove of the gradient, every ``diagnostics_steps``; nothing without values."""
+        every = self.config.diagnostics_steps
+        if len(signal.values) == 0 or not every or step % every:
             return {}
-        metrics = critic_diagnostics(signal, old.entropy, batch.mask)
-        metrics |= mask_diagnostics(signal, old.entropy, batch.learned)
-        if self.config.diagnostics_steps and step % self.config.diagnostics_steps == 0:
-            with timer.phase("diagnostics"):
-                micros = list(self._micro_batches(batch))
-                objective = self._objective(batch, signal, old.logprob)
-                metrics |= masked_gradient_fractions(self.policy, objective, batch, micros)
-        return metrics
+        with timer.phase("diagnostics"):
+            micros = list(self._micro_batches(batch))
+            objective = self._objective(batch, signal, old_logprob)
+            return masked_gradient_fractions(self.policy, objective, batch, micros)
 
     def trained(self) -> Trained:
         """Return what a checkpoint saves beside the loop's own few numbers, by name."""

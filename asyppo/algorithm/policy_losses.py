@@ -25,8 +25,8 @@ LOG_RATIO_LIMIT = 20.0
 class PolicyTargets:
     """What the policy learns from, of every token: on the response grid [B, T], or of N tokens in a row [N]."""
 
-    old_logprob: Tensor
-    """float32: log-prob under the policy that sampled, as the trainer computes it."""
+    old_logprob: Tensor | None
+    """float32: log-prob under the policy that sampled; None: the policy is still that one, and the ratio is 1."""
     advantage: Tensor
     """float32."""
     token_weight: Tensor
@@ -43,7 +43,7 @@ class PolicyTargets:
     def at(self, index: Any) -> PolicyTargets:
         """Return those of the tokens at ``index``."""
         return PolicyTargets(
-            old_logprob=self.old_logprob[index],
+            old_logprob=None if self.old_logprob is None else self.old_logprob[index],
             advantage=self.advantage[index],
             token_weight=self.token_weight[index],
             advantage_keep=self.advantage_keep[index],
@@ -51,6 +51,10 @@ class PolicyTargets:
             ref_logprob=None if self.ref_logprob is None else self.ref_logprob[index],
             rollout_weight=None if self.rollout_weight is None else self.rollout_weight[index],
         )
+
+    def old(self, logprob: Tensor) -> Tensor:
+        """Return the log-prob under the policy that sampled, given that under the policy as it is, detached."""
+        return logprob.detach() if self.old_logprob is None else self.old_logprob
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ def policy_loss(
     tokens = PolicyTokens(
         logprob=logprob,
         entropy=entropy,
-        old_logprob=targets.old_logprob.where(counted, 0.0),
+        old_logprob=targets.old(logprob).where(counted, 0.0),
         advantage=targets.advantage.where(keep, 0.0),
         keep=keep,
         importance_weight=importance.where(keep, 0.0),

@@ -10,11 +10,11 @@ from asyppo.algorithm.options import ShapingOptions
 
 
 def shape_rewards(
-    reward: Tensor, mask: Tensor, old_logprob: Tensor, ref_logprob: Tensor | None, options: ShapingOptions
+    reward: Tensor, mask: Tensor, old_logprob: Tensor | None, ref_logprob: Tensor | None, options: ShapingOptions
 ) -> tuple[Tensor, dict[str, float]]:
     """Return ``reward`` [B, T] less the penalties on length and on distance from the reference, as far as ``options``
     ask for them, and their metrics. ``mask`` bool [B, T] is the response tokens; log-probs are float32 [B, T], in
-    nats."""
+    nats, and read for ``use_kl_in_reward`` alone."""
     reward, metrics = reward.clone(), {}
     if options.overlong_buffer_len:
         limit = options.max_completion_length - options.overlong_buffer_len
@@ -24,6 +24,7 @@ def shape_rewards(
         everyone = torch.ones_like(length, dtype=torch.bool)
         metrics["critic/overlong_penalty/mean"] = float(masked_mean(penalty, everyone))
     if options.use_kl_in_reward:
+        assert old_logprob is not None
         assert ref_logprob is not None
         kl = old_logprob - ref_logprob
         reward -= torch.where(mask, options.beta * kl, 0.0)

@@ -1,6 +1,8 @@
-"""What a step reads the old log-probs for: those of the policy that sampled, by a pass over the whole batch."""
+"""Where a step has the old log-probs from, those of the policy that sampled, and what reads them."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from asyppo.config.schema import AsyPPOConfig
 
@@ -14,3 +16,18 @@ def reads_old_logprobs(config: AsyPPOConfig) -> list[str]:
         "mask_truncated_completions": config.mask_truncated_completions,  # metrics of responses that no loss reads
     }
     return [name for name, reads in readers.items() if reads]
+
+
+def source_of_old_logprobs(
+    config: AsyPPOConfig, *, updates: bool, sampler_agrees: bool
+) -> Literal["policy", "update", "sampler"]:
+    """Return where a step that ``updates`` the policy, or does not, has its old log-probs from.
+
+    ``policy``: a pass over the whole batch. ``update``: that of the step's only optimizer step. ``sampler``: the
+    log-probs that it drew by, if ``sampler_agrees`` with the policy.
+    """
+    if config.old_per_token_logps == "compute" or not updates or reads_old_logprobs(config):
+        return "policy"
+    if config.num_iterations * config.num_mini_batches == 1:
+        return "update"
+    return "sampler" if sampler_agrees else "policy"

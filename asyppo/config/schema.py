@@ -364,6 +364,17 @@ class AsyPPOConfig:
     (4 there); whether that counts passes or minibatches is open."""
     num_mini_batches: int = setting(4, at_least=1)
     """Optimizer steps of the policy a pass. Our choice: 4 minibatches in one pass."""
+    old_per_token_logps: Literal["auto", "compute"] = setting(
+        "auto", elsewhere=("use_rollout_log_probs", "bypass_mode")
+    )
+    """Log-probs that ratios are taken of, π_old's. ``compute``: by a pass over the whole batch before the update.
+    ``auto``: without that pass where it can be spared. With one optimizer step a batch (``num_iterations`` and
+    ``num_mini_batches`` 1) the update finds them itself, exactly, as in TRL, and nothing is lost. With several they are
+    the sampler's where those agree with the trainer's to 1e-4 nats, in the check before the first step and in the step
+    before: in float32, hardly in bfloat16. Then metrics of the entropy and ``sampling/sampling_logp_difference`` are of
+    the responses of the first optimizer step alone, and ``samples.jsonl`` has, of the others, the sampler's log-prob
+    and the entropy at their first update. ``use_kl_in_reward``, ``importance_sampling_clip_max``,
+    ``mask_truncated_completions`` and the steps of ``critic.warmup_steps`` need the pass."""
     max_tokens_per_micro_batch: int = setting(
         16_384, at_least=1, may_change=True, elsewhere=("ppo_max_token_len_per_gpu",)
     )

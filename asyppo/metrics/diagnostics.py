@@ -17,32 +17,34 @@ from asyppo.models.policy import Objective, Policy
 Row = dict[str, float]
 
 
-def critic_diagnostics(signal: LearningSignal, entropy: Tensor, mask: Tensor) -> Row:
-    """Explained variance of each critic, and Pearson's correlation of the disagreement σ with the error |V̄ - R| and
-    with the policy's ``entropy`` [B, T], over the tokens in ``mask`` bool [B, T]. NaN where something does not vary.
-    """
+def critic_diagnostics(signal: LearningSignal, mask: Tensor, entropy: Tensor, known: Tensor) -> Row:
+    """Explained variance of each critic, and Pearson's correlation of the disagreement σ with the error |V̄ - R|, over
+    the tokens in ``mask`` bool [B, T]; and with the policy's ``entropy`` [B, T], over those where that is ``known``
+    (bool [B, T]). NaN where something does not vary."""
     row = {
         f"critic/{m}/vf_explained_var": explained_variance(value, signal.returns, mask)
         for m, value in enumerate(signal.values)
     }
     row["critic/std/corr_abs_error"] = correlation(signal.std, (signal.value - signal.returns).abs(), mask)
-    row["critic/std/corr_entropy"] = correlation(signal.std, entropy, mask)
+    row["critic/std/corr_entropy"] = correlation(signal.std, entropy, known)
     return {name: float(number) for name, number in row.items()}
 
 
-def mask_diagnostics(signal: LearningSignal, entropy: Tensor, learned: Tensor) -> Row:
+def mask_diagnostics(signal: LearningSignal, learned: Tensor, entropy: Tensor, known: Tensor) -> Row:
     """What the two masks take of the tokens in ``learned`` bool [B, T], which losses count.
 
     ``actor/adv_mask_advantage_frac`` is of the sum of |advantage|, ``actor/entropy_filter_entropy_frac`` of the sum of
-    the policy's ``entropy`` [B, T]; NaN where that is 0. Of two critics or more also by position: σ, and the shares of
-    tokens that each mask takes, at the first token of the responses, the second, the third and fourth, the fifth to
-    eighth, and so on, as ``critic/std/tokens_5_8``, ``actor/adv_mask_frac/…`` and ``actor/entropy_filter_frac/…``.
+    the policy's ``entropy`` [B, T] where that is ``known`` (bool [B, T]); NaN where that is 0. Of two critics or more
+    also by position: σ, and the shares of tokens that each mask takes, at the first token of the responses, the second,
+    the third and fourth, the fifth to eighth, and so on, as ``critic/std/tokens_5_8``, ``actor/adv_mask_frac/…`` and
+    ``actor/entropy_filter_frac/…``.
     """
     dropped = [learned & ~keep for keep in (signal.advantage_keep, signal.entropy_keep)]
     shares = []
-    for drop, weight in zip(dropped, (signal.advantage.abs(), entropy), strict=True):
-        whole = masked_sum(weight, learned)
-        shares.append(masked_sum(weight, drop) / torch.where(whole > 0, whole, torch.nan))
+    weights = ((signal.advantage.abs(), learned), (entropy, learned & known))
+    for drop, (weight, counted) in zip(dropped, weights, strict=True):
+        whole = masked_sum(weight, counted)
+        shares.append(masked_sum(weight, drop & counted) / torch.where(whole > 0, whole, torch.nan))
     names = ["actor/adv_mask_advantage_frac", "actor/entropy_filter_entropy_frac"]
     row = dict(zip(names, torch.stack(shares).tolist(), strict=True))
     if len(signal.values) < 2:

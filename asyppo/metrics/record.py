@@ -23,7 +23,10 @@ class StepRecord:
     rewards: Rewards
     """By function, as they came."""
     old: TokenStats
-    """Of the policy that sampled, as the trainer computes it."""
+    """Of the policy that sampled, as the trainer computes it; outside of ``known``, what is nearest to that."""
+    known: Tensor
+    """bool [B, T]: response tokens whose ``old`` is of the policy that sampled, and not the sampler's own log-prob and
+    the entropy of a policy that has been updated since."""
     signal: LearningSignal
     log_ratio: Tensor
     """float32 [B, T]: log π/π_old of each token at its last visit; zeros where the policy was not updated."""

@@ -23,22 +23,22 @@ Row = dict[str, float]
 
 def batch_metrics(record: StepRecord) -> Row:
     """Metrics of the sampled batch and of what the critics say of it."""
-    batch, signal, old = record.batch, record.signal, record.old
+    batch, signal, old, known = record.batch, record.signal, record.old, record.known
     mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
     length = batch.response_length.float()
     gap = (old.logprob - batch.sampler_logprob).abs()
     row: dict[str, Any] = {
         "response_length/clip_ratio": masked_mean(batch.truncated, everyone),
         "prompt_length/mean": masked_mean(batch.prompt_length, everyone),
-        "actor/entropy": masked_mean(old.entropy, mask),
+        "actor/entropy": masked_mean(old.entropy, known),
         "actor/adv_mask_frac": masked_mean(~signal.advantage_keep, batch.learned),
         "actor/entropy_keep_frac": masked_mean(signal.entropy_keep, batch.learned),
         "critic/vf_explained_var": explained_variance(signal.value, signal.returns, mask),
         "critic/std/mean": masked_mean(signal.std, mask),
         "critic/std/low": signal.low,
         "critic/std/high": signal.high,
-        "sampling/sampling_logp_difference/mean": masked_mean(gap, mask),
-        "sampling/sampling_logp_difference/max": masked_extremes(gap, mask)[1],
+        "sampling/sampling_logp_difference/mean": masked_mean(gap, known),
+        "sampling/sampling_logp_difference/max": masked_extremes(gap, known)[1],
     }
     for name, value, where in (
         ("critic/score", batch.score, everyone),
@@ -106,7 +106,7 @@ class PolicyUpdates:
                 [
                     (weight * torch.where(keep, result.entropy, 0.0)).sum(),
                     (weight * result.kl).sum(),
-                    torch.where(counts, targets.old_logprob - result.logprob, 0.0).sum(),
+                    torch.where(counts, targets.old(result.logprob) - result.logprob, 0.0).sum(),
                     (result.clipped & ~result.dual_clipped & counts).sum(),
                     (result.dual_clipped & counts).sum(),
                     counts.sum(),

@@ -96,7 +96,8 @@ def training_case(op: str, scale: Scale, device: torch.device, batch: tuple[int,
 
 
 def config_of(case: Case, algorithm: Algorithm) -> Any:
-    """The trainer's configuration: its defaults, but for the sizes, one step an optimizer, and weights that stay."""
+    """The trainer's configuration: its defaults, but for the sizes, one step an optimizer, weights that stay, and the
+    pass for old log-probs, which several steps an optimizer need in bfloat16."""
     from asyppo.config import AsyPPOConfig, CriticConfig
 
     return AsyPPOConfig(
@@ -108,6 +109,7 @@ def config_of(case: Case, algorithm: Algorithm) -> Any:
         num_generations=GENERATIONS,
         max_completion_length=case.sizes["T"] - case.sizes["prompt"],
         num_mini_batches=1,
+        old_per_token_logps="compute",
         max_tokens_per_micro_batch=int(case.options["max_tokens"]),
         entropy_coef=0.1,  # with less, the loss would be the small difference of large sums
         logging_samples=0,

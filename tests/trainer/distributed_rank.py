@@ -190,7 +190,9 @@ def weights(trainer: AsyPPOTrainer) -> dict[str, Tensor]:
 
 def train(config: AsyPPOConfig, mesh: DeviceMesh | None, steps: int = 2, **kw: Any) -> dict[str, Any]:
     """Metrics of ``steps`` steps, signals, and weights after them."""
+    agrees = kw.pop("sampler_agrees", False)
     trainer = make_trainer(config, mesh, sampler=Scripted(config.max_completion_length), **kw)
+    trainer.sampler_agrees = agrees
     signals: list[LearningSignal] = []
     update = trainer.update_policy
 
@@ -294,6 +296,9 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "adapters": lambda: train(
             make_config(policy=PolicyConfig(packing=True), beta=0.1, critic={"lora_r": 2}), mesh, policy={"lora": True}
         ),
+        # Without a pass for the old log-probs.
+        "one_update": lambda: train(make_config(num_mini_batches=1, policy_loss="gspo"), mesh),
+        "from_the_sampler": lambda: train(make_config(num_iterations=2), mesh, sampler_agrees=True),
         # 4 rows a step: with 4 processes most micro-batches are empty, and a rank has none with a live token.
         "few_rows": lambda: train(make_config(prompts_per_step=1, max_tokens_per_micro_batch=1000), mesh),
     }

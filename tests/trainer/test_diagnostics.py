@@ -64,7 +64,7 @@ def test_disagreement_that_is_the_error(ragged_batch: Make) -> None:
     error = torch.rand_like(returns)
     values = torch.stack([returns + error, returns - error, returns + error])
     signal = signal_of(batch.mask, returns=returns, value=returns + error, values=values, std=2 * error)
-    row = critic_diagnostics(signal, -error, batch.mask)
+    row = critic_diagnostics(signal, batch.mask, -error, batch.mask)
     assert row["critic/std/corr_abs_error"] == pytest.approx(1.0, abs=1e-4)
     assert row["critic/std/corr_entropy"] == pytest.approx(-1.0, abs=1e-4)
     assert row["critic/0/vf_explained_var"] == row["critic/2/vf_explained_var"]
@@ -86,7 +86,7 @@ def test_what_the_masks_take_by_position() -> None:
         std=std,
         values=values,
     )
-    row = mask_diagnostics(signal, entropy, learned)
+    row = mask_diagnostics(signal, learned, entropy, learned)
     assert row["actor/adv_mask_advantage_frac"] == pytest.approx(7 / 12)
     assert row["actor/entropy_filter_entropy_frac"] == pytest.approx(4 / 5)
     places = ("tokens_1", "tokens_2", "tokens_3_4", "tokens_5_8")
@@ -94,7 +94,9 @@ def test_what_the_masks_take_by_position() -> None:
     assert [row[f"actor/adv_mask_frac/{place}"] for place in places] == pytest.approx([1, 1 / 2, 0, 0])
     assert [row[f"actor/entropy_filter_frac/{place}"] for place in places] == [0, 0, 1, 1]
     assert len(row) == 14
-    assert len(mask_diagnostics(replace(signal, values=values[:1]), entropy, learned)) == 2
+    known = learned & (torch.arange(3)[:, None] == 1)  # entropies 0, 0.5 and 0.5, of which the last is filtered
+    row = mask_diagnostics(replace(signal, values=values[:1]), learned, entropy, known)
+    assert row == pytest.approx({"actor/adv_mask_advantage_frac": 7 / 12, "actor/entropy_filter_entropy_frac": 1 / 2})
 
 
 def test_the_part_of_the_gradient_that_a_mask_removes(

@@ -52,7 +52,7 @@ def signal(returns: list, value: list) -> LearningSignal:
 
 def record(of: LearningSignal, logprob: torch.Tensor, entropy: torch.Tensor) -> StepRecord:
     """What a step that sampled ``batch`` leaves behind."""
-    return StepRecord(1, batch(), Rewards({}, [], {}), TokenStats(logprob, entropy), of, torch.zeros(2, 2))
+    return StepRecord(1, batch(), Rewards({}, [], {}), TokenStats(logprob, entropy), MASK, of, torch.zeros(2, 2))
 
 
 def test_batch_metrics() -> None:

@@ -110,7 +110,7 @@ def test_samples_are_spread_over_prompts(ragged_batch: Make, tokenizer: Any, cou
     batch = ragged_batch()
     nothing = group_advantage(Outcome(batch.reward, batch.mask, batch.mask, batch.group), AdvantageOptions())
     zeros = torch.zeros_like(batch.reward)
-    record = StepRecord(1, batch, Rewards({}, [], {}), TokenStats(zeros, zeros), nothing, zeros)
+    record = StepRecord(1, batch, Rewards({}, [], {}), TokenStats(zeros, zeros), batch.mask, nothing, zeros)
     rows = sample_rows(record, count, tokenizer)
     assert [row["group"] for row in rows] == (groups if groups is not None else batch.group.tolist())
 

@@ -13,12 +13,13 @@ from asyppo.config.references import check_parameters, resolve
 from asyppo.models.policy import Policy
 from asyppo.models.tokenizer import eos_token_ids, pad_token_id
 from asyppo.rollout.samplers.base import DividedSampler, HoldsWeights, NamedWeights, Response, Sampler, SentWeights
-from asyppo.rollout.samplers.check import Alternatives, agreement, settle, tolerance
+from asyppo.rollout.samplers.check import AGREES, Alternatives, agreement, settle, tolerance
 from asyppo.rollout.samplers.continuous import ContinuousBatchingSampler
 from asyppo.rollout.samplers.decode import DecodingSampler
 from asyppo.rollout.samplers.generate import GenerateSampler
 
 __all__ = [
+    "AGREES",
     "SAMPLERS",
     "Alternatives",
     "ContinuousBatchingSampler",

@@ -21,6 +21,9 @@ log = logging.getLogger("asyppo")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Nats that the log-probs of the same tokens may differ by in the mean, by the dtype of the policy's passes."""
 
+AGREES = TOLERANCE[torch.float32]
+"""Nats up to which the sampler's log-probs may stand for the trainer's."""
+
 
 def tolerance(config: AsyPPOConfig, policy: Policy) -> float:
     """Return the difference that ``config`` allows, or else that of the policy's dtype."""
@@ -41,20 +44,20 @@ class Alternatives:
         return self.chosen.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
 
 
-def settle(sampler: Sampler, engine: object, policy: Policy, prompts: Sequence[Tensor], config: AsyPPOConfig) -> None:
+def settle(sampler: Sampler, engine: object, policy: Policy, prompts: Sequence[Tensor], config: AsyPPOConfig) -> float:
     """Make sure that ``sampler``, which calls ``engine``, samples from the ``policy``: by short responses to some of
-    the ``prompts`` (int64 [length]) and to parts of them.
+    the ``prompts`` (int64 [length]) and to parts of them. Returns by how many nats their log-probs differ.
 
     Where ``engine`` has ``Alternatives``, the first way that can and agrees is taken, and a line logged that says why
     the ones before it are not. Raises ConfigError, which says so in a line, where none does.
     """
     limit = tolerance(config, policy)
     if not isinstance(engine, Alternatives):
-        if objection := _beyond(agreement(sampler, policy, prompts, config), limit):
+        if objection := _beyond(gap := agreement(sampler, policy, prompts, config), limit):
             raise ConfigError(
                 f"sampler: {objection}; needs a sampler of the policy's distribution, or a sampling_logp_tolerance"
             )
-        return
+        return gap
     objections: dict[str, str] = {}
     for name, make in engine.ways.items():
         if objections:
@@ -62,13 +65,13 @@ def settle(sampler: Sampler, engine: object, policy: Policy, prompts: Sequence[T
             engine.chosen = make()
         with _quiet():
             try:
-                objection = _beyond(agreement(sampler, policy, prompts, config), limit)
+                objection = _beyond(gap := agreement(sampler, policy, prompts, config), limit)
             except Exception as error:  # whatever transformers meets in a model that it cannot sample from
                 objection = f"{type(error).__name__}: {in_one_line(error)}"
         if objection is None:
             if objections and is_main():
                 log.warning("sampler: %s is used; %s", name, _listed(objections))
-            return
+            return gap
         objections[name] = objection
     model = type(policy.model).__name__
     raise ConfigError(
