@@ -217,7 +217,7 @@ def test_the_check_changes_no_number_of_a_run(
     rows = []
     for checks in (True, False):
         if not checks:
-            monkeypatch.setattr("asyppo.loop.settle", lambda *arguments: None)
+            monkeypatch.setattr("asyppo.loop.settle", lambda *arguments: 0.0)
         run = tiny_trainer(tiny_config(run_name=f"{checks}"), likes_a, eval_dataset=prompts[:2]).train().run
         logged = read_jsonl(run.path / "metrics.jsonl")
         rows.append([{k: v for k, v in row.items() if not k.startswith(("timing_s", "perf"))} for row in logged])

@@ -68,7 +68,7 @@ def test_what_a_checkpoint_holds(tiny_config: Make, tiny_trainer: Make) -> None:
     assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == [".lock"]
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     data = {"train_dataset": trainer.train_dataset.digest, "eval_dataset": trainer.eval_dataset.digest}
-    counts = {"skipped_in_a_row": 0, "strayed_in_a_row": 0}
+    counts = {"skipped_in_a_row": 0, "strayed_in_a_row": 0, "sampler_agrees": False}
     order = {"prompt_order": "swap-or-not"}
     assert state == {"step": 1, **counts, "accuracy": None, "callbacks": {}, "data": data, **order}
     # One of a version that drew prompts in another order has none, and is refused before anything is loaded.
