@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 
 from asyppo.algorithm.options import AdvantageOptions
 from asyppo.algorithm.signal import Outcome
@@ -61,6 +62,11 @@ def test_a_grid_of_the_second_part(name: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", ["stage1", "gcd"])
 def test_the_effects_are_those_of_the_runs(name: str, effects: ModuleType) -> None:
     assert effects.table(RESULTS / f"{name}.json") in PAGE.read_text()
+
+
+def test_the_effects_of_the_second_part_are_of_its_arms(effects: ModuleType) -> None:
+    arms = yaml.safe_load((RESULTS / "critics.yaml").read_text())["arms"]
+    assert {arm for pair in effects.OF_CRITICS.values() for arms in pair for arm in arms} <= set(arms)
 
 
 def test_arms_without_a_common_seed_have_no_effect(tmp_path: Path, effects: ModuleType) -> None:
