@@ -14,6 +14,7 @@ from bench.aot_case import Case
 
 VOCABULARY = 151_936
 NUMBERS = ("old_logprob_ptr", "ref_logprob_ptr", "advantage_ptr", "rollout_weight_ptr", "token_weight_ptr")
+RESULTS = ("loss_ptr", "logprob_ptr", "entropy_ptr", "ratio_ptr")
 
 
 def policy_head() -> Iterator[Case]:
@@ -58,13 +59,12 @@ def policy_head() -> Iterator[Case]:
             wide=("load", "store"),
             **budget,
         )
-        outputs = ("loss_ptr", "logprob_ptr", "entropy_ptr", "ratio_ptr")
         yield Case(
             op="linear_ppo_loss",
             name=f"loss, {name}" + (", dual clip, KL" if full else ""),
             kernel=linear_ppo_loss.loss_kernel,
             signature={**gradient, **rows, **bias, **shape, **head, "first_row": "i32"}
-            | dict.fromkeys((*NUMBERS, *outputs), "*fp32")
+            | dict.fromkeys((*NUMBERS, *RESULTS), "*fp32")
             | {"entropy_on_ptr": "*u8", "clipped_ptr": "*u8"}
             | dict.fromkeys(("ratio_low", "ratio_high", "dual_clip", "entropy_coef", "kl_coef"), "fp32"),
             constants=constants
@@ -89,8 +89,8 @@ def rows() -> Case:
         name="rows",
         kernel=linear_ppo_loss.rows_kernel,
         signature=dict.fromkeys(("target_ptr", "cleared_target_ptr", "index_ptr", "count_ptr"), "*i64")
-        | dict.fromkeys((*NUMBERS, "numbers_ptr"), "*fp32")
-        | dict.fromkeys(("advantage_keep_ptr", "entropy_keep_ptr", "flags_ptr"), "*u8")
+        | dict.fromkeys((*NUMBERS, "numbers_ptr", *RESULTS), "*fp32")
+        | dict.fromkeys(("advantage_keep_ptr", "entropy_keep_ptr", "flags_ptr", "clipped_ptr"), "*u8")
         | {"n_rows": "i32", "pitch": "i32"},
         constants={"ENTROPY": True, "BLOCK": ROWS_BLOCK},
         divisible=("pitch",),

@@ -18,6 +18,7 @@ from asyppo_kernels._policy_head import HeadOptions, even_size
 from asyppo_kernels._policy_head_kernels import Workspace, launch_shape, padded
 from asyppo_kernels.linear_logprob.kernels import gradient_kernel, statistics_kernel
 from asyppo_kernels.linear_ppo_loss import triton_form
+from asyppo_kernels.linear_ppo_loss.result import RowResults
 from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs, live_and_dead, read_rows
 
 Count = Callable[[Callable[[], object]], list]
@@ -80,6 +81,11 @@ def row_inputs(n: int, dtype: torch.dtype, *, optional: bool) -> RowInputs:
     return RowInputs(target, old, number(counted & keep), w.to(dtype), *masks, number(counted), u)
 
 
+def row_results(n: int) -> RowResults:
+    """Memory that nothing was written to."""
+    return RowResults(*(torch.empty(n) for _ in range(4)), torch.ones(n, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize(("entropy_coef", "kl_coef"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
@@ -98,13 +104,14 @@ def test_rows_are_read_in_one_launch_as_the_torch_form_reads_them(
     monkeypatch.setattr(triton_form, "ROWS_BLOCK", block)
     given = row_inputs(n, dtype, optional=optional)
     ppo = PPOOptions(0.2, 0.2, None, entropy_coef, kl_coef, kl_bias_correction=False)
-    out, operators = [], Operators()
+    out, operators, results = [], Operators(), row_results(n)
 
     def run() -> None:
-        out.append(triton_form.read_rows(given, ppo, compact=compact))
+        out.append(triton_form.read_rows(given, ppo, results, compact=compact))
 
     assert count_launches(run) == [("rows_kernel", (1 if compact else 4,))]
     (got, compacted), want = out[0], read_rows(given, ppo)
+    assert not any(x.any() for x in results)
     for name, a, b in zip(want._fields, got, want, strict=True):
         assert (a is None) == (b is None), name
         if a is not None and b is not None:
@@ -125,7 +132,7 @@ def test_no_rows_are_read() -> None:
     given = row_inputs(0, torch.float32, optional=True)
     ppo = PPOOptions(0.2, 0.2, None, 0.1, 0.1, kl_bias_correction=False)
     for compact in (True, False):
-        rows, compacted = triton_form.read_rows(given, ppo, compact=compact)
+        rows, compacted = triton_form.read_rows(given, ppo, row_results(0), compact=compact)
         assert all(x is not None and len(x) == 0 for x in (*rows, *(compacted or ())))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.ptx.case import Case
@@ -64,45 +64,51 @@ class Row:
     case: Case
     kernel: str
     caught: int
-    idle: int  # no warp comes there
+    idle: tuple[int, ...]  # no warp comes there
     redundant: tuple[str, ...]  # nothing between it and the barriers around it needs it
     unneeded: tuple[Unneeded, ...]
     missed: tuple[str, ...]
 
 
 def mutate_all(ops: list[str], text: str, *, quick: bool, say: Callable[[str], None] = print) -> list[Row]:
-    """Of all cases that are quick ones of ``check``; ``quick``: of those in QUICK."""
-    rows = []
-    seen = set[str]()  # kernels as compiled, which several cases may share
-    for case in choose(ops, text, quick=True):
-        if quick and (case.op, case.name) not in QUICK:
+    """Of the quick cases of ``check``, then of others that reach what these do not; ``quick``: of those in QUICK."""
+    rows: dict[tuple[str, str], list[Row]] = {}  # by op and kernel as compiled, which several cases may share
+    first = [case for case in choose(ops, text, quick=True) if not quick or (case.op, case.name) in QUICK]
+    others = [] if quick or text else [case for case in choose(ops) if not case.quick]
+    for case in [*first, *others]:
+        if not (case in first or any(found[-1].idle for (op, _), found in rows.items() if op == case.op)):
             continue
         _, session = case.run(Schedule())
         launches = {launch.kernel.hash: launch for launch in session.launches if launch.machine.warps > 1}
         for name, launch in launches.items():
-            if name not in seen and launch.machine.program.barriers():
-                seen.add(name)
-                rows.append(mutate(case, launch))
-                say(f"{case.op}, {case.name}: {rows[-1].kernel}: {rows[-1].caught} caught; {list(rows[-1].missed)}")
-    return rows
+            before = rows.get((case.op, name))
+            barriers = before[-1].idle if before else launch.machine.program.barriers() if case in first else ()
+            if not any(launch.machine.executed[at] for at in barriers):
+                continue
+            row = mutate(case, launch, barriers)
+            rows.setdefault((case.op, name), []).append(row)
+            say(f"{case.op}, {case.name}: {row.kernel}: {row.caught} caught; {list(row.missed)}")
+    # What a later case reaches is not idle.
+    return [replace(row, idle=row.idle if row is found[-1] else ()) for found in rows.values() for row in found]
 
 
-def mutate(case: Case, launch: Launch) -> Row:
-    """Each barrier of one kernel."""
-    program, missed, redundant, unneeded, caught, idle = launch.machine.program, [], [], [], 0, 0
+def mutate(case: Case, launch: Launch, barriers: Sequence[int]) -> Row:
+    """These of one kernel."""
+    program, missed, redundant, unneeded, caught, idle = launch.machine.program, [], [], [], 0, []
+    expected = case.expected()
     listed = [u for u in UNNEEDED if (u.op, u.kernel) == (case.op, program.name)]
-    for at in program.barriers():
+    for at in barriers:
         if not launch.machine.executed[at]:
-            idle += 1
+            idle.append(at)
         elif _stands_alone(program, at):
             redundant.append(str(program.code[at]))
-        elif findings(case, _without(launch.kernel.hash, at)):
+        elif findings(case, expected, _without(launch.kernel.hash, at), first=True):
             caught += 1
         elif found := [u for u in listed if u.holds(program, at)]:
             unneeded += found
         else:
             missed.append(f"{case.op}, {case.name}: {program.name}, instruction {at}: {program.code[at]}")
-    return Row(case, program.name, caught, idle, tuple(redundant), tuple(unneeded), tuple(missed))
+    return Row(case, program.name, caught, tuple(idle), tuple(redundant), tuple(unneeded), tuple(missed))
 
 
 def _without(name: str, at: int) -> Callable[[Any, Program], Program]:
@@ -141,7 +147,7 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        counts = (row.caught, len(row.redundant), row.idle, len(row.unneeded), len(row.missed))
+        counts = (row.caught, len(row.redundant), len(row.idle), len(row.unneeded), len(row.missed))
         cells = " | ".join(str(count) for count in (sum(counts), *counts))
         lines.append(f"| `{row.case.op}` | {row.case.name} | `{row.kernel}` | {cells} |")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.ptx.case import Case, compare
+from tests.ptx.case import Case, Results, compare
 from tests.ptx.cases import CASES
 from tests.ptx.machine import Schedule
 from tests.ptx.operations import access_width
@@ -109,11 +109,16 @@ FAULTS = [
 ]
 
 
-def findings(case: Case, change: Callable[[Any, Program], Program]) -> list[str]:
-    """What the check has to say of a case whose kernels are changed; runs side by side, so that any race shows."""
-    want, plain = case.expected()
+def findings(
+    case: Case, expected: tuple[Results, Results], change: Callable[[Any, Program], Program], *, first: bool = False
+) -> list[str]:
+    """What the check has to say of a case whose kernels are changed; runs side by side, so that any race shows.
+
+    ``expected``: of the unchanged case. ``first``: no more than what comes up first.
+    """
+    want, plain = expected
     try:
-        got, session = case.run(Schedule(), change=change)
+        got, session = case.run(Schedule(stop=first), change=change)
     except PTXError as error:
         return [str(error)]
     return [*session.issues(), *compare(got, plain, want)[0]]
@@ -122,8 +127,9 @@ def findings(case: Case, change: Callable[[Any, Program], Program]) -> list[str]
 def plant(fault: Fault, say: Callable[[str], None] = print) -> bool:
     """Whether the check finds a fault, in one of the places where it can be made."""
     case = next(c for c in CASES if (c.op, c.name) == (fault.op, fault.case))
+    expected = case.expected()
     for place in range(12):
-        found = findings(case, lambda kernel, program: _changed(program, fault, place))  # noqa: B023
+        found = findings(case, expected, lambda kernel, program: _changed(program, fault, place))  # noqa: B023
         named = [text for text in found if fault.finds in text]
         if named:
             say(f"found   {fault.name}: {named[0][:160]}")

@@ -31,7 +31,7 @@ class Schedule:
     ``lockstep``: all warps side by side, the one furthest behind first. ``random``: some neighbouring warps for a
     random number of instructions, programs in random order. ``greedy``: one warp to its next barrier. ``lanes``:
     threads in flight at once. ``noise``: relative error of the approximate functions. ``contract``: products fused into
-    sums.
+    sums. ``stop``: what is found first is an error, and ends the run.
     """
 
     order: Literal["lockstep", "random", "greedy"] = "lockstep"
@@ -41,6 +41,7 @@ class Schedule:
     lanes: int = 4096
     noise: float = 0.0
     contract: bool = False
+    stop: bool = False
 
 
 class Machine:
@@ -92,8 +93,10 @@ class Machine:
         return Shadow(space, size, self.granule[space], self.warps, self.program.code, self.report)
 
     def report(self, kind: str, pc: int, count: int, detail: str) -> None:
-        """Note an issue; those of one kind and one line count as one."""
+        """Note an issue; those of one kind and one line count as one. Raises PTXError if the schedule says so."""
         i = self.program.code[pc]
+        if self.schedule.stop:
+            raise PTXError(f"{kind}: {i} {detail}")
         key = (kind, i.line, i.op)
         text, before = self.issues.get(key, (f"{kind}: {i} {detail}", 0))
         self.issues[key] = (text, before + count)

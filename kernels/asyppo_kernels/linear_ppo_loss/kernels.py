@@ -1,5 +1,5 @@
-"""The Triton kernels: one clears the numbers of the rows, one goes from a chunk of logits to losses, statistics and the
-gradient of the logits."""
+"""The Triton kernels: one clears the numbers of the rows and what will hold their results, one goes from a chunk of
+logits to losses, statistics and the gradient of the logits."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def rows_kernel(
     cleared_target_ptr,  # [N]
     numbers_ptr,  # [5, pitch]: old log-prob, if there is one, reference log-prob, advantage, rollout and token weight
     flags_ptr,  # [4, pitch]: counted, surrogate_on, entropy_on, live
+    loss_ptr,  # [N], as the four after it: results of ``loss_kernel``, which does not write all of them
+    logprob_ptr,
+    entropy_ptr,
+    ratio_ptr,
+    clipped_ptr,
     index_ptr,  # [2, pitch]: the rows that are live, and those that only count; None: not wanted, else for one program
     count_ptr,  # [2]: how many of each
     n_rows,
@@ -33,7 +38,8 @@ def rows_kernel(
     ENTROPY: tl.constexpr,  # the loss moves with it
     BLOCK: tl.constexpr,
 ):
-    """``Rows`` of what was given: a block of rows a program, and others if the grid is too small for all."""
+    """``Rows`` of what was given, and zeros in the results: a block of rows a program, and others if the grid is too
+    small for all."""
     n_live = 0
     n_dead = 0
     for start in range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
@@ -73,6 +79,13 @@ def rows_kernel(
         tl.store(flags_ptr + pitch + row, surrogate_on.to(tl.uint8), mask=inside)
         tl.store(flags_ptr + 2 * pitch + row, entropy_on.to(tl.uint8), mask=inside)
         tl.store(flags_ptr + 3 * pitch + row, live.to(tl.uint8), mask=inside)
+
+        zero = tl.zeros([BLOCK], tl.float32)
+        tl.store(loss_ptr + row, zero, mask=inside)
+        tl.store(logprob_ptr + row, zero, mask=inside)
+        tl.store(entropy_ptr + row, zero, mask=inside)
+        tl.store(ratio_ptr + row, zero, mask=inside)
+        tl.store(clipped_ptr + row, zero.to(tl.uint8), mask=inside)
 
         if index_ptr is not None:
             dead = counted & (live == 0)
@@ -116,7 +129,7 @@ def loss_kernel(
     token_weight_ptr,
     entropy_on_ptr,
     bias_ptr,
-    loss_ptr,  # [N], as all outputs; zero where no program writes
+    loss_ptr,  # [N], as all outputs; zero before, as they stay where no program writes
     logprob_ptr,
     entropy_ptr,
     ratio_ptr,

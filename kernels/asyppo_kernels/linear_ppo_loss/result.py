@@ -17,6 +17,16 @@ class LinearPPOLoss(NamedTuple):
     clipped: Tensor
 
 
+class RowResults(NamedTuple):
+    """Of each row, [N]: its share of the loss, and the statistics."""
+
+    loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    clipped: Tensor
+
+
 class LossAndGradients(NamedTuple):
     """Loss, statistics [N], and the float32 gradients of the loss, empty where not needed."""
 

@@ -11,16 +11,18 @@ from asyppo_kernels._gemm import accumulate_f32, gradient_operand, mm_f32, mm_in
 from asyppo_kernels._policy_head import HeadOptions, gradient_buffers, lines_per_block
 from asyppo_kernels._policy_head_kernels import HeadScalars, Workspace, bytes_per_logit, launch_shape, padded
 from asyppo_kernels.linear_ppo_loss.kernels import loss_kernel, rows_kernel
-from asyppo_kernels.linear_ppo_loss.result import LossAndGradients
+from asyppo_kernels.linear_ppo_loss.result import LossAndGradients, RowResults
 from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs, Rows, chunks
 
 ROWS_BLOCK, ROWS_WARPS = 512, 16  # a row a thread: more would pass through shared memory, since targets have 64 bits
 
 
-def read_rows(given: RowInputs, ppo: PPOOptions, *, compact: bool) -> tuple[Rows, tuple[Tensor, Tensor] | None]:
+def read_rows(
+    given: RowInputs, ppo: PPOOptions, results: RowResults, *, compact: bool
+) -> tuple[Rows, tuple[Tensor, Tensor] | None]:
     """(what ``rows.read_rows`` makes of these, ``rows.live_and_dead`` of it if ``compact``), in one launch.
 
-    Compaction takes one program, which walks over all rows and counts on.
+    It puts zeros in ``results``, too. Compaction takes one program, which walks over all rows and counts on.
     """
     target, old_logprob, advantage, token_weight, advantage_keep, entropy_keep, ref_logprob, rollout_weight = (
         None if x is None else x.contiguous() for x in given
@@ -44,6 +46,11 @@ def read_rows(given: RowInputs, ppo: PPOOptions, *, compact: bool) -> tuple[Rows
         cleared_target,
         numbers,
         flags.view(torch.uint8),
+        results.loss,
+        results.logprob,
+        results.entropy,
+        results.ratio,
+        results.clipped.view(torch.uint8),
         index,
         count,
         n,
@@ -77,8 +84,8 @@ def forward(
 ) -> LossAndGradients:
     """A row's gradient depends on that row alone, so it is formed while the row's logits are there: three GEMMs."""
     n, v = len(hidden), len(weight)
-    loss, logprob, entropy, ratio = (hidden.new_zeros(n, dtype=torch.float32) for _ in range(4))
-    clipped = hidden.new_zeros(n, dtype=torch.bool)
+    loss, logprob, entropy, ratio = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))
+    results = RowResults(loss, logprob, entropy, ratio, hidden.new_empty(n, dtype=torch.bool))
     needed = need_hidden, need_weight, need_bias
     _, d_weight, d_bias = gradient_buffers(hidden, weight, bias, *needed, dtype=torch.float32, empty=True)
     d_hidden, _, _ = gradient_buffers(hidden, weight, bias, need_hidden, False, False, dtype=torch.float32)
@@ -93,7 +100,7 @@ def forward(
     workspace: Workspace | None = None
     first_gradient = True
     with device_guard(hidden):
-        rows, compacted = read_rows(given, ppo, compact=compact)
+        rows, compacted = read_rows(given, ppo, results, compact=compact)
         shown = rows.counted if dead_row_stats else rows.live
         entropy_on = rows.entropy_on.view(torch.uint8)
         for index, live in chunks(n, limit, compacted, dead_row_stats=dead_row_stats):
@@ -118,11 +125,11 @@ def forward(
                 rows.token_weight,
                 entropy_on,
                 bias,
-                loss,
-                logprob,
-                entropy,
-                ratio,
-                clipped.view(torch.uint8),
+                results.loss,
+                results.logprob,
+                results.entropy,
+                results.ratio,
+                results.clipped.view(torch.uint8),
                 index.start if isinstance(index, slice) else 0,
                 v,
                 workspace.pitch,
@@ -160,4 +167,4 @@ def forward(
     if first_gradient:
         d_weight.zero_()
         d_bias.zero_()
-    return LossAndGradients(loss.sum(), logprob, entropy, ratio, clipped, d_hidden, d_weight, d_bias)
+    return LossAndGradients(results.loss.sum(), *results[1:], d_hidden, d_weight, d_bias)
