@@ -8,7 +8,7 @@ barriers. What the operations do is in ``operations.py``, what a race is in ``me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -133,6 +133,7 @@ class Wave:
         self.global_shadow = machine.global_shadow
         self.shared_shadow = machine.shadow("shared", n * self.stride) if machine.schedule.races else None
         self.registers: dict[str, Array] = {}
+        self.parted: dict[int, list[Callable[[slice], None]]] = {}  # by branch: what it passes over, for other lanes
         self.code = [
             None if i.parts[0] in CONTROL and i.op != "bar.warp.sync" else self._bind(pc, i)
             for pc, i in enumerate(self.program.code)
@@ -321,7 +322,8 @@ class Wave:
             lanes = self.predicate(i.guard)(s)
             taken = lanes.all(1)
             if (taken != lanes.any(1)).any():
-                raise PTXError(f"lanes of a warp part at {i}, which no kernel of the package does")
+                self._part(s, at)
+                return
         kind = i.parts[0]
         if kind == "bra":
             assert isinstance(i.operands[0], Register)
@@ -337,6 +339,19 @@ class Wave:
         if kind != "bra":
             for program in range(first // self.per_program, (last - 1) // self.per_program + 1):
                 self._release(program)
+
+    def _part(self, s: slice, at: int) -> None:
+        """Run what some lanes pass over, for those that do not."""
+        branch, passed = self.program.code[at], self.program.passed_over(at)
+        if passed is None or branch.guard is None:
+            raise PTXError(f"lanes of a warp part at {branch}, and do not meet where what it passes over ends")
+        others = replace(branch.guard, negated=not branch.guard.negated)
+        if at not in self.parted:
+            self.parted[at] = [self._bind(pc, replace(self.program.code[pc], guard=others)) for pc in passed]
+        for run in self.parted[at]:
+            run(s)
+        self.machine.executed[passed.start : passed.stop] += int(self.predicate(others)(s).any(1).sum())
+        self.at[s] = [passed.stop] * (s.stop - s.start)
 
     def _release(self, program: int) -> None:
         """Let the warps of a program go on, if all that have not returned wait."""

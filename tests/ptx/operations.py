@@ -266,7 +266,7 @@ def div(w: Wave, pc: int, i: Instruction) -> Run:
     kind = i.parts[-1]
     a, b = (w.value(x, kind) for x in i.operands[1:])
     if kind == "f32":
-        check(i, "full")
+        check(i, "full", "approx")
         return w.write(i, approximate(w, lambda s: a[s] / b[s]))
     check(i)
     return w.write(i, lambda s: ar.divide(a[s], b[s]))
@@ -428,7 +428,8 @@ def redux(w: Wave, pc: int, i: Instruction) -> Run:
 
 # Memory
 
-MODIFIERS = ("global", "shared", "gpu", "relaxed", "L1::evict_last", "L1::evict_first", "v2", "v4", "v8")
+ELSEWHERE = {"red"}  # opcodes that Triton 3.9 takes where 3.7 takes others
+MODIFIERS = ("global", "shared", "gpu", "relaxed", "sys", "L1::evict_last", "L1::evict_first", "v2", "v4", "v8")
 
 
 def access_width(i: Instruction) -> int:
@@ -436,7 +437,7 @@ def access_width(i: Instruction) -> int:
     name = i.parts[0]
     if name in ("ldmatrix", "stmatrix"):
         return 16
-    if name not in ("ld", "st", "atom") or i.parts[1] == "param":
+    if name not in ("ld", "st", "atom", "red") or i.parts[1] == "param":
         return 0
     return vector_length(i) * bits_of(i.parts[-1]) // 8
 
@@ -528,18 +529,18 @@ def st(w: Wave, pc: int, i: Instruction) -> Run:
     return run
 
 
-@operation("atom")
+@operation("atom", "red")
 def atom(w: Wave, pc: int, i: Instruction) -> Run:
-    """An addition of integers, in any order of the lanes."""
+    """An addition of integers, in any order of the lanes; ``red`` is one whose result nobody wants."""
     check(i, *MODIFIERS, "add")
     kind, space, width = i.parts[-1], i.parts[1], access_width(i)
     if kind not in ("u32", "u64") or "add" not in i.parts or space not in ("global", "shared"):
         raise PTXError(f"an atomic the emulator does not know: {i}")
-    to, address, operand = i.operands
+    *to, address, operand = i.operands
     locate, value = w.locate(pc, i, address, width, space), w.value(operand, kind)
     flat = (w.memory.flat if space == "global" else w.shared).view(dtype_of(kind))
     shadow = w.global_shadow if space == "global" else w.shared_shadow
-    register = w.register(to.name) if isinstance(to, Register) else None
+    register = next((w.register(x.name) for x in to if isinstance(x, Register)), None)
 
     def run(s: slice) -> None:
         access = locate(s)

@@ -91,7 +91,31 @@ class Program:
         gone = replace(self.code[at], op="nop", operands=(), guard=None)
         return replace(self, code=(*self.code[:at], gone, *self.code[at + 1 :]))
 
+    def passed_over(self, at: int) -> range | None:
+        """The instructions that a branch passes over to a place where they end, too; None if it is not so simple.
 
+        That is where lanes that take it meet the others again: a straight line, each of whose instructions a lane runs
+        for itself.
+        """
+        branch = self.code[at]
+        if branch.guard is None:
+            return None
+        targets = {where: self._target(i) for where, i in enumerate(self.code) if i.parts[0] == "bra"}
+        for where in range(at + 1, len(self.code)):
+            i = self.code[where]
+            if where == targets[at] or (i.guard is None and targets.get(where) == targets[at]):
+                return range(at + 1, where)
+            if where in targets.values() or i.guard or i.parts[0] in TOGETHER or branch.guard.name in _written(i):
+                return None
+        return None
+
+    def _target(self, branch: Instruction) -> int:
+        label = branch.operands[0]
+        assert isinstance(label, Register)
+        return self.labels[label.name]
+
+
+TOGETHER = ("bra", "bar", "ret", "shfl", "ldmatrix", "stmatrix")  # what lanes of a warp do as one
 OPERAND = re.compile(
     r"""\s*(?:
       (?P<vector>\{[^}]*\})
@@ -136,8 +160,16 @@ def parse_instruction(statement: str, line: str) -> Instruction:
         raise PTXError(f"cannot parse {statement!r}")
     negated, guard, op, rest = found.groups()
     return Instruction(
-        op, tuple(parse_operands(rest)), Register(guard, bool(negated)) if guard else None, statement, line
+        _canonical(op), tuple(parse_operands(rest)), Register(guard, bool(negated)) if guard else None, statement, line
     )
+
+
+def _canonical(op: str) -> str:
+    """The state space next to the name; ``shared::cta``, which is a program's own shared memory, as ``shared``."""
+    name, *modifiers = op.replace("shared::cta", "shared").split(".")
+    if name in ("ld", "st", "atom", "red"):
+        modifiers.sort(key=lambda modifier: modifier not in ("global", "shared", "param"))
+    return ".".join([name, *modifiers])
 
 
 def parse(ptx: str) -> Program:
@@ -251,6 +283,10 @@ def _names(operand: Operand) -> Iterator[str]:
 
 def _defines(i: Instruction) -> bool:
     return bool(i.operands) and i.parts[0] not in ("st", "stmatrix", "red", "bra", "bar")
+
+
+def _written(i: Instruction) -> set[str]:
+    return set(_names(i.operands[0])) if _defines(i) else set()
 
 
 def _steady(operand: Operand, definitions: Counter[str]) -> bool:

@@ -79,10 +79,30 @@ def test_programs_that_write_one_place_race() -> None:
     assert any("write after write: race of programs" in text for text in issues)
 
 
-def test_atomic_additions_of_programs_do_not_race() -> None:
+@pytest.mark.parametrize(
+    "addition",
+    ["atom.global.gpu.relaxed.add.u32 %r7, [%rd1], %r6;", "red.relaxed.sys.global.add.u32 [ %rd1 + 0 ], %r6;"],
+)
+def test_atomic_additions_of_programs_do_not_race(addition: str) -> None:
     x = torch.zeros(64, dtype=torch.int32)
-    assert run("mov.b32 %r6, 3;\natom.global.gpu.relaxed.add.u32 %r7, [%rd1], %r6;", x, "random", programs=5) == []
+    assert run(f"mov.b32 %r6, 3;\n{addition}", x, "random", programs=5) == []
     assert x[0] == 3 * 64 * 5
+
+
+@pytest.mark.parametrize("end", ["$L1:", "bra.uni $L1;\n$L2:\nmov.b32 %r6, 9;\n$L1:"])
+def test_lanes_that_take_a_branch_meet_the_others_where_it_leads(end: str) -> None:
+    x = torch.zeros(64, dtype=torch.int32)
+    body = (
+        f"setp.lt.s32 %p1, %r1, 3;\nmov.b32 %r6, 5;\n@%p1 bra $L1;\nmov.b32 %r6, 7;\n{end}\nst.global.b32 [%rd3], %r6;"
+    )
+    assert run(body, x) == []
+    assert x.tolist() == [5] * 3 + [7] * 61
+
+
+def test_shared_memory_by_its_longer_name() -> None:
+    x = torch.arange(64, dtype=torch.int32)
+    assert run(f"{STORE}bar.sync 0;\n{LOAD}".replace("shared", "shared::cta"), x) == []
+    assert x.tolist() == [*range(32, 64), *range(32)]
 
 
 def test_several_warps_may_share_a_store_of_one_value() -> None:
@@ -96,7 +116,7 @@ FAULTS = {
     "misaligned: global access of 16 bytes": "ld.global.v4.b32 {%r6, %r7, %r8, %r2}, [%rd3];",
     "out of bounds: global": "ld.global.b32 %r6, [%rd3+4];",
     "out of bounds: shared": "st.shared.b32 [%r4+256], %r1;",
-    "lanes of a warp part": "setp.lt.s32 %p1, %r1, 3;\n@%p1 bra $L1;\nmov.b32 %r6, 0;\n$L1:",
+    "lanes of a warp part": "setp.lt.s32 %p1, %r1, 3;\n@%p1 bra $L1;\nret;\n$L1:",
     "deadlock": "setp.lt.s32 %p1, %r1, 32;\n@%p1 bra $L1;\n$L2:\nbra $L3;\n$L1:\nbar.sync 1;\n$L3:",
     "an opcode the emulator does not know": "tanh.approx.f32 %r6, %r1;",
     "modifiers the emulator does not know": "add.sat.f32 %r6, %r1, %r1;",
