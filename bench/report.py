@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import behind, results
 from bench.results import RESULTS, Result, Row
 
 MOST = 4  # newest results shown unless files are named
@@ -43,8 +43,9 @@ def case_title(case: dict[str, Any]) -> str:
     return f"{case['op']}, {case['name']} ({sizes}, {case['dtype']})"
 
 
-def case_table(case: dict[str, Any]) -> str:
-    """Return the table of one case: right ones by time, then failing ones, then who is absent."""
+def case_table(case: dict[str, Any], device: str) -> str:
+    """Return the table of one case: right ones by time, then failing ones, then who is absent; of a CPU's, why others
+    are ahead of ours."""
     floor = f"Floor {_time(case['floor_seconds'])} ({case['floor_bound']}): {case['work']['note']}."
     lines = [f"### {case_title(case)}", "", floor, ""]
     lines += [
@@ -63,6 +64,8 @@ def case_table(case: dict[str, Any]) -> str:
     absent = [f"{row['contender']} ({row['reason']})" for row in case["rows"] if row["status"] in ("absent", "skipped")]
     lines += ["", "Less than the others: " + "; ".join(notes) + "."] if notes else []
     lines += ["", "Absent: " + _escape("; ".join(absent)) + "."] if absent else []
+    ahead = behind.lines(case) if device == "cpu" else []
+    lines += ["", "Ahead of ours: " + " ".join(ahead)] if ahead else []
     return "\n".join(lines)
 
 
@@ -253,7 +256,7 @@ def page(shown: list[Result], plots: list[list[str]]) -> str:
             lines += ["A quick run on tiny shapes: its times say nothing.", ""]
         lines += [f"![{Path(plot).stem}]({plot})" for plot in drawn]
         for case in result["cases"]:
-            lines += ["", case_table(case)]
+            lines += ["", case_table(case, result["device"]["type"])]
             if by_phase := phase_tables(case):
                 lines += ["", by_phase]
         for sweep in result["sweeps"]:

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(floors_line(session.result), flush=True)
     for case in session.cases(chosen.op):
         measured = session.run_case(case)
-        print("\n" + case_table(measured) + "\n\n" + phase_tables(measured), flush=True)
+        print("\n" + case_table(measured, session.device.type) + "\n\n" + phase_tables(measured), flush=True)
         results.save(session.result, path)
     for sweep in [] if chosen.no_sweeps else session.sweeps(chosen.op):
         session.run_sweep(sweep)

@@ -41,6 +41,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "bench": (
         "__init__ conftest test_ops test_scaling run gpu_check aot host_time data_rows",
         "compare report plots",
+        "behind",
         "suite",
         "contenders",
         "ops",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import compare, report, results, run
+from bench import behind, compare, report, results, run
 from bench.suite import Session
 
 
@@ -87,9 +87,34 @@ def test_report_shows_failing_and_absent(result: results.Result) -> None:
         {"contender": "x", "ours": False, "status": "failing", "reason": "a: error 1 | limit 0", "less": ""},
         {"contender": "y", "ours": False, "status": "absent", "reason": "y is not installed", "less": ""},
     ]
-    table = report.case_table(case)
+    table = report.case_table(case, "cpu")
     assert "| x | fails, not timed | | | | | | a: error 1 \\| limit 0 |" in table
     assert "Absent: y (y is not installed)." in table
+
+
+def timed(name: str, median: float, p20: float, p80: float) -> results.Row:
+    """A row, as far as its time goes."""
+    seconds = {"median": median, "p20": p20, "p80": p80}
+    return {"contender": name, "ours": name.startswith("asyppo"), "status": "ok", "seconds": seconds}
+
+
+def test_report_says_why_others_are_ahead_on_a_cpu(result: results.Result) -> None:
+    """Of the fastest of ours; where samples overlap there is nothing to explain."""
+    rows = [timed("asyppo (torch)", 9.0, 8.0, 9.5), timed("asyppo (triton)", 9.9, 9.8, 9.99)]
+    rows += [timed("torch.compile", 7.0, 6.0, 7.5), timed("x", 8.1, 7.9, 9.1), timed("y", 7.5, 7.4, 7.6)]
+    rows += [timed("slower", 9.1, 9.0, 9.2), {"contender": "z", "ours": False, "status": "absent"}]
+    compiled, y, x = behind.lines({"op": "linear_logprob", "rows": rows})
+    assert compiled == f"torch.compile takes 0.78 of the time of asyppo (torch): {behind.PASSES}."
+    assert y == "y takes 0.83 of the time of asyppo (torch): why is not known."
+    assert x == "x takes 0.90 of the time of asyppo (torch): level, as samples spread."
+    assert behind.lines({"op": "linear_logprob", "rows": rows[2:]}) == []  # ours did not run
+
+    case = copy.deepcopy(result["cases"][0])
+    case["rows"] = [dict(row, contender=name) for row, name in zip(case["rows"] * 2, ("x", "asyppo"), strict=False)]
+    for row, median in zip(case["rows"], (1.0, 2.0), strict=True):
+        row |= {"seconds": row["seconds"] | {"median": median, "p20": median, "p80": median}, "ours": median == 2.0}
+    assert "Ahead of ours: x takes 0.50 of the time of asyppo: why is not known." in report.case_table(case, "cpu")
+    assert "Ahead of ours" not in report.case_table(case, "cuda")
 
 
 def test_compare_exits_non_zero_past_the_ratio(files: tuple[Path, Path]) -> None:
