@@ -19,10 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import kernels_readme
 from bench.aot_case import Case
 
-README = Path(__file__).parents[1] / "kernels" / "README.md"
-BEGIN, END = "<!-- aot: begin, written by python -m bench.aot -->", "<!-- aot: end -->"
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -180,13 +179,6 @@ def table(compiled: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(text: str, path: Path = README) -> None:
-    """Replace what stands between the markers."""
-    before, rest = path.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print, write; 1 if a kernel is over its budget."""
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
@@ -212,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (chosen.op or chosen.target):
         import triton
 
-        write_readme(f"Triton {triton.__version__}. {table(compiled)}")
+        kernels_readme.write("aot", "python -m bench.aot", f"Triton {triton.__version__}. {table(compiled)}")
     return 1 if any(c.problems for c in compiled) else 0
 
 

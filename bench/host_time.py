@@ -1,4 +1,4 @@
-"""``python -m bench.host_time``: what a call costs the host, with no kernel behind it; prints a table.
+"""``python -m bench.host_time``: what a call costs the host, with no kernel behind it: a table of kernels/README.md.
 
 A GPU runs ahead of the host only while its kernels take longer than the host's work on a call, and a layer of a critic
 of half a billion parameters is made of short kernels. Here launches of Triton do nothing, for ours and for Liger's, and
@@ -26,6 +26,7 @@ from torch import Tensor
 
 import asyppo_kernels as ours
 from asyppo_kernels import _args, _registration
+from bench import kernels_readme
 from bench.environment import environment
 from bench.registry import Absent, need
 from bench.timing import interleave
@@ -368,9 +369,11 @@ def table(measured: Sequence[Measured]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print."""
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.host_time", description=__doc__)
-    parser.add_argument("--op", action="append", default=[], help="only rows that begin with this (may be repeated)")
+    parser.add_argument(
+        "--op", action="append", default=[], help="only rows that begin with this (may be repeated); README untouched"
+    )
     parser.add_argument("--calls", type=int, default=100, help="calls a sample")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row and direction")
     chosen = parser.parse_args(arguments)
@@ -386,11 +389,14 @@ def main(arguments: list[str] | None = None) -> int:
         for package in ("python", "torch", "triton", "liger_kernel")
         if package in where["versions"]
     )
-    print(
-        f"Microseconds a call on the host, the median, float32, no launches. {where['device']['name']}, "
-        f"{where['device']['threads']} thread{'s' if where['device']['threads'] > 1 else ''}; {versions}.\n"
+    threads = where["device"]["threads"]
+    text = (
+        "Microseconds a call on the host, the median, float32, no launches; in brackets the launches left out. "
+        f"{where['device']['name']}, {threads} thread{'s' if threads > 1 else ''}; {versions}.\n\n{table(measured)}"
     )
-    print(table(measured))
+    print(text)
+    if not chosen.op:
+        kernels_readme.write("host_time", "python -m bench.host_time", text)
     return 0
 
 

@@ -41,6 +41,16 @@ def load(path: Path) -> Result:
     return result
 
 
+def carry_on(result: Result, path: Path) -> None:
+    """Put the cases and sweeps of a file before those of ``result``; ValueError if they were not made as these are."""
+    before = load(path)
+    for name in ("device", "versions", "commit", "scale"):
+        if before[name] != result[name]:
+            raise ValueError(f"{path.name}: {name}: got {before[name]!r}, needs {result[name]!r}; write another file")
+    for part in ("cases", "sweeps"):
+        result[part] = [*before[part], *result[part]]
+
+
 def rows(result: Result) -> Iterator[tuple[dict[str, Any], Row]]:
     """All (case, row) of a result, those of the sweeps left out."""
     for case in result["cases"]:

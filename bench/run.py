@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-sweeps", action="store_true", help="leave the scaling curves out")
     parser.add_argument("--minutes", type=float, default=8.5, help="what has not begun by then is left out")
     parser.add_argument("--out", type=Path, help="the result file; default: bench/results/DATE-DEVICE-COMMIT.json")
+    parser.add_argument("--add", action="store_true", help="to the result file, if there is one of this commit")
     chosen = parser.parse_args(arguments)
 
     session = Session(
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         select=lambda entry: chosen.contender in entry.name,
     )
     path = chosen.out or results.default_path(session.result)
+    if chosen.add and path.exists():
+        results.carry_on(session.result, path)
     _ = session.floors
     print(floors_line(session.result), flush=True)
     for case in session.cases(chosen.op):

@@ -46,7 +46,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "contenders",
         "ops",
         "registry",
-        "errors results timing memory floors",
+        "errors results timing memory floors kernels_readme",
         "cases environment",
         "aot_cases",
         "aot_ensemble aot_stacked",

@@ -137,6 +137,18 @@ def test_compare_notices_what_stopped_working(result: results.Result) -> None:
     assert "now fails: wrong" in worse[0]
 
 
+def test_run_in_parts(result: results.Result, tmp_path: Path) -> None:
+    """Of one commit, on one machine."""
+    path = tmp_path / "r.json"
+    results.save(result, path)
+    rest = {**result, "cases": [{"op": "x"}], "sweeps": []}
+    results.carry_on(rest, path)
+    assert [case["op"] for case in rest["cases"]] == ["agreement_masks", *["ensemble_gae"] * 3, "x"]
+    assert len(rest["sweeps"]) == 1
+    with pytest.raises(ValueError, match=r"r\.json: commit: got '.*', needs 'other'; write another file"):
+        results.carry_on({**rest, "commit": "other"}, path)
+
+
 def test_run_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command for a machine without pytest."""
     path = tmp_path / "run.json"
