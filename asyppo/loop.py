@@ -36,7 +36,7 @@ from asyppo.models.policy import Policy
 from asyppo.report import report_at_the_end
 from asyppo.rewards.function import RewardFunction
 from asyppo.rollout.collecting import Rollout
-from asyppo.rollout.samplers import AGREES, Sampler, SentWeights, agreement, settle, tolerance
+from asyppo.rollout.samplers import AGREES, EngineError, Sampler, SentWeights, agreement, settle, tolerance
 from asyppo.run.callbacks import Callbacks
 from asyppo.run.directory import RunDirectory, open_run
 from asyppo.run.durable import WriteError
@@ -99,6 +99,11 @@ class Trainer(Protocol):
     callbacks: Sequence[TrainerCallback]
     policy_optimizer: Any
 
+    @property
+    def policy_warmup(self) -> int:
+        """First steps, in which the policy stays as it is."""
+        ...
+
     def step(self, step: int) -> StepResult:
         """Do one step, counted from 1."""
         ...
@@ -121,6 +126,8 @@ class TrainingLoop:
         """Steps up to the last one whose loss or gradient was not finite."""
         self.strayed_in_a_row = 0
         """Steps up to the last one whose responses were not sampled from the policy."""
+        self.checked_after: int | None = None
+        """The last step after which the sampler was checked."""
 
     def train(self) -> TrainResult:
         """Run until ``max_steps``, with ``config.resume`` from the run's last checkpoint on, and return what came of
@@ -128,7 +135,8 @@ class TrainingLoop:
 
         SIGINT and SIGTERM end it after the step, with a checkpoint. Raises ConfigError where the sampler does not
         sample from the policy, and TrainingError when that, or a loss or gradient that is not finite, comes up in
-        ``max_skipped_steps`` steps in a row, after saving a checkpoint, and when something cannot be written.
+        ``max_skipped_steps`` steps in a row, or the sampler's engine fails, after saving a checkpoint, and when
+        something cannot be written.
         """
         trainer = self.trainer
         gap = settle(trainer.sampler, trainer.engine, trainer.policy, self._trial_prompts(), self.config)
@@ -162,21 +170,28 @@ class TrainingLoop:
         with StopSignals() as signals, ProgressDisplay("step", config.max_steps, done=first - 1) as progress:
             for step in range(first, config.max_steps + 1):
                 hooks.begin_step()
-                result = self.trainer.step(step)
+                try:
+                    result = self.trainer.step(step)
+                except EngineError as error:  # before it has learned anything
+                    raise self._without_engine(error, run, step - 1, checkpoint, hooks) from error
                 run.log_samples(result.samples)
                 self.show_completions(step, result, progress)
                 row = result.metrics
                 self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
                 gap = row["sampling/sampling_logp_difference/mean"]
                 self.trainer.sampler_agrees = gap <= AGREES
-                strayed = self._strayed(step, gap)
-                self.strayed_in_a_row = self.strayed_in_a_row + 1 if strayed else 0
                 hooks.end_step(step)
-                if hooks.control.should_evaluate or hooks.control.should_training_stop:
-                    start = time.perf_counter()
-                    if (evaluation := self.evaluate(run, step)) is not None:
-                        row |= {**evaluation.metrics(), "timing_s/eval": time.perf_counter() - start}
-                        hooks.evaluated(step, evaluation.metrics())
+                try:
+                    strayed = self._strayed(step, gap) | self._checked(step)
+                    if hooks.control.should_evaluate or hooks.control.should_training_stop:
+                        start = time.perf_counter()
+                        if (evaluation := self.evaluate(run, step)) is not None:
+                            row |= {**evaluation.metrics(), "timing_s/eval": time.perf_counter() - start}
+                            hooks.evaluated(step, evaluation.metrics())
+                except EngineError as error:
+                    hooks.log(row)
+                    raise self._without_engine(error, run, step, None, hooks, row) from error
+                self.strayed_in_a_row = self.strayed_in_a_row + 1 if strayed else 0
                 hooks.log(row)
                 failed = self._failure(step) is not None
                 received = first_of_ranks(signals.received)
@@ -231,6 +246,32 @@ class TrainingLoop:
             )
         return None
 
+    def _without_engine(
+        self,
+        error: EngineError,
+        run: RunDirectory,
+        step: int,
+        saved: Path | None,
+        hooks: Callbacks,
+        row: dict[str, float] | None = None,
+    ) -> TrainingError:
+        """Save what was learned up to ``step``, unless ``saved`` is that checkpoint, and return the error to raise."""
+        if step == 0:
+            return TrainingError(f"{error}; nothing has been learned yet")
+        if saved is None or saved.name != f"checkpoint-{step}":
+            saved = self.save(run, step, row, hooks)
+        return TrainingError(f"{error}; the run is saved up to step {step}, in {saved}, and goes on with --resume")
+
+    def _checked(self, step: int) -> bool:
+        """Let the sampler show that it samples from the policy as it is after ``step``, where that is due, and return
+        whether it does not."""
+        every, trainer = self.config.sampling_check_steps, self.trainer
+        first = isinstance(trainer.sampler, SentWeights) and step == trainer.policy_warmup + 1
+        if not first and (every == 0 or step % every):
+            return False
+        self.checked_after = step
+        return self._strayed(step, agreement(trainer.sampler, trainer.policy, self._trial_prompts(), self.config))
+
     def _strayed(self, step: int, gap: float) -> bool:
         """Return whether log-probs of sampler and policy are further apart than they may be, and warn if they are."""
         limit = tolerance(self.config, self.trainer.policy)
@@ -274,7 +315,8 @@ class TrainingLoop:
         trainer, rows = self.trainer, self.trainer.eval_dataset
         if not rows:
             return None
-        if isinstance(trainer.sampler, SentWeights):  # an engine that may not have taken the weights
+        # An engine may not have taken the weights.
+        if isinstance(trainer.sampler, SentWeights) and step != self.checked_after:
             self._strayed(step, agreement(trainer.sampler, trainer.policy, self._trial_prompts(), self.config))
         prompts = trainer.rollout.tokenize([row["prompt"] for row in rows])
         count = len(rows) * self.config.eval.num_generations

@@ -49,14 +49,7 @@ from asyppo.models.loading import critics_of, fit_of, given_critics, given_polic
 from asyppo.models.policy import Objective, Policy, TokenStats
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
-from asyppo.rollout.samplers import (
-    SAMPLERS,
-    DividedSampler,
-    HoldsWeights,
-    Sampler,
-    SentWeights,
-    make_sampler,
-)
+from asyppo.rollout.samplers import ON_THE_MODEL, DividedSampler, Sampler, SentWeights, make_sampler, sends_weights
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
 
@@ -168,7 +161,7 @@ class AsyPPOTrainer:
         """Return the sampler that is called, and the one that samples: of all ranks where the models are sharded over a
         ``mesh``, which happens here, and sent the weights where it holds some of its own."""
         policy = self.policy
-        if mesh is not None and sampler is None and self.config.sampler in SAMPLERS:
+        if mesh is not None and sampler is None and self.config.sampler in ON_THE_MODEL:
             # It decodes with whole weights, which are only there while it samples.
             whole = WholeCopy(policy, policy.dtype, torch.device(mesh.device_type))
             engine = make_sampler(whole.module, self.tokenizer, self.config)
@@ -180,14 +173,17 @@ class AsyPPOTrainer:
             for model in (policy, self.reference, self.critics):
                 if isinstance(model, Policy | Critics):
                     model.shard(mesh)
-        if isinstance(engine, HoldsWeights):
-            called = SentWeights(called, engine, policy.weights)
-        return called, engine
+        return sends_weights(called, engine, policy), engine
 
     def weights_changed(self) -> None:
         """Let a sampler that holds weights of its own know that the policy's are others now."""
         if isinstance(self.sampler, SentWeights):
             self.sampler.stale = True
+
+    def rest(self) -> None:
+        """Let a sampler that can give memory back until it is called again."""
+        if isinstance(self.sampler, SentWeights):
+            self.sampler.rest()
 
     def train(self) -> TrainResult:
         """Run until ``max_steps``, and return what came of it: see ``TrainingLoop.train``."""
@@ -205,6 +201,7 @@ class AsyPPOTrainer:
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
             sampled = sampled or self.rollout(step, timer)
+            self.rest()
             metrics = sampled.metrics | metrics
             batch = sampled.batch
 

@@ -21,7 +21,7 @@ from asyppo.metrics.introduction import introduction_of_evaluation
 from asyppo.models import warm_start
 from asyppo.models.loading import choose_device, fit_of, policy_of, tokenizer_of
 from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
-from asyppo.rollout.samplers import make_sampler, sampler_factory, settle
+from asyppo.rollout.samplers import make_sampler, sampler_factory, sends_weights, settle
 from asyppo.run.directory import run_path
 from asyppo.run.progress import ProgressDisplay, say
 from asyppo.run.writers import check_writers
@@ -112,8 +112,9 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
         func.to(policy.device)
     tokens = prompt_tokens([row["prompt"] for row in rows], tokenizer, config.data.chat_template_kwargs)
     prompts = [torch.tensor(ids) for ids in tokens]
-    sampler = make_sampler(policy, tokenizer, config)
-    settle(sampler, sampler, policy, prompts[:32], config)
+    engine = make_sampler(policy, tokenizer, config)
+    sampler = sends_weights(engine, engine, policy)
+    settle(sampler, engine, policy, prompts[:32], config)
     say(*introduction_of_evaluation(config, policy, rows))
     try:
         out.mkdir(parents=True)

@@ -11,6 +11,7 @@ from asyppo.config.schema import (
     ModelShape,
     PolicyConfig,
     TaskConfig,
+    VLLMConfig,
     WarmStartConfig,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelShape",
     "PolicyConfig",
     "TaskConfig",
+    "VLLMConfig",
     "WarmStartConfig",
     "load_config",
 ]

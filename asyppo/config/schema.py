@@ -229,6 +229,46 @@ class EvalConfig:
 
 
 @dataclass
+class VLLMConfig:
+    """``sampler: vllm``: where the engine runs, and how. See ``docs/vllm.md``."""
+
+    url: list[str] = setting(factory=list)
+    """Servers that somebody has started, such as ``http://127.0.0.1:8000``; they take turns with the prompts. Empty: a
+    process of its own on this machine, one a rank."""
+    python: str | None = None
+    """Interpreter of the environment that has vLLM, for the process; None: this one's."""
+    gpu_memory_utilization: float = setting(0.3, above=0, at_most=1, elsewhere=("vllm_gpu_memory_utilization",))
+    """Fraction of the GPU's memory (of the machine's, on a CPU) that the process may take. TRL's default."""
+    tensor_parallel_size: int = setting(1, at_least=1, elsewhere=("vllm_tensor_parallel_size",))
+    """GPUs that the process shards the model over."""
+    max_model_len: int | None = setting(None, at_least=1, elsewhere=("vllm_max_model_length",))
+    """Longest prompt and response together, in tokens. None: ``data.max_prompt_length`` and
+    ``max_completion_length``, or without the former what the model's positions allow."""
+    sleep_level: Literal[0, 1, 2] = setting(0, elsewhere=("vllm_enable_sleep_mode",))
+    """What the process gives back of a GPU's memory while the trainer updates: 0, nothing; 1, the cache, and the
+    weights go to the host; 2, both go, and all weights are sent again. On a CPU vLLM does not sleep."""
+    enforce_eager: bool | None = None
+    """Compile nothing and record no CUDA graphs: a quicker start, slower generation. None: on a CPU."""
+    seeded: bool = True
+    """Give each request a seed, so that a batch that is drawn again is the same. False leaves chance to the engine,
+    which is quicker with many responses at once."""
+    weights_dir: str | None = None
+    """Where directories of weights are made on their way to the engine; servers on other machines need one that they
+    share. None: ``/dev/shm``."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of ``vllm.LLM`` for the process, such as ``{kv_cache_memory_bytes: 4294967296}``."""
+    start_timeout: float = setting(600.0, above=0, noun="number of seconds")
+    """Seconds that the engine may take to start; servers, to be there."""
+    timeout: float = setting(1800.0, above=0, noun="number of seconds")
+    """Seconds that it may take for a batch of responses, or for new weights; then it counts as hung, and the run ends
+    with an error, saved."""
+
+    def __post_init__(self) -> None:
+        """One address in place of a list of them is that list."""
+        self.url = one_or_list("url", self.url)
+
+
+@dataclass
 class DistributedConfig:
     """Several processes, one a GPU, started by ``torchrun``; weights are sharded over them with FSDP2."""
 
@@ -337,16 +377,21 @@ class AsyPPOConfig:
     end, or, for models whose cache is of another kind, transformers' ``generate``. ``continuous``: transformers'
     continuous batching, which is at its best with ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``.
     ``auto``: continuous on a GPU with such attention, where the model can, or else generate. In bfloat16 each decodes
-    with a copy of the policy's weights in it, 2 bytes a parameter. Or one's own, ``module:factory`` or
-    ``path.py:factory``: called with the policy, the tokenizer and the configuration, it returns a ``Sampler``. Before
-    the first step, and before an evaluation, each has to show that it samples from the policy."""
+    with a copy of the policy's weights in it, 2 bytes a parameter. ``vllm``: vLLM, see ``vllm``. Or one's own,
+    ``module:factory`` or ``path.py:factory``: called with the policy, the tokenizer and the configuration, it returns a
+    ``Sampler``. Before the first step, and before an evaluation, each has to show that it samples from the policy."""
     sampling_logp_tolerance: float | None = setting(None, at_least=0, may_change=True)
     """Nats by which the log-probs of the sampler and of the trainer may differ, in the mean over tokens: what is beyond
     it is not sampled from the policy. At the start that is an error, or ``auto`` samples in another way; in a step, a
     warning, and after ``max_skipped_steps`` such steps in a row an error, too. None: 1e-4 in float32, 0.1 in bfloat16.
     Our choice."""
+    sampling_check_steps: int = setting(0, at_least=0, may_change=True)
+    """Every n steps let the sampler draw a few short responses, and compare their log-probs in the same way; 0: never.
+    One that has a copy of the weights is compared after the first update in any case."""
     generation_batch_size: int = setting(512, at_least=1, may_change=True)
     """Sequences generated side by side; bounds the memory of the key-value cache."""
+    vllm: VLLMConfig = setting(factory=VLLMConfig, may_change=True)
+    """vLLM."""
 
     learning_rate: float = setting(1e-6, above=0, elsewhere=("lr", "actor_learning_rate"))
     """AdamW's learning rate of the policy. The paper's for 14B: 1e-6."""

@@ -7,10 +7,13 @@ and ``disable_adapters`` gives back the model under them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -69,3 +72,46 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, target_modules: list
         raise ConfigError(
             f"policy.lora_target_modules: got {target_modules}, which names the head; needs layers below it"
         )
+
+
+def plain_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return for each parameter of ``model`` the name that it has without adapters; for a part of an adapter, that of
+    the weight under it."""
+    places = {
+        f"{place}.{part}.": place
+        for place, layer in model.named_modules(remove_duplicate=False)
+        for part in getattr(layer, "adapter_layer_names", ())
+    }
+    found = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        place = next((place for part, place in places.items() if name.startswith(part)), None)
+        found[name] = name.replace(".base_layer.", ".") if place is None else f"{place}.weight"
+    return found
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``weights`` of ``model`` by the names that they have without its adapters, those under adapters with these
+    added, in float32. A weight's adapters have to be whole when it comes. Raises ConfigError for adapters that do more
+    than add to a weight."""
+    plain, layers = plain_names(model), dict(model.named_modules(remove_duplicate=False))
+    for name, weight in weights:
+        place, base, last = name.rpartition(".base_layer.")
+        if base and last == "weight":
+            yield plain[name], weight.float() + _added(place, layers[place])
+        elif base or plain[name] == name:
+            yield plain[name], weight
+
+
+def _added(place: str, layer: Any) -> Tensor:
+    """What the active adapters add to the weight of ``layer``."""
+    held = {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part, ())}
+    total: Any = 0
+    for adapter in (a for a in layer.active_adapters if a in held):
+        if not hasattr(layer, "get_delta_weight") or getattr(layer, "lora_variant", {}).get(adapter) is not None:
+            raise ConfigError(
+                f"policy: adapter {adapter!r} of {place} does more than add to a weight; a sampler with weights of its "
+                "own needs plain LoRA"
+            )
+        total = total + layer.get_delta_weight(adapter).float()
+    return total

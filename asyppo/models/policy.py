@@ -21,7 +21,7 @@ from asyppo.data.batch import Batch, MicroBatch
 from asyppo.data.padding import PaddingCount
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
-from asyppo.models.adapters import add_lora, has_adapters
+from asyppo.models.adapters import add_lora, has_adapters, merged
 from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.head import any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
@@ -220,9 +220,10 @@ class Policy(nn.Module):
         return self._padding.take()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's weights by the names of its ``state_dict``, whole: see ``whole_weights``."""
-        for name, weight in whole_weights(self):
-            yield name.removeprefix("model."), weight
+        """Yield the model's weights by the names of its ``state_dict``, whole: see ``whole_weights``. Of a model with
+        adapters they are those of the model that these, merged into it, make."""
+        adapted = merged if has_adapters(self.model) else lambda model, weights: weights
+        yield from adapted(self.model, ((name.removeprefix("model."), weight) for name, weight in whole_weights(self)))
 
     def reference(self) -> Reference:
         """Return the policy as it is now, to stay as it is: a copy, or, of one with adapters, the model under them.

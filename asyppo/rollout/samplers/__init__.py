@@ -12,19 +12,31 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.references import check_parameters, resolve
 from asyppo.models.policy import Policy
 from asyppo.models.tokenizer import eos_token_ids, pad_token_id
-from asyppo.rollout.samplers.base import DividedSampler, HoldsWeights, NamedWeights, Response, Sampler, SentWeights
+from asyppo.rollout.samplers.base import (
+    DividedSampler,
+    EngineError,
+    HoldsWeights,
+    NamedWeights,
+    Response,
+    Sampler,
+    SentWeights,
+    Sleeps,
+)
 from asyppo.rollout.samplers.check import AGREES, Alternatives, agreement, settle, tolerance
 from asyppo.rollout.samplers.continuous import ContinuousBatchingSampler
 from asyppo.rollout.samplers.decode import DecodingSampler
 from asyppo.rollout.samplers.generate import GenerateSampler
+from asyppo.rollout.samplers.vllm import VLLMSampler, make_vllm_sampler
 
 __all__ = [
     "AGREES",
+    "ON_THE_MODEL",
     "SAMPLERS",
     "Alternatives",
     "ContinuousBatchingSampler",
     "DecodingSampler",
     "DividedSampler",
+    "EngineError",
     "GenerateSampler",
     "HoldsWeights",
     "NamedWeights",
@@ -32,9 +44,12 @@ __all__ = [
     "Sampler",
     "SamplerFactory",
     "SentWeights",
+    "Sleeps",
+    "VLLMSampler",
     "agreement",
     "make_sampler",
     "sampler_factory",
+    "sends_weights",
     "settle",
     "tolerance",
 ]
@@ -80,8 +95,12 @@ SAMPLERS: dict[str, SamplerFactory] = {
     "auto": _auto,
     "generate": partial(_ways, ["generate"]),
     "continuous": partial(_ways, ["continuous"]),
+    "vllm": make_vllm_sampler,
 }
 """The built-in ones by name. One's own is a function like these."""
+
+ON_THE_MODEL = ("auto", "generate", "continuous")
+"""Those that decode with the policy's own model."""
 
 
 def sampler_factory(config: AsyPPOConfig) -> SamplerFactory:
@@ -99,3 +118,8 @@ def make_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config: Asy
             f"sampler: {config.sampler} returned {type(sampler).__name__}, needs an object with a method sample"
         )
     return sampler
+
+
+def sends_weights(sampler: Sampler, engine: Sampler, policy: Policy) -> Sampler:
+    """Return ``sampler``, which calls ``engine``, with what sends that the policy's weights where it has a copy."""
+    return SentWeights(sampler, engine, policy.weights) if isinstance(engine, HoldsWeights) else sampler

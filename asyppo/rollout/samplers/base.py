@@ -43,6 +43,12 @@ def cut_at_the_end(tokens: Tensor, logprob: Tensor, eos_token_ids: Sequence[int]
     ]
 
 
+class EngineError(RuntimeError):
+    """A sampler's engine has failed, died or not answered. The message names it and says what it printed last."""
+
+    exit_status = 1
+
+
 class Sampler(Protocol):
     """Anything that continues prompts with the current policy.
 
@@ -65,6 +71,15 @@ class HoldsWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class Sleeps(Protocol):
+    """A sampler whose engine can give memory back while it is not needed."""
+
+    def sleep(self) -> bool:
+        """Give memory back until the next call; return whether the weights are gone with it."""
+        ...
+
+
 class SentWeights:
     """``Sampler`` that sends ``weights()`` to ``engine`` before ``sampler`` samples, where they have changed."""
 
@@ -74,10 +89,19 @@ class SentWeights:
 
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
         """Return one response for each prompt (int64 [length])."""
+        self.send()
+        return self.sampler.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
+
+    def send(self) -> None:
+        """Send the weights, where the engine has others."""
         if self.stale:
             self.engine.update_weights(self.weights())
             self.stale = False
-        return self.sampler.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
+
+    def rest(self) -> None:
+        """Let the engine give memory back, where it can, until it is called again."""
+        if isinstance(self.engine, Sleeps):
+            self.stale |= self.engine.sleep()
 
 
 class DividedSampler:
