@@ -248,6 +248,8 @@ def test_what_a_resumed_run_may_change() -> None:
         "report_to",
         "max_skipped_steps",
         "sampling_logp_tolerance",
+        "sampling_check_steps",
+        "vllm",
         "eval",
         "policy.attn_implementation",
         "policy.packing",
