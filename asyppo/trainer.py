@@ -44,7 +44,7 @@ from asyppo.metrics.step import (
     reward_metrics,
     time_metrics,
 )
-from asyppo.models.critics import CriticOptimizer, Critics, check_tokens
+from asyppo.models.critics import CriticOptimizer, Critics, check_tokens, policy_inputs
 from asyppo.models.loading import critics_of, fit_of, given_critics, given_policy, policy_of, tokenizer_of
 from asyppo.models.policy import Objective, Policy, TokenStats
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
@@ -120,6 +120,11 @@ class AsyPPOTrainer:
             raise ConfigError(
                 f"critics: got {num_critics}, needs {config.num_critics} for algorithm {config.algorithm}, "
                 f"critic.num_critics {config.critic.num_critics}"
+            )
+        if critics is not None and critics.policy_inputs != tuple(config.critic.policy_inputs):
+            raise ConfigError(
+                f"critic.policy_inputs: got {config.critic.policy_inputs}, needs {list(critics.policy_inputs)}, which "
+                "the given critics read"
             )
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
@@ -213,6 +218,10 @@ class AsyPPOTrainer:
                     ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
             batch, penalties = self.shape_rewards(batch, old_logprob, ref_logprob)
             metrics |= penalties
+
+            if self.critics is not None and self.critics.policy_inputs:
+                read = policy_inputs(old, batch.mask, self.critics.policy_inputs)
+                batch = replace(batch, policy_inputs=read)
 
             # 1 to 3. Split, critic update, values of all responses.
             values, share = None, None

@@ -90,6 +90,10 @@ class CriticConfig:
     moving on. None does not clip (our choice)."""
     warmup_steps: int = setting(0, at_least=0)
     """First steps that train the critics only, with the policy frozen. Our choice."""
+    policy_inputs: list[Literal["logprob", "entropy"]] = field(default_factory=list)
+    """What critics read beside the tokens, by a projection at the embedding that starts at zero: at the position that
+    predicts a token, the policy's ``logprob`` of the token before (0 where that is of the prompt) and its ``entropy``
+    there, both of the pass that gives the old log-probs. Ours; empty, critics read tokens alone, the paper's."""
     stacked: bool = True
     """Compute the critics as one model with stacked weights, in the launches of one. False runs them one after
     another, which is also what happens, with a warning, to models that are not Llama, Mistral, Qwen2 or Qwen3."""
@@ -531,6 +535,12 @@ class AsyPPOConfig:
             "critic.lora_r",
             self.critic.lora_r,
             "0 with critic.stacked False: adapters share a backbone, which is computed for all of them at once",
+        )
+        need(
+            len(set(self.critic.policy_inputs)) == len(self.critic.policy_inputs),
+            "critic.policy_inputs",
+            self.critic.policy_inputs,
+            "each name once",
         )
         need(
             self.delta is None or self.delta > 1 + self.epsilon_high,

@@ -48,6 +48,8 @@ class Batch:
     """float32 [B]: what the reward functions gave, whatever is added to ``reward`` later."""
     ignored: Tensor
     """bool [B]: no loss counts it."""
+    policy_inputs: Tensor | None = None
+    """float32 [B, T, F]: what critics read beside the tokens, at the position that predicts each; None: nothing."""
     known_lengths: tuple[list[int], list[int]] | None = None
     """``prompt_length`` and ``response_length`` on the host; None: to be read from the device once they are needed."""
 
@@ -182,6 +184,13 @@ class MicroBatch:
     def select(self, hidden: Tensor) -> Tensor:
         """Return the hidden states [N, H], of [b, s, H], that predict the response tokens."""
         return hidden.flatten(0, 1).index_select(0, self.flat_predicts)
+
+    def at_predicting(self, of_tokens: Tensor) -> Tensor:
+        """Return what is of a response token, of [B, T, F], at the position that predicts it: of the shape of
+        ``input_ids``, and F; 0 elsewhere."""
+        out = of_tokens.new_zeros(*self.input_ids.shape, of_tokens.shape[-1])
+        out[self.predicts] = of_tokens[self.grid]
+        return out
 
 
 def micro_batch(

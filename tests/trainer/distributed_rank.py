@@ -31,6 +31,7 @@ from asyppo.distributed.processes import leave, make_mesh, processes, rank
 from asyppo.loop import TrainingLoop
 from asyppo.models.adapters import add_lora
 from asyppo.models.critics import Critics, LoraCritics, make_critics
+from asyppo.models.critics.inputs import PolicyInputs
 from asyppo.models.policy import Policy
 from asyppo.rollout.samplers import Response
 from asyppo.run.directory import open_run
@@ -151,7 +152,10 @@ def make_critics_of(config: AsyPPOConfig, dtype: torch.dtype) -> Critics | None:
     rank = config.critic.lora_r
     if not rank:
         return make_critics(models, config.critic, dtype=dtype)
-    critics = LoraCritics(models[0], [model.score for model in models], r=rank, alpha=4, dtype=dtype)
+    names = config.critic.policy_inputs
+    inputs = [PolicyInputs(names, models[0].config.hidden_size) for _ in models] if names else []
+    heads = [model.score for model in models]
+    critics = LoraCritics(models[0], heads, r=rank, alpha=4, dtype=dtype, inputs=inputs)
     for name, parameter in critics.trained_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -267,6 +271,7 @@ def load(mesh: DeviceMesh | None, checkpoint: Path) -> dict[str, Any]:
 
 def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
     """Runs whose results do not depend on the number of ranks, by name."""
+    reading = {"policy_inputs": ["logprob", "entropy"]}
     lambda_below_1 = {"value_lambda": 0.9, "num_iterations": 2}
     options = {
         "use_kl_in_reward": True,
@@ -281,12 +286,12 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
     }
     return {
         "asyppo": lambda: train(make_config(), mesh),
-        "one_by_one": lambda: train(make_config(), mesh, stacked=False),
+        "one_by_one": lambda: train(make_config(critic=reading), mesh, stacked=False),
         "ppo": lambda: train(make_config(algorithm="ppo", beta=0.1, critic=lambda_below_1), mesh),
         "grpo": lambda: train(make_config(algorithm="grpo", loss_aggregation="token-mean", num_iterations=2), mesh),
         "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
         "share_all": lambda: train(make_config(critic=lambda_below_1 | {"share": "all"}, diagnostics_steps=1), mesh),
-        "options": lambda: train(make_config(**options, critic={"cliprange_value": 0.2}), mesh),
+        "options": lambda: train(make_config(**options, critic={"cliprange_value": 0.2} | reading), mesh),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
         "checkpointing": lambda: train(
             make_config(policy=PolicyConfig(packing=True), critic={"gradient_checkpointing": True}),
@@ -294,7 +299,9 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
             policy={"gradient_checkpointing": True},
         ),
         "adapters": lambda: train(
-            make_config(policy=PolicyConfig(packing=True), beta=0.1, critic={"lora_r": 2}), mesh, policy={"lora": True}
+            make_config(policy=PolicyConfig(packing=True), beta=0.1, critic={"lora_r": 2} | reading),
+            mesh,
+            policy={"lora": True},
         ),
         # Without a pass for the old log-probs.
         "one_update": lambda: train(make_config(num_mini_batches=1, policy_loss="gspo"), mesh),

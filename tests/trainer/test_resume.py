@@ -80,7 +80,7 @@ def written(run: Path) -> dict[str, Any]:
         "metrics": without_clock(read_jsonl(run / "metrics.jsonl")),
         "samples": read_jsonl(run / "samples.jsonl"),
         "tensorboard": {name: [(point.step, point.value) for point in board.Scalars(name)] for name in names},
-        "weights": {path.relative_to(last): path.read_bytes() for path in last.glob("*/model.safetensors")},
+        "weights": {path.relative_to(last): path.read_bytes() for path in last.glob("*/*.safetensors")},
     }
 
 
@@ -110,7 +110,7 @@ def run(tiny_config: Make, tiny_trainer: Make) -> Callable[..., Any]:
 
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    "asyppo": {"beta": 0.1},
+    "asyppo": {"beta": 0.1, "critic": {"policy_inputs": ["logprob", "entropy"]}},
     "ppo": {"algorithm": "ppo"},
     "grpo": {"algorithm": "grpo"},
 }

@@ -9,6 +9,7 @@ import torch
 
 from asyppo.config import CriticConfig
 from asyppo.models.critics.base import Critics
+from asyppo.models.critics.inputs import policy_inputs, read_also
 from asyppo.models.critics.loading import load_value_models
 from asyppo.models.critics.lora import LoraCritics
 from asyppo.models.critics.one_by_one import OneByOneCritics
@@ -25,6 +26,7 @@ __all__ = [
     "check_tokens",
     "load_critics",
     "make_critics",
+    "policy_inputs",
 ]
 
 log = logging.getLogger("asyppo")
@@ -53,6 +55,7 @@ def load_critics(
             dtype=dtype,
             device=device,
             gradient_checkpointing=config.gradient_checkpointing,
+            policy_inputs=config.policy_inputs,
         )
     models = load_value_models(
         path,
@@ -67,6 +70,8 @@ def load_critics(
 
 def make_critics(models: list[Any], config: CriticConfig, *, dtype: torch.dtype = torch.float32) -> Critics:
     """Return critics made of M value models: stacked, unless ``config`` or their architecture is against it."""
+    for model in models:
+        read_also(model, config.policy_inputs)
     options: dict[str, Any] = {"dtype": dtype, "gradient_checkpointing": config.gradient_checkpointing}
     if not config.stacked:
         return OneByOneCritics(models, **options)

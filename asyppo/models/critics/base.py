@@ -30,6 +30,8 @@ class Critics(nn.Module, ABC):
     config: Any
     """The configuration of their architecture."""
     ops: Ops = FUSED
+    policy_inputs: tuple[str, ...] = ()
+    """What they read beside the tokens, of ``asyppo/models/critics/inputs.py``."""
     last_token: int | None = None
     """Where the policy has embeddings of more tokens: the last that critics have one of, which stands for those."""
 
@@ -43,6 +45,17 @@ class Critics(nn.Module, ABC):
     def readable(self, input_ids: Tensor) -> Tensor:
         """Return ``input_ids`` with ``last_token`` in place of what lies beyond."""
         return input_ids if self.last_token is None else input_ids.clamp(max=self.last_token)
+
+    def read(self, batch: Batch, micro: MicroBatch) -> Tensor | None:
+        """Return what critics read beside the tokens of ``micro``: float32, of the shape of its ``input_ids``, and F;
+        None: nothing."""
+        if not self.policy_inputs:
+            return None
+        if batch.policy_inputs is None:
+            raise ValueError(
+                f"batch.policy_inputs: got None, needs {', '.join(self.policy_inputs)}, which critics read"
+            )
+        return micro.at_predicting(batch.policy_inputs)
 
     @abstractmethod
     def shard(self, mesh: DeviceMesh) -> None:

@@ -16,7 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint
 
 from asyppo.distributed.sharding import member
-from asyppo_kernels.stacked_layers import stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
+from asyppo.models.critics.inputs import PolicyInputs
+from asyppo_kernels.stacked_layers import (
+    stacked_embedding,
+    stacked_qk_norm_rope,
+    stacked_rms_norm,
+    stacked_swiglu,
+)
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 MakeLinear = Callable[[Sequence[Any]], nn.Module]
@@ -94,6 +100,19 @@ class StackedEmbedding(nn.Module):
         if self.padding_idx is not None:  # whose row gets no gradient, as in torch.nn.Embedding
             out = torch.where((tokens == self.padding_idx)[..., None], out.detach(), out)
         return out
+
+    def beside(self, tokens: Tensor, inputs: Tensor, projection: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return [M, N, H] in ``dtype``, to which a projection [M, F, H] of inputs [M, N, F], or [1, N, F], is
+        added."""
+        return stacked_embedding(tokens, self.weight, inputs, projection, padding_idx=self.padding_idx, dtype=dtype)
+
+
+class StackedPolicyInputs(nn.Module):
+    """M projections of what critics read beside the tokens."""
+
+    def __init__(self, modules: Sequence[PolicyInputs]):
+        super().__init__()
+        self.weight = stack_parameter(modules, "weight")  # [M, F, H]
 
 
 class StackedNorm(nn.Module):

@@ -76,6 +76,7 @@ class Layout:
             order = (order + row * self.width).flatten(1)
             self.slot = (row * self.longest + rank).flatten(1)
         self.slot.clamp_(min=0)
+        self.order = order
         self.tokens = input_ids.flatten(1).gather(1, order)
         self.columns = order % self.width
         copies = num_critics // len(input_ids)
@@ -101,6 +102,11 @@ class Layout:
         cos, sin = embedding(like, torch.arange(self.width, device=device)[None])
         columns = self.columns[0] if len(self.columns) == 1 else self.columns
         return cos[0][columns], sin[0][columns]
+
+    def take(self, beside: Tensor) -> Tensor:
+        """Return [K, N, F] of what lies beside ``input_ids``, [K, B, T, F], as the tokens lie."""
+        order = self.order[..., None].expand(-1, -1, beside.shape[-1])
+        return beside.flatten(1, 2).gather(1, order)
 
     def index(self, flat: Tensor) -> Tensor:
         """Return where in N the tokens at ``flat`` (row * T + column) lie; of shape [n] or [K, n], as they are."""

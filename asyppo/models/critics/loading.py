@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification,
 from transformers.utils import logging as transformers_logging
 
 from asyppo.config import ConfigError
-from asyppo.models.hub import load_pretrained
+from asyppo.models.critics.inputs import NAME, load_policy_inputs, save_policy_inputs
+from asyppo.models.hub import SaveDtype, load_pretrained, save_model
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -129,7 +130,23 @@ def load_value_model(
         transformers_logging.set_verbosity(verbosity)
     if head_is_new:
         draw_head(value_head(model))
+    inputs = load_policy_inputs(path, device)
+    if inputs is not None:
+        model.add_module(NAME, inputs)
     return model, head_is_new
+
+
+def save_value_model(model: Any, directory: Path, dtype: SaveDtype) -> None:
+    """As ``save_model``; what the critic reads beside the tokens is projected by a file of its own, since transformers
+    knows no such weight."""
+    inputs = model._modules.pop(NAME, None)
+    try:
+        save_model(model, directory, dtype)
+    finally:
+        if inputs is not None:
+            model.add_module(NAME, inputs)
+    if inputs is not None:
+        save_policy_inputs(inputs.names, inputs.weight, directory)
 
 
 def value_head(model: Any) -> nn.Linear:

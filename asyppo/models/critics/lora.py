@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asyppo.config import ConfigError
+from asyppo.models.critics.inputs import NAME, PolicyInputs, check_same, fitting, load_policy_inputs, save_policy_inputs
 from asyppo.models.critics.loading import check_vocabulary, draw_head, load_value_model
 from asyppo.models.critics.stacked import Stacked, why_not_stacked
 from asyppo.models.hub import SaveDtype
@@ -59,9 +61,11 @@ class LoraCritics(Stacked):
         alpha: float,
         dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
+        inputs: Sequence[PolicyInputs] = (),
     ):
         """``model``, a token classifier, is taken over, its own head left out; ``heads`` are M linear layers to one
-        number. Raises ConfigError if it is of no family that is known here."""
+        number, ``inputs`` M projections of what critics read beside the tokens, or none. Raises ConfigError if it is of
+        no family that is known here."""
         super().__init__()
         reason = why_not_stacked(model)
         if reason is not None:
@@ -73,10 +77,11 @@ class LoraCritics(Stacked):
             heads,
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            inputs=inputs,
             linear=lambda modules: LoraLinear(modules[0], len(heads), r, alpha),
         )
         for name, p in self.named_parameters():
-            p.requires_grad_("lora_" in name or name.startswith("score."))
+            p.requires_grad_("lora_" in name or name.startswith(("score.", "project.")))
             if not p.requires_grad:
                 p.data = p.data.to(dtype)  # no optimizer steps it, so it needs no float32
         self.models = [nn.Module() for _ in heads]
@@ -94,10 +99,12 @@ class LoraCritics(Stacked):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
+        policy_inputs: Sequence[str] | None = None,
     ) -> LoraCritics:
         """Load one checkpoint for all, with new adapters; or M directories of ``save_pretrained``, with theirs.
 
         Where the checkpoint has no value head, each critic gets one of its own, drawn from torch's global generator.
+        ``policy_inputs``: what they read beside the tokens; None: what the saved ones were trained to read.
         Raises ConfigError if something cannot be loaded, or does not fit together.
         """
         saved: list[Path] = []
@@ -115,13 +122,26 @@ class LoraCritics(Stacked):
         if head_is_new:
             for head in heads[1:]:
                 draw_head(head)
-        critics = cls(model, heads, r=r, alpha=alpha, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+        inputs = _inputs_of(model, saved, num_critics, policy_inputs)
+        critics = cls(
+            model,
+            heads,
+            r=r,
+            alpha=alpha,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            inputs=inputs,
+        )
         for m, path in enumerate(saved):
             weights = load_file(path / WEIGHTS, device=str(device))
             with torch.no_grad():
-                for name, parameter in critics.trained_parameters():
+                for name, parameter in critics.peft_parameters():
                     parameter[m].copy_(weights[_peft_name(name)])
         return critics
+
+    def peft_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained and lies in peft's files."""
+        return ((name, p) for name, p in self.trained_parameters() if not name.startswith("project."))
 
     def leaf(self, m: int, name: str) -> tuple[nn.Module, str]:
         """See Stacked."""
@@ -146,8 +166,10 @@ class LoraCritics(Stacked):
             path = Path(directory) / f"critic_{m}"
             path.mkdir(parents=True, exist_ok=True)
             (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            weights = {_peft_name(name): p.detach()[m].contiguous() for name, p in self.trained_parameters()}
+            weights = {_peft_name(name): p.detach()[m].contiguous() for name, p in self.peft_parameters()}
             save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
+            if self.policy_inputs:
+                save_policy_inputs(self.policy_inputs, self.project.weight.detach()[m], path)
 
 
 def _peft_name(name: str) -> str:
@@ -155,6 +177,19 @@ def _peft_name(name: str) -> str:
     if name.startswith("score."):
         return PREFIX + name
     return f"{PREFIX}model.{name}.weight"
+
+
+def _inputs_of(model: Any, saved: Sequence[Path], num_critics: int, names: Sequence[str] | None) -> list[PolicyInputs]:
+    """What each critic reads beside the tokens ``names``: the saved ones', or copies of the base's, or new ones. Raises
+    ConfigError if they do not fit together."""
+    if saved:
+        given = [(load_policy_inputs(path, model.device), path) for path in saved]
+    else:
+        base = getattr(model, NAME, None)
+        given = [(copy.deepcopy(base), Path(model.config._name_or_path)) for _ in range(num_critics)]
+    found = [fitting(own, names, model, path) for own, path in given]
+    check_same([() if own is None else own.names for own in found])
+    return [own for own in found if own is not None]
 
 
 def _common_base(paths: Sequence[Path], num_critics: int, r: int, alpha: float) -> str:

@@ -15,9 +15,10 @@ from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import between_replicas_once, decoder_layers, release, shard
 from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.critics.base import Critics, Loss
-from asyppo.models.critics.loading import load_value_models, value_head
+from asyppo.models.critics.inputs import added_to_embedding, names_of
+from asyppo.models.critics.loading import load_value_models, save_value_model, value_head
 from asyppo.models.head import any_dtype_attention
-from asyppo.models.hub import SaveDtype, save_model, use_liger_kernels
+from asyppo.models.hub import SaveDtype, use_liger_kernels
 from asyppo.models.packing import known_sequences
 
 
@@ -34,6 +35,7 @@ class OneByOneCritics(Critics):
             value_head(model)
         self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
         self.dtype, self.config = dtype, models[0].config
+        self.policy_inputs = names_of(models)
         for model in models if gradient_checkpointing else ():
             with self._autocast(model), any_dtype_attention(model.base_model):
                 checkpoint_layers(model.base_model, "critic.gradient_checkpointing")
@@ -60,11 +62,12 @@ class OneByOneCritics(Critics):
         )
         return cls(models, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 
-    def forward(self, m: int, micro: MicroBatch) -> Tensor:
-        """Return the values [N] of critic ``m`` at the response tokens of ``micro``."""
+    def forward(self, m: int, micro: MicroBatch, read: Tensor | None = None) -> Tensor:
+        """Return the values [N] of critic ``m`` at the response tokens of ``micro``, beside which it reads ``read``,
+        where it has ``policy_inputs``."""
         self._padding.add(micro.tokens, micro.input_ids.numel())
         model = self.models[m]
-        with self._autocast(model), known_sequences(None):
+        with added_to_embedding(model, read), self._autocast(model), known_sequences(None):
             # Padding is on the right, where causal attention does not look.
             hidden = model.base_model(input_ids=self.readable(micro.input_ids), use_cache=False).last_hidden_state
         hidden = micro.select(hidden).to(self.dtype)
@@ -96,7 +99,7 @@ class OneByOneCritics(Critics):
     def _values(self, m: int, batch: Batch, rows: Tensor, max_tokens: int) -> Tensor:
         value = torch.zeros_like(batch.reward)
         for micro in micro_batches(batch, rows, max_tokens):
-            value[micro.grid] = self(m, micro)
+            value[micro.grid] = self(m, micro, self.read(batch, micro))
         release(self)
         return sum_over_ranks(value)
 
@@ -105,7 +108,7 @@ class OneByOneCritics(Critics):
         total = torch.zeros(len(self), device=batch.tokens.device)
         for m, rows in enumerate(shares):
             for micro in between_replicas_once(self, micro_batches(batch, rows, max_tokens)):
-                part = loss(m, micro, self(m, micro))
+                part = loss(m, micro, self(m, micro, self.read(batch, micro)))
                 part.backward()
                 total[m] += part.detach()
         return sum_over_ranks(total)
@@ -114,4 +117,4 @@ class OneByOneCritics(Critics):
         """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no
         such class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
         for m, model in enumerate(self.models):
-            save_model(model, Path(directory) / f"critic_{m}", dtype)
+            save_value_model(model, Path(directory) / f"critic_{m}", dtype)

@@ -28,10 +28,19 @@ from asyppo.distributed.sharding import (
     sum_whole_gradients,
 )
 from asyppo.models.critics.base import Critics, Loss
-from asyppo.models.critics.layers import MakeLinear, StackedEmbedding, StackedLayer, StackedLinear, StackedNorm, tie
+from asyppo.models.critics.inputs import NAME, PolicyInputs, names_of
+from asyppo.models.critics.layers import (
+    MakeLinear,
+    StackedEmbedding,
+    StackedLayer,
+    StackedLinear,
+    StackedNorm,
+    StackedPolicyInputs,
+    tie,
+)
 from asyppo.models.critics.layout import Extent, Layout, VarlenAttention
-from asyppo.models.critics.loading import load_value_models
-from asyppo.models.hub import SaveDtype, save_model
+from asyppo.models.critics.loading import load_value_models, save_value_model
+from asyppo.models.hub import SaveDtype
 
 
 def _window_of_config(layer: Any, config: Any) -> int | None:
@@ -53,6 +62,10 @@ FAMILIES: dict[type, Callable[[Any, Any], int | None]] = {
     Qwen2Model: _window_of_layer,
     Qwen3Model: _window_of_layer,
 }
+
+
+OWN = {"score": "score", "project": NAME}
+"""Parts of the stack that are a value model's own, not its body's, and their names there."""
 
 
 def why_not_stacked(model: Any) -> str | None:
@@ -80,12 +93,17 @@ class Stacked(Critics):
         *,
         dtype: torch.dtype,
         gradient_checkpointing: bool,
+        inputs: Sequence[PolicyInputs] = (),
         linear: MakeLinear = StackedLinear,
     ) -> None:
-        """Stack the layers of ``bodies`` and the M ``heads``. Passes run in ``dtype``."""
+        """Stack the layers of ``bodies``, the M ``heads`` and the M projections of ``inputs``, if there are any. Passes
+        run in ``dtype``."""
         self.dtype, self.config = dtype, bodies[0].config
         window = FAMILIES[type(bodies[0])]
         self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
+        if inputs:
+            self.policy_inputs = inputs[0].names
+            self.project = StackedPolicyInputs(inputs)
         self.layers = nn.ModuleList(
             StackedLayer(counterparts, window(counterparts[0], self.config), gradient_checkpointing, linear)
             for counterparts in zip(*(body.layers for body in bodies), strict=True)
@@ -144,6 +162,7 @@ class Stacked(Critics):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         known: Extent | None = None,
+        inputs: Tensor | None = None,
     ) -> Tensor:
         """Return values, float32 and differentiable.
 
@@ -155,6 +174,8 @@ class Stacked(Critics):
             positions: int64 [n], or [M, n] to each critic its own: the places row * T + column whose values are
                 wanted, none of them padding; None: all.
             known: what the host knows of ``attention_mask``; None: it is read from the device.
+            inputs: float32 [B, T, F] or [M, B, T, F], as ``input_ids``: what critics with ``policy_inputs`` read beside
+                the tokens.
 
         Returns:
             [M, B, T], or [M, n] given positions.
@@ -168,18 +189,26 @@ class Stacked(Critics):
                 f"attention_mask: got shape {list(attention_mask.shape)}, needs that of input_ids, "
                 f"{list(input_ids.shape)}"
             )
+        read = [*input_ids.shape, len(self.policy_inputs)] if self.policy_inputs else None
+        if read != (None if inputs is None else list(inputs.shape)):
+            got = None if inputs is None else f"shape {list(inputs.shape)}"
+            raise ValueError(f"inputs: got {got}, needs {read} of critics with policy_inputs {self.policy_inputs}")
         mask = torch.ones_like(own, dtype=torch.bool) if attention_mask is None else attention_mask.view_as(own).bool()
         layout = Layout(self.readable(own), mask, count, self.varlen, known)
         self._padding.add(mask.sum(), layout.tokens.numel())
+        beside = None if inputs is None else layout.take(inputs.view(*own.shape, -1))
         if positions is not None:
-            return self._values(layout, layout.index(positions))
+            return self._values(layout, layout.index(positions), beside)
         everything = torch.arange(mask[0].numel(), device=mask.device)
         index = layout.index(everything.expand(count, -1) if len(mask) > 1 else everything)
-        return self._values(layout, index).view(count, *own.shape[1:])
+        return self._values(layout, index, beside).view(count, *own.shape[1:])
 
-    def _values(self, layout: Layout, index: Tensor) -> Tensor:
-        """Values [M, n] at the tokens ``index``, [n] or [M, n]."""
-        hidden = self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
+    def _values(self, layout: Layout, index: Tensor, beside: Tensor | None) -> Tensor:
+        """Values [M, n] at the tokens ``index``, [n] or [M, n]; ``beside`` [K, N, F]: what is read beside tokens."""
+        if beside is None:
+            hidden = self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
+        else:
+            hidden = self.embed_tokens.beside(layout.tokens, beside, self.project.weight, self.dtype)
         update = None
         cos, sin = layout.rotary(self.rotary_emb)
         for layer in self.layers:
@@ -202,7 +231,8 @@ class Stacked(Critics):
         for micro in micro_batches(batch, everything, max(1, max_tokens // len(self))):
             row, position = micro.grid
             known = Extent(micro.longest, micro.tokens, micro.tokens)
-            value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts, known)
+            read = self.read(batch, micro)
+            value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts, known, read)
         release(self)
         return sum_over_ranks(value)
 
@@ -211,7 +241,7 @@ class Stacked(Critics):
         """See Critics."""
         value = batch.reward.new_zeros(len(self), *batch.reward.shape)
         for micros in share_micro_batches(batch, shares, max_tokens):
-            for critic_value, micro, own in zip(value, micros, self._on_shares(micros), strict=True):
+            for critic_value, micro, own in zip(value, micros, self._on_shares(batch, micros), strict=True):
                 critic_value[micro.grid] = own
         release(self)
         return sum_over_ranks(value)
@@ -221,13 +251,13 @@ class Stacked(Critics):
         total = torch.zeros(len(self), device=batch.tokens.device)
         for micros in between_replicas_once(self, share_micro_batches(batch, shares, max_tokens)):
             parts = torch.stack(
-                [loss(*of) for of in zip(range(len(self)), micros, self._on_shares(micros), strict=True)]
+                [loss(*of) for of in zip(range(len(self)), micros, self._on_shares(batch, micros), strict=True)]
             )
             parts.sum().backward()
             total += parts.detach()
         return sum_over_ranks(total)
 
-    def _on_shares(self, micros: Sequence[MicroBatch]) -> list[Tensor]:
+    def _on_shares(self, batch: Batch, micros: Sequence[MicroBatch]) -> list[Tensor]:
         """Values [N_m] of critic m at the response tokens of its own micro-batch, for all m in one pass."""
         pad = nn.utils.rnn.pad_sequence
         ids = pad([m.input_ids for m in micros], batch_first=True)
@@ -235,7 +265,9 @@ class Stacked(Critics):
         # What pads the positions is never read: it may be anything that is there.
         positions = pad([m.flat_predicts for m in micros], batch_first=True)
         tokens = [m.tokens for m in micros]
-        value = self(ids, mask, positions, Extent(max(m.longest for m in micros), max(tokens), min(tokens)))
+        read = [own for m in micros if (own := self.read(batch, m)) is not None]
+        inputs = pad(read, batch_first=True) if read else None
+        value = self(ids, mask, positions, Extent(max(m.longest for m in micros), max(tokens), min(tokens)), inputs)
         return [critic_value[: len(m.flat_predicts)] for critic_value, m in zip(value, micros, strict=True)]
 
     def collect_gradients(self) -> None:
@@ -287,6 +319,7 @@ class StackedCritics(Stacked):
             [cast(nn.Linear, model.score) for model in models],
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            inputs=[model.policy_inputs for model in models] if names_of(models) else (),
         )
 
     @classmethod
@@ -312,13 +345,14 @@ class StackedCritics(Stacked):
     def leaf(self, m: int, name: str) -> tuple[nn.Module, str]:
         """See Stacked."""
         path, _, leaf = name.rpartition(".")
-        root: Any = self.models[m] if path == "score" else self.models[m].base_model
-        return root.get_submodule(path), leaf
+        if path in OWN:
+            return self.models[m].get_submodule(OWN[path]), leaf
+        return self.models[m].base_model.get_submodule(path), leaf
 
     def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
         """Write ``critic_0``, ``critic_1``, …, each for ``AutoModelForTokenClassification``."""
         for m, model in enumerate(self.models):
-            save_model(model, Path(directory) / f"critic_{m}", dtype)
+            save_value_model(model, Path(directory) / f"critic_{m}", dtype)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

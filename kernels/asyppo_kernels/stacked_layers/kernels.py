@@ -498,3 +498,80 @@ def swiglu_backward_kernel(
     out = (m * n + row) * width + column
     tl.store(grad_up + out, (dy * (g * sigmoid).to(kind).to(tl.float32)).to(kind), mask=inside)
     tl.store(grad_gate + out, (dy * u * sigmoid * (1 + g * (1 - sigmoid))).to(kind), mask=inside)
+
+
+@triton.jit
+def embedding_kernel(
+    tokens,
+    weight,
+    inputs,
+    projection,
+    out,
+    n,
+    h,
+    tokens_m,
+    tokens_n,
+    weight_m,
+    weight_v,
+    weight_h,
+    inputs_m,
+    inputs_n,
+    inputs_f,
+    projection_m,
+    projection_f,
+    projection_h,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a tile of ROWS rows and BLOCK columns of one critic; what all critics share has a stride of 0."""
+    m, row, column, inside = element_tile(n, h, ROWS, BLOCK)
+    token = tl.load(tokens + m * tokens_m + row * tokens_n, mask=row < n, other=0)
+    at = weight + m * weight_m + token * weight_v + column * weight_h
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    for feature in tl.static_range(FEATURES):
+        x = tl.load(inputs + m * inputs_m + row * inputs_n + feature * inputs_f, mask=row < n, other=0.0)
+        w = projection + m * projection_m + feature * projection_f + column * projection_h
+        value += x * tl.load(w, mask=column < h, other=0.0).to(tl.float32)
+    tl.store(out + (m * n + row) * h + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def embedding_backward_kernel(
+    grad,
+    inputs,
+    partial,
+    n,
+    h,
+    features,
+    part_rows,
+    grad_m,
+    grad_n,
+    grad_h,
+    inputs_m,
+    inputs_n,
+    inputs_f,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program owns BLOCK columns of one part of one critic's rows, ``part_rows``, a multiple of ROWS.
+
+    It writes what the part adds to the gradient of the projection to ``partial`` [parts, M, features, h].
+    """
+    m = tl.program_id(1).to(tl.int64)
+    slices = tl.cdiv(h, BLOCK)
+    part = (tl.program_id(0) // slices).to(tl.int64)
+    column = (tl.program_id(0) % slices).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    feature = tl.arange(0, FEATURES)
+    total = tl.zeros((FEATURES, ROWS, BLOCK), tl.float32)
+    for start in range(0, part_rows, ROWS):
+        row = part * part_rows + start + tl.arange(0, ROWS)
+        at = grad + m * grad_m + row[:, None] * grad_n + column[None, :] * grad_h
+        g = tl.load(at, mask=(row < n)[:, None] & (column < h)[None, :], other=0.0).to(tl.float32)
+        at = inputs + m * inputs_m + row[None, :] * inputs_n + feature[:, None] * inputs_f
+        x = tl.load(at, mask=(row < n)[None, :] & (feature < features)[:, None], other=0.0)
+        total += x[:, :, None] * g[None, :, :]
+    line = partial + (part * tl.num_programs(1) + m) * features * h
+    inside = (feature < features)[:, None] & (column < h)[None, :]
+    tl.store(line + feature[:, None] * h + column[None, :], tl.sum(total, axis=1), mask=inside)

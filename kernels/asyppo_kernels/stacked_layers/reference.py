@@ -39,3 +39,15 @@ def stacked_qk_norm_rope_reference(
 def stacked_swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """Return [M, N, I]; see ``stacked_swiglu``."""
     return gate * torch.sigmoid(gate) * up
+
+
+def stacked_embedding_reference(
+    tokens: Tensor, weight: Tensor, inputs: Tensor, projection: Tensor, *, padding_idx: int | None = None
+) -> Tensor:
+    """Return [M, N, H]; see ``stacked_embedding``."""
+    out = []
+    for m, own in enumerate(projection):
+        ids, table, read = (x[m % len(x)] for x in (tokens, weight, inputs))
+        found = torch.nn.functional.embedding(ids, table, padding_idx=padding_idx)
+        out.append(found + read.to(own.dtype) @ own)
+    return torch.stack(out)

@@ -40,3 +40,32 @@ def qk_norm_rope(
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up [M, N, I]."""
     return silu(gate) * up
+
+
+def embedding(
+    tokens: Tensor, weight: Tensor, inputs: Tensor, projection: Tensor, padding_idx: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Return [M, N, H] in ``dtype``."""
+    tables, size, _ = weight.shape
+    offset = torch.arange(0, tables * size, size, device=tokens.device)[:, None]
+    found = torch.nn.functional.embedding(tokens + offset, weight.flatten(0, 1))
+    if padding_idx is not None:  # whose row gets no gradient, as in torch.nn.Embedding
+        found = torch.where((tokens == padding_idx)[..., None], found.detach(), found)
+    m = len(projection)
+    found, inputs = found.float().expand(m, -1, -1), inputs.expand(m, -1, -1)
+    return torch.baddbmm(found, inputs, projection.float()).to(dtype)
+
+
+def embedding_weight_gradient(
+    grad: Tensor, tokens: Tensor, tables: int, size: int, padding_idx: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the gradient [tables, size, H] of the embeddings, for that of the result, ``grad`` [M, N, H]."""
+    m, _, h = grad.shape
+    offset = torch.arange(m, device=tokens.device)[:, None] * (size if tables > 1 else 0)
+    rows = (tokens + offset).flatten()
+    # Sorted, not added atomically: autograd's own way for an embedding.
+    whole = torch.ops.aten.embedding_dense_backward(grad.to(dtype).flatten(0, 1), rows, tables * size, -1, False)
+    whole = whole.view(tables, size, h)
+    if padding_idx is not None:
+        whole[:, padding_idx] = 0
+    return whole

@@ -218,6 +218,61 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return grad_gate, grad_up
 
 
+def embedding(tokens: Tensor, weight: Tensor, inputs: Tensor, projection: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [M, N, H] in ``dtype``."""
+    (m, features, h), n = projection.shape, tokens.shape[1]
+    out = projection.new_empty((m, n, h), dtype=dtype)
+    rows, block = _element_tile(n, h)
+    if n:
+        with device_guard(out):
+            kernels.embedding_kernel[(cdiv(n, rows) * cdiv(h, block), m)](
+                tokens,
+                weight,
+                inputs,
+                projection,
+                out,
+                n,
+                h,
+                *_shared_strides(tokens),
+                *_shared_strides(weight),
+                *_shared_strides(inputs),
+                *projection.stride(),
+                FEATURES=features,
+                ROWS=rows,
+                BLOCK=block,
+            )
+    return out
+
+
+def embedding_backward(grad: Tensor, inputs: Tensor, projection: Tensor) -> Tensor:
+    """Return the gradient of the projection [M, F, H]."""
+    (m, features, h), n = projection.shape, grad.shape[1]
+    grad_projection = projection.new_empty(projection.shape)
+    rows, block = _element_tile(n, h)
+    slices = cdiv(h, block)
+    part_rows = _part(n, rows, m * slices)
+    parts = cdiv(n, part_rows)
+    partial = grad.new_empty((parts, m, features, h), dtype=torch.float32)
+    with device_guard(grad):
+        if n:
+            kernels.embedding_backward_kernel[(parts * slices, m)](
+                grad,
+                inputs,
+                partial,
+                n,
+                h,
+                features,
+                part_rows,
+                *grad.stride(),
+                *_shared_strides(inputs),
+                FEATURES=next_power_of_2(features),
+                ROWS=rows,
+                BLOCK=block,
+            )
+        _add_parts(partial[None], [grad_projection])
+    return grad_projection
+
+
 def _row_tile(n: int, h: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program that holds whole rows: 16 elements a thread, for rows up to 8192 long."""
     block_h = next_power_of_2(h)
@@ -270,3 +325,8 @@ def _strides(x: Tensor | None, dimensions: int) -> tuple[int, ...]:
 def _angle_strides(x: Tensor) -> tuple[int, ...]:
     """Of a cosine or sine [M, N, D], or [N, D] for all critics."""
     return x.stride() if x.dim() == 3 else (0, *x.stride())
+
+
+def _shared_strides(x: Tensor) -> tuple[int, ...]:
+    """Of a tensor [M, ...], or [1, ...] for all critics."""
+    return (0, *x.stride()[1:]) if len(x) == 1 else x.stride()
