@@ -220,6 +220,7 @@ class AsyPPOTrainer:
             metrics |= penalties
 
             if self.critics is not None and self.critics.policy_inputs:
+                assert old is not None  # reads_old_logprobs
                 read = policy_inputs(old, batch.mask, self.critics.policy_inputs)
                 batch = replace(batch, policy_inputs=read)
 

@@ -135,6 +135,35 @@ def swiglu() -> list[Case]:
     ]
 
 
+def embedding() -> list[Case]:
+    """Forward into bfloat16 from float32 masters, and the backward of the projection."""
+    rows, block = _element_tile(TOKENS, WIDTH)
+    tile = {"FEATURES": 2, "ROWS": rows, "BLOCK": block}
+    strides, odd = "weight_m weight_v projection_m projection_f tokens_m", "inputs_m inputs_n"
+    return [
+        Case(
+            op="stacked_embedding",
+            name="forward",
+            kernel=kernels.embedding_kernel,
+            signature={"tokens": "*i64", "weight": "*fp32", "inputs": "*fp32", "projection": "*fp32", "out": "*bf16"}
+            | integers(f"n h {strides} {odd}"),
+            constants=tile | dict.fromkeys(("tokens_n", "weight_h", "inputs_f", "projection_h"), 1),
+            divisible=("n", "h", "inputs_m", *strides.split()),
+            wide=("load", "store"),
+        ),
+        Case(
+            op="stacked_embedding",
+            name="backward",
+            kernel=kernels.embedding_backward_kernel,
+            signature={"grad": "*bf16", "inputs": "*fp32", "partial": "*fp32"}
+            | integers(f"n h features part_rows grad_m grad_n {odd}"),
+            constants=tile | dict.fromkeys(("grad_h", "inputs_f"), 1),
+            divisible=("n", "h", "inputs_m", "grad_m", "grad_n", "part_rows"),
+            wide=("load", "store"),
+        ),
+    ]
+
+
 def _none(name: str, axes: str) -> dict[str, int]:
     """Strides of a tensor left out."""
     return {f"{name}_{axis}": 0 for axis in axes}
@@ -147,6 +176,7 @@ CASES = [
     *qk_norm_rope("", norm=True),
     *qk_norm_rope(", rotation alone", norm=False),
     *swiglu(),
+    *embedding(),
     Case(
         op="stacked layers",
         name="sum of the parts",

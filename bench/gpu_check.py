@@ -113,7 +113,7 @@ def ensemble(k: int, b: int, t: int, h: int) -> Callable[[], list[Tensor]]:
 
 def stacked(m: int, n: int, h: int, i: int, heads: tuple[int, int, int]) -> Callable[[], list[Tensor]]:
     """The layers of stacked critics and their gradients, on inputs made once."""
-    from asyppo_kernels import stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
+    from asyppo_kernels import stacked_embedding, stacked_qk_norm_rope, stacked_rms_norm, stacked_swiglu
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE).bfloat16().requires_grad_()
@@ -122,13 +122,16 @@ def stacked(m: int, n: int, h: int, i: int, heads: tuple[int, int, int]) -> Call
     x, residual, weight, both = leaf(m, n, h), leaf(m, n, h), leaf(m, h), leaf(m, n, 2 * i)
     q, k, q_weight, k_weight = leaf(m, n, q_heads, d), leaf(m, n, k_heads, d), leaf(m, d), leaf(m, d)
     cos, sin = torch.randn(2, n, d, device=DEVICE).bfloat16()
-    leaves = [x, residual, weight, both, q, k, q_weight, k_weight]
+    table, projection, tokens = leaf(m, 97, h), leaf(m, 2, h), torch.randint(97, (m, n), device=DEVICE)
+    read = torch.randn(m, n, 2, device=DEVICE)
+    leaves = [x, residual, weight, both, q, k, q_weight, k_weight, table, projection]
 
     def run() -> list[Tensor]:
         out = [
             *stacked_rms_norm(x, weight, residual=residual, backend="triton"),
             *stacked_qk_norm_rope(q, k, cos, sin, q_weight=q_weight, k_weight=k_weight, backend="triton"),
             stacked_swiglu(*both.chunk(2, dim=-1), backend="triton"),
+            stacked_embedding(tokens, table, read, projection, padding_idx=1, backend="triton"),
         ]
         return [*out, *torch.autograd.grad(out, leaves, [y.detach() for y in out])]
 

@@ -23,6 +23,7 @@ from asyppo_kernels import (
     ensemble_value,
     linear_logprob,
     linear_ppo_loss,
+    stacked_embedding,
     stacked_qk_norm_rope,
     stacked_rms_norm,
     stacked_swiglu,
@@ -119,6 +120,15 @@ def qk_norm_rope(norm: bool) -> tuple[Callable[..., Sequence[Tensor]], list[Tens
     return run, [leaf(2, 5, 3, 6), leaf(2, 5, 1, 6), *([leaf(2, 6), leaf(2, 6)] if norm else [])]
 
 
+def embedding() -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]]:
+    tokens, read = torch.randint(11, (2, 5)), torch.randn(2, 5, 2)
+
+    def run(weight: Tensor, projection: Tensor) -> Sequence[Tensor]:
+        return [stacked_embedding(tokens, weight, read, projection, padding_idx=3, backend="triton")]
+
+    return run, [leaf(2, 11, 8), leaf(2, 2, 8)]
+
+
 def value(backend: str) -> tuple[Callable[..., Sequence[Tensor]], list[Tensor]]:
     def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
         return ensemble_value(hidden, weight, bias, backend=backend)
@@ -155,6 +165,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], list[Tensor]]]] = {
         lambda gate, up: [stacked_swiglu(gate, up, backend="triton")],
         [leaf(2, 5, 8), leaf(2, 5, 8)],
     ),
+    "stacked_embedding": lambda: embedding(),
     "ensemble_value, torch": lambda: value("torch"),
     "ensemble_value, triton": lambda: value("triton"),
     "linear_logprob, torch": lambda: logprob("torch"),

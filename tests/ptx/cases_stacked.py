@@ -106,6 +106,41 @@ def stacked_swiglu(m: int = 2, n: int = 7, width: int = 100, dtype: torch.dtype 
     return call
 
 
+def stacked_embedding(
+    m: int = 2,
+    n: int = 7,
+    h: int = 100,
+    v: int = 11,
+    features: int = 2,
+    dtype: torch.dtype = F32,
+    projection_dtype: torch.dtype = F32,
+    out: torch.dtype = BF16,
+    shared: bool = False,
+    padding_idx: int | None = None,
+) -> Call:
+    """``shared``: one table, and tokens and inputs that all critics read; the table wants no gradient."""
+    inputs = Inputs()
+    first = 1 if shared else m
+    tokens, read = inputs.integers(v, first, n), inputs.normal(first, n, features)
+    values = {
+        "weight": inputs.normal(first, v, h).to(dtype),
+        "projection": inputs.normal(m, features, h).to(projection_dtype),
+    }
+    upstream = inputs.normal(m, n, h)
+
+    def call(backend: str, cast: torch.dtype | None = None) -> Results:
+        leaves = {name: leaf(x, cast, grad=name == "projection" or not shared) for name, x in values.items()}
+        weight, projection = leaves["weight"], leaves["projection"]
+        if backend == "reference":
+            found = reference.stacked_embedding_reference(tokens, weight, read, projection, padding_idx=padding_idx)
+        else:
+            options: dict[str, Any] = {"padding_idx": padding_idx, "dtype": out, "backend": backend}
+            found = ops.stacked_embedding(tokens, weight, read, projection, **options)
+        return {"out": found.detach()} | differentiate([found], [upstream], leaves)
+
+    return call
+
+
 PROGRAMS = "stacked_layers.triton_form.PROGRAMS"  # few take several steps each, as with many tokens
 
 
@@ -124,6 +159,12 @@ def rope(name: str, quick: bool = False, programs: int | None = None, **argument
 def swiglu(name: str, quick: bool = False, **arguments: Any) -> Case:
     """Of ``stacked_swiglu``."""
     return Case("stacked_swiglu", name, stacked_swiglu, arguments, {}, quick)
+
+
+def embedding(name: str, quick: bool = False, programs: int | None = None, **arguments: Any) -> Case:
+    """Of ``stacked_embedding``."""
+    settings = {} if programs is None else {PROGRAMS: programs}
+    return Case("stacked_embedding", name, stacked_embedding, arguments, settings, quick)
 
 
 CASES = [
@@ -168,4 +209,9 @@ CASES = [
     swiglu("I = 1,536, halves", n=5, width=1536),
     swiglu("I = 77, fp32", width=77, dtype=F32, halves=False),
     swiglu("I = 3,072, fp16", n=3, width=3072, dtype=F16),
+    embedding("H = 100, several steps a part", programs=4, n=90, quick=True),
+    embedding("H = 1,500, bf16, a padding token", m=3, h=1500, dtype=BF16, projection_dtype=BF16, padding_idx=4),
+    embedding("H = 1,024, one table", n=9, h=1024, shared=True),
+    embedding("H = 48, three features, fp32", h=48, features=3, out=F32),
+    embedding("H = 96, one feature, fp16", h=96, features=1, dtype=F16, out=F16),
 ]

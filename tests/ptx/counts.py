@@ -110,6 +110,7 @@ LOSS, LOGPROB = cases_head.linear_ppo_loss, cases_head.linear_logprob
 FULL = {"bias": BF16, "softcap": 15.0}
 RMS = {"m": 2, "n": 64, "h": 1024, "residual": BF16}
 ROPE = {"m": 2, "n": 64, "q_heads": 16, "k_heads": 8, "d": 128, "sliced": True}
+EMBEDDING = {"m": 2, "n": 64, "h": 1024}
 SWIGLU = {"m": 2, "n": 32, "width": 3072}
 
 LINES = [
@@ -190,6 +191,15 @@ LINES = [
                 2 * 32 * 3072,
                 2 * 32_768 * 3072,
                 (("swiglu_kernel", 25), ("swiglu_backward_kernel", 36)),
+            ),
+            (
+                "stacked_embedding",
+                cases_stacked.stacked_embedding,
+                ", two features",
+                EMBEDDING,
+                2 * 64 * 1024,
+                2 * 32_768 * 1024,
+                (("embedding_kernel", 17), ("embedding_backward_kernel", 28)),
             ),
         )
         for kernel, budget in kernels

@@ -19,6 +19,7 @@ OPS = (
     "stacked_rms_norm",
     "stacked_qk_norm_rope",
     "stacked_swiglu",
+    "stacked_embedding",
 )
 
 

@@ -27,6 +27,8 @@ Make = Callable[..., Any]
     [
         ({"beta": 0.1, "delta": 3.0, "policy_loss": "gspo", "num_mini_batches": 4}, []),
         ({"beta": 0.1, "use_kl_in_reward": True}, ["use_kl_in_reward"]),
+        ({"critic": {"policy_inputs": ["entropy"]}}, ["critic.policy_inputs"]),
+        ({"critic": {"policy_inputs": ["entropy"]}, "algorithm": "grpo"}, []),
         (
             {"importance_sampling_clip_max": 2.0, "mask_truncated_completions": True},
             ["importance_sampling_clip_max", "mask_truncated_completions"],
