@@ -14,6 +14,8 @@ import torch
 from tests.interpreter import quicken
 
 pytest.register_assert_rewrite("tests.ops.ppo_loss_oracle")
+HEAD_KERNELS = importlib.import_module("asyppo_kernels._policy_head_kernels")
+OWN_BLOCK = HEAD_KERNELS.MAX_BLOCK
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,8 +64,15 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a vocabulary of a hundred tokens take several blocks of a kernel, and thirty rows several tiles of a CPU."""
-    monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head_kernels"), "MAX_BLOCK", 128)
+    monkeypatch.setattr(HEAD_KERNELS, "MAX_BLOCK", 128)
     monkeypatch.setattr(importlib.import_module("asyppo_kernels._policy_head"), "CPU_TILE_BYTES", 2**11)
+
+
+@pytest.fixture
+def blocks_of_eight_warps(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the policy head's kernels the blocks that large vocabularies take."""
+    monkeypatch.setattr(HEAD_KERNELS, "MAX_BLOCK", OWN_BLOCK)
+    assert all(HEAD_KERNELS.launch_shape(20_000, softcap=softcap)[1] == 8 for softcap in (False, True))
 
 
 @pytest.fixture

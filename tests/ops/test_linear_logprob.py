@@ -178,6 +178,14 @@ def test_matches_oracle_in_every_dtype(
     check(make(9, 16, 101, dtype), backend, temperature=temperature, softcap=softcap)
 
 
+@pytest.mark.usefixtures("blocks_of_eight_warps")
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 15.0)])
+def test_matches_oracle_over_several_blocks_of_eight_warps(
+    backend: str, dtype: torch.dtype, softcap: float | None
+) -> None:
+    check(make(6, 16, 20_011, dtype), backend, softcap=softcap)
+
+
 MASTERS = [(torch.float32, torch.float32), (None, torch.float32), (torch.float32, None), (None, None)]
 
 

@@ -92,6 +92,16 @@ def test_no_worse_than_plain_torch_of_the_same_precision(backend: str, dtype: to
             assert error(a, c) <= error(b, c) + FLOAT32
 
 
+@pytest.mark.usefixtures("blocks_of_eight_warps")
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"entropy_coef": 0.1}), (torch.bfloat16, EVERYTHING)]
+)
+def test_matches_oracle_over_several_blocks_of_eight_warps(
+    backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    check(make(6, 16, 20_011, dtype), backend, **options)
+
+
 @pytest.mark.parametrize("masks", [True, False])
 def test_reference_is_the_definition(backend: str, masks: bool) -> None:
     data = doubled(make(40, 5, 23, masks=masks))
