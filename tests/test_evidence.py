@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from asyppo.config import DataConfig, TaskConfig
 from asyppo.data.batch import make_batch
 from asyppo.data.sources import load_train_rows
 from asyppo.models import warm_start
+from asyppo.report.runs import Sample
 
 ROOT = Path(__file__).parents[1]
 PAGE, SECOND_PAGE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence-critics.md"
@@ -47,7 +49,7 @@ def test_a_table_is_of_every_run_of_its_grid(name: str) -> None:
     assert [(row[0], int(row[1])) for row in rows] == [(arm, len(grid.seeds)) for arm in grid.arms]
 
 
-@pytest.mark.parametrize("name", ["critics-sweep"])
+@pytest.mark.parametrize("name", ["critics-sweep", "critics", "critics-confident", "critics-settings", "critics-short"])
 def test_a_grid_of_the_second_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have runs that are still to come, of which the page says so; a table in it is the one that was written."""
     monkeypatch.chdir(ROOT)  # the oracle is named from there
@@ -67,6 +69,24 @@ def test_the_effects_are_those_of_the_runs(name: str, effects: ModuleType) -> No
 def test_the_effects_of_the_second_part_are_of_its_arms(effects: ModuleType) -> None:
     arms = yaml.safe_load((RESULTS / "critics.yaml").read_text())["arms"]
     assert {arm for pair in effects.OF_CRITICS.values() for arms in pair for arm in arms} <= set(arms)
+
+
+def test_what_masks_take_of_a_response() -> None:
+    masks = module("masks")
+    sample = Sample(
+        60, "train", "State the final answer to 4 - 1 + 7 =\n", "", 0.0, {}, False, 0, ["3", ",", " 4", "5"]
+    )
+    sample.columns = {"std": np.array([0.1, 0.2, 0.3, 0.4]), "advantage": np.array([1.0, -1.0, 0.0, 2.0])}
+    sample.flags = {"advantage_keep": np.arange(4) > 0, "entropy_keep": np.arange(4) < 3}
+    assert masks.right_so_far(sample).tolist() == [True, True, True, False]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in masks.table([sample]).splitlines()[2:]]
+    assert rows == [
+        ["token 1", "0.250", "0.250", "0.1000", "1.000", "1.000", "0.000"],
+        ["token 2", "0.250", "0.250", "0.2000", "0.000", "0.000", "0.000"],
+        ["tokens 3 to 4", "0.500", "0.500", "0.3500", "0.000", "0.000", "0.500"],
+        ["right so far", "0.750", "0.500", "0.2000", "0.333", "1.000", "0.000"],
+        ["a mistake before it", "0.250", "0.500", "0.4000", "0.000", "0.000", "1.000"],
+    ]
 
 
 def test_arms_without_a_common_seed_have_no_effect(tmp_path: Path, effects: ModuleType) -> None:
