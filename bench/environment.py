@@ -31,12 +31,14 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe this run. A copy of the tree without its history is told its commit by ``BENCH_COMMIT``."""
+    """Describe this run; ``load`` is of the minute before it. A copy of the tree without its history is told its commit
+    by ``BENCH_COMMIT``."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": os.environ.get("BENCH_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "bench", "kernels", "asyppo")),
         "device": _device(device),
+        "load": {"average": round(os.getloadavg()[0], 1), "processors": os.cpu_count()},
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
@@ -53,6 +55,11 @@ def _device(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda or torch.version.hip,
         }
     return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads(), "isa": _isa()}
+
+
+def load_line(load: dict[str, Any]) -> str:
+    """Say whether the machine had other work: processes that wanted to run in the minute before."""
+    return f"Load {load['average']:.1f} of {load['processors']} processors before the start."
 
 
 def _isa() -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 import asyppo_kernels as ours
 from asyppo_kernels import _args, _registration
 from bench import kernels_readme
-from bench.environment import environment
+from bench.environment import environment, load_line
 from bench.registry import Absent, need
 from bench.timing import interleave
 
@@ -380,10 +380,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for row in ROWS if not chosen.op or row.name.startswith(tuple(chosen.op))]
     if not rows:
         parser.error(f"--op: got {', '.join(chosen.op)}, needs the beginning of one of {[row.name for row in ROWS]}")
+    where = environment(torch.device("cpu"))
     torch.manual_seed(0)
     with without_kernels():
         measured = [done for row in rows for done in measure(row, calls=chosen.calls, budget=chosen.seconds)]
-    where = environment(torch.device("cpu"))
     versions = ", ".join(
         f"{package} {where['versions'][package]}"
         for package in ("python", "torch", "triton", "liger_kernel")
@@ -392,7 +392,8 @@ def main(arguments: list[str] | None = None) -> int:
     threads = where["device"]["threads"]
     text = (
         "Microseconds a call on the host, the median, float32, no launches; in brackets the launches left out. "
-        f"{where['device']['name']}, {threads} thread{'s' if threads > 1 else ''}; {versions}.\n\n{table(measured)}"
+        f"{where['device']['name']}, {threads} thread{'s' if threads > 1 else ''}; {versions}. "
+        f"{load_line(where['load'])}\n\n{table(measured)}"
     )
     print(text)
     if not chosen.op:

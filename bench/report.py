@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import behind, results
+from bench.environment import load_line
 from bench.results import RESULTS, Result, Row
 
 MOST = 4  # newest results shown unless files are named
@@ -33,7 +34,7 @@ def environment_lines(result: Result) -> list[str]:
     return [
         f"{result['device']['name']} ({facts}), {result['date']}, commit {commit}{changed}.",
         f"{versions}.",
-        floors_line(result),
+        floors_line(result) + (f" {load_line(result['load'])}" if "load" in result else ""),
     ]
 
 
