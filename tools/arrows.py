@@ -39,7 +39,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "version",
     ),
     "bench": (
-        "__init__ conftest test_ops test_scaling run gpu_check aot host_time data_rows",
+        "__init__ conftest test_ops test_scaling run gpu_check aot host_time data_rows trainers",
         "compare report plots",
         "behind",
         "suite",

@@ -21,6 +21,9 @@ PLAIN_WIDTH = 120
 class Timer:
     """Seconds spent in each phase of a step, as ``timing_s/{phase}``; waits for the GPU so that they are its own."""
 
+    clock = staticmethod(time.perf_counter)
+    """What seconds are read from."""
+
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds: dict[str, float] = {}
@@ -28,14 +31,14 @@ class Timer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what runs inside."""
-        start = time.perf_counter()
+        start = self.clock()
         try:
             yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             key = f"timing_s/{name}"
-            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+            self.seconds[key] = self.seconds.get(key, 0.0) + self.clock() - start
 
 
 def say(*lines: str, stream: TextIO | None = None) -> None:

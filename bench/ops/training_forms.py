@@ -38,7 +38,7 @@ class Shared:
         self.policy = Policy(model, dtype=case.dtype)
         self.optimizer: Any = None
         self.critics: dict[tuple[Algorithm, bool], tuple[Any, Any]] = {}
-        self.tokenizer = tokenizer_of(case)
+        self.tokenizer = tokenizer_of(case.sizes["V"])
         self.sampler: Any = None
 
 
@@ -71,15 +71,16 @@ class NoSampler:
         raise AssertionError("the update samples nothing")
 
 
-def tokenizer_of(case: Case) -> object:
-    """A token is a word, its number. The end-of-sequence token lies beyond the model's vocabulary."""
+def tokenizer_of(vocabulary: int) -> Any:
+    """A token is a word, its number; 0 pads. The end-of-sequence token lies beyond the model's vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {str(i): i for i in range(case.sizes["V"])} | {"<eos>": case.sizes["V"]}
-    made = Tokenizer(models.WordLevel(words, unk_token="0"))
+    # Not "0", which would be cut out of every number that has one.
+    words = {"<pad>": 0} | {str(i): i for i in range(1, vocabulary)} | {"<eos>": vocabulary}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="0", eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
 def reward(completions: list[str], **columns: object) -> list[float]:
