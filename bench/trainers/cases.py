@@ -80,8 +80,8 @@ CASES = (
         32_000,
         Shape(256, 4, 4, 4, 736),
         Shape(128, 2, 4, 4, 368),
-        *(8, 8, 32, 128),
-        steps=2,
+        *(8, 8, 32, 64),
+        steps=3,
         targets={OURS_GRPO: 0.35, OURS: 0.4},
     ),
     TrainerCase(
