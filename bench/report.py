@@ -31,10 +31,12 @@ def environment_lines(result: Result) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     changed = " with uncommitted changes" if result["modified"] else ""
     commit = result["commit"] or "unknown"
+    measured = [floors_line(result)] if "floors" in result else []
+    measured += [load_line(result["load"])] if "load" in result else []
     return [
         f"{result['device']['name']} ({facts}), {result['date']}, commit {commit}{changed}.",
         f"{versions}.",
-        floors_line(result) + (f" {load_line(result['load'])}" if "load" in result else ""),
+        *([" ".join(measured)] if measured else []),
     ]
 
 

@@ -101,8 +101,7 @@ def _short(number: float | None) -> str:
 
 def page(result: dict[str, Any]) -> str:
     """All cases, under what they were measured on."""
-    device, versions = environment_lines(result)[:2]
-    return "\n\n".join([f"{device} {versions}", *(case_table(case) for case in result["cases"])])
+    return "\n\n".join([" ".join(environment_lines(result)), *(case_table(case) for case in result["cases"])])
 
 
 def summary(result: dict[str, Any]) -> str:
