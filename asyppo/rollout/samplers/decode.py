@@ -153,7 +153,9 @@ class _Reader:
     def _forward(self, rows: _Rows, ids: Tensor) -> None:
         width = rows.cache.get_seq_length() + ids.shape[1]
         position = torch.arange(width) - (width - rows.length)[:, None]
-        options: dict[str, Any] = {"attention_mask": (position >= 0).long()}
+        # Without padding there is no mask to be made, and none to be read in every layer.
+        padded = int(rows.length.min()) < width
+        options: dict[str, Any] = {"attention_mask": (position >= 0).long()} if padded else {}
         if "position_ids" in self.accepted:
             options["position_ids"] = position[:, -ids.shape[1] :].clamp(min=0)
         options = {name: value.to(ids.device) for name, value in options.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 128  # tokens
 NOT_FINITE = "the model's logits are not finite: there is nothing to draw from"
 
 
@@ -28,10 +29,18 @@ def draw(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     rows = max(1, (2**24 if logits.is_cuda else 2**18) // logits.shape[1])
     for part, share in zip(logits.split(rows), uniform.split(rows), strict=True):
         scores = tempered(part, temperature)
-        scores -= scores.amax(dim=1, keepdim=True)
-        cumulative = scores.exp().cumsum(dim=1, dtype=torch.float64)
+        scores = scores - scores.amax(dim=1, keepdim=True)
+        # First a block of tokens, then one of them: running sums of all tokens would take most of the time.
+        likelihood = scores.new_zeros(len(part), -(-part.shape[1] // BLOCK) * BLOCK)
+        torch.exp(scores, out=likelihood[:, : part.shape[1]])
+        blocks = likelihood.unflatten(1, (-1, BLOCK))
+        cumulative = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
         total = cumulative[:, -1:].contiguous()
-        token = inverse(cumulative, share * total)
+        at = share * total
+        block = inverse(cumulative, at)
+        at = at - torch.nn.functional.pad(cumulative, (1, 0)).gather(1, block)
+        within = blocks.take_along_dim(block[..., None], dim=1)[:, 0].cumsum(dim=1, dtype=torch.float64)
+        token = (block * BLOCK + inverse(within, at)).clamp(max=part.shape[1] - 1)  # of NaN: past the end
         drawn.append((token, scores.gather(1, token) - total.log(), total))
     token, logprob, total = (torch.cat(part)[:, 0] for part in zip(*drawn, strict=True))
     if not bool(total.isfinite().all()):
@@ -43,7 +52,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     """Return ``logits`` [b, V] of the tempered distribution, float32; at temperature 0 all of it is on the likeliest
     token."""
     if temperature > 0:
-        return logits.float() / temperature
+        return logits.float() if temperature == 1 else logits.float() / temperature
     likeliest = logits.argmax(dim=1, keepdim=True)
     return torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter(1, likeliest, 0.0)
 
