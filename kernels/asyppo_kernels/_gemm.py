@@ -26,11 +26,11 @@ def gradient_operand(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 else operand(x)
 
 
-def mm_f32(a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
-    """``scale * (a @ b)`` of two operands of one dtype, in float32."""
+def mm_f32(a: Tensor, b: Tensor, *, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """``scale * (a @ b)`` of two operands of one dtype, in float32; of float32 ones in ``out``, if given."""
     if a.dtype == torch.float32:
         nothing = a.new_empty(())
-        return torch.mm(a, b) if scale == 1 else torch.addmm(nothing, a, b, beta=0, alpha=scale)
+        return torch.mm(a, b, out=out) if scale == 1 else torch.addmm(nothing, a, b, beta=0, alpha=scale, out=out)
     product = torch.mm(a, b, out_dtype=torch.float32)
     return product if scale == 1 else product.mul_(scale)
 

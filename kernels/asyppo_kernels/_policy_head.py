@@ -21,9 +21,10 @@ IGNORE_TARGET = -100
 TILE = 128  # rows or columns of a tile of a matrix product
 BLOCKS = 3  # float32 blocks of logits alive at once below on a GPU: z, p, and the slope of the softcap
 GPU_WORKSPACE_BYTES = 5 * 2**29  # 2.5 GiB
-CPU_ROWS = 256  # every chunk of rows reads the whole weight, so that few rows at a time are slow; but within
+CPU_ROWS = 256, 1024  # every chunk of rows reads the whole weight, so that few at a time are slow: the first, and more
+CPU_MORE_BYTES = 2**27  # as long as they take this, but at least
 CPU_LEAST_BYTES = 2**25
-CPU_WORKSPACE_BYTES = 2**28
+CPU_WORKSPACE_BYTES = 2**28  # and never more than this
 CPU_SLICE_BYTES = 2**25  # slices of the vocabulary read the weight once, however many
 CPU_TILE_BYTES = 2**20  # a thread's part of the logits between whose passes the cache keeps it
 KEPT_LOGITS_BYTES = 2**26  # a CPU keeps logits of at most this for the backward, which then has a product less
@@ -122,13 +123,14 @@ def lines_per_block(
     """How many rows of ``length`` logits (or columns of ``length`` rows) fit the workspace; at least one.
 
     An element takes ``bytes_per_element``; None is what the functions below take on this device. A workspace of None is
-    2.5 GiB, and on a CPU what ``CPU_ROWS`` rows take, from 32 to 256 MiB.
+    2.5 GiB, and on a CPU what 1024 rows take, from 32 to 128 MiB, or 256 rows, up to 256 MiB.
     """
     cpu = device.type == "cpu"
     if bytes_per_element is None:
         bytes_per_element = 4 if cpu else 4 * BLOCKS
     if workspace_bytes is None:
-        full = max(CPU_LEAST_BYTES, CPU_ROWS * bytes_per_element * length)
+        fewest, more = (rows * bytes_per_element * length for rows in CPU_ROWS)
+        full = max(CPU_LEAST_BYTES, min(CPU_MORE_BYTES, more), fewest)
         workspace_bytes = min(CPU_WORKSPACE_BYTES, full) if cpu else GPU_WORKSPACE_BYTES
     return max(1, workspace_bytes // (bytes_per_element * max(1, length)))
 
@@ -163,11 +165,12 @@ def tiles(z: Tensor) -> Iterator[slice]:
     yield from (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def products(hidden: Tensor, weight: Tensor, options: HeadOptions) -> Tensor:
+def products(hidden: Tensor, weight: Tensor, options: HeadOptions, out: Tensor | None = None) -> Tensor:
     """Float32 hidden weight^T of these rows and this slice of the vocabulary, as stored in ``logits_dtype``, in the
-    unit of ``options``."""
+    unit of ``options``; of float32 operands in the first rows of ``out``, if given."""
     if options.logits_dtype == torch.float32:
-        return mm_f32(hidden, weight.t(), scale=options.unit)
+        out = None if out is None else out[: len(hidden)]
+        return mm_f32(hidden, weight.t(), scale=options.unit, out=out)
     return mm_f32(hidden, weight.t()).to(options.logits_dtype).float().mul_(options.unit)
 
 

@@ -104,7 +104,8 @@ def linear_ppo_loss(
             rows.
         dead_row_stats: False spares the first GEMM, too, the rows that count but are not live; they return 0.
         workspace_bytes: the most that the logits of a chunk, with what is made of them, may take; at least one row is
-            computed at a time. None is 2.5 GiB, and on a CPU what 256 rows take, from 32 to 256 MiB.
+            computed at a time. None is 2.5 GiB, and on a CPU what 1024 rows take, from 32 to 128 MiB,
+            or 256 rows, up to 256 MiB.
         backend: "auto", "triton" or "torch".
 
     Returns:

@@ -101,12 +101,18 @@ def forward(
     size = lines_per_block(len(weight), hidden.device, workspace_bytes)
     shown = rows.counted if dead_row_stats else rows.live
     compacted = live_and_dead(rows) if compact else None
+    # Logits of all chunks in one block of memory: for a new one each, the system would have to clear it first.
+    block, one_block = None, head.logits_dtype == w.dtype == torch.float32
     for index, live in chunks(n, size, compacted, dead_row_stats=dead_row_stats):
         part, visible = rows.take(index), shown[index]
         x = hidden[index]
         if not compact:  # rows that do not count are still here, and 0 * NaN would reach d_weight
             x = x.where(visible[:, None], 0.0)
-        z = products(operand(x), w, head)
+        if block is not None and len(block) < len(x):
+            block = None
+        z = products(operand(x), w, head, out=block)
+        if one_block and block is None:
+            block = z
         stats = row_stats_(z, part.target, bias, head, entropy=True)
         token = token_loss(part, stats.logprob, stats.entropy, ppo)
         loss[index] = token.loss
