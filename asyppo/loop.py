@@ -117,6 +117,12 @@ class Trainer(Protocol):
         ...
 
 
+def trial_prompts(trainer: Trainer) -> list[Tensor]:
+    """Return prompts to try the sampler on, int64 [length] each."""
+    rows = [trainer.train_dataset[i] for i in range(min(32, len(trainer.train_dataset)))]
+    return trainer.rollout.tokenize([row["prompt"] for row in rows])
+
+
 class TrainingLoop:
     """Runs the steps of a ``trainer``. What they learn is the trainer's; what is kept of them, and when, is here."""
 
@@ -139,7 +145,7 @@ class TrainingLoop:
         something cannot be written.
         """
         trainer = self.trainer
-        gap = settle(trainer.sampler, trainer.engine, trainer.policy, self._trial_prompts(), self.config)
+        gap = settle(trainer.sampler, trainer.engine, trainer.policy, trial_prompts(trainer), self.config)
         trainer.sampler_agrees = gap <= AGREES
         hooks = Callbacks(
             self.trainer.callbacks,
@@ -270,7 +276,7 @@ class TrainingLoop:
         if not first and (every == 0 or step % every):
             return False
         self.checked_after = step
-        return self._strayed(step, agreement(trainer.sampler, trainer.policy, self._trial_prompts(), self.config))
+        return self._strayed(step, agreement(trainer.sampler, trainer.policy, trial_prompts(trainer), self.config))
 
     def _strayed(self, step: int, gap: float) -> bool:
         """Return whether log-probs of sampler and policy are further apart than they may be, and warn if they are."""
@@ -286,11 +292,6 @@ class TrainingLoop:
                 limit,
             )
         return True
-
-    def _trial_prompts(self) -> list[Tensor]:
-        """Prompts to try the sampler on."""
-        rows = [self.trainer.train_dataset[i] for i in range(min(32, len(self.trainer.train_dataset)))]
-        return self.trainer.rollout.tokenize([row["prompt"] for row in rows])
 
     def resume(self, run: RunDirectory, hooks: Callbacks) -> tuple[int, Path | None]:
         """Put everything back to the run's last checkpoint, and cut off what was logged after it. Returns the step to
@@ -317,7 +318,7 @@ class TrainingLoop:
             return None
         # An engine may not have taken the weights.
         if isinstance(trainer.sampler, SentWeights) and step != self.checked_after:
-            self._strayed(step, agreement(trainer.sampler, trainer.policy, self._trial_prompts(), self.config))
+            self._strayed(step, agreement(trainer.sampler, trainer.policy, trial_prompts(trainer), self.config))
         prompts = trainer.rollout.tokenize([row["prompt"] for row in rows])
         count = len(rows) * self.config.eval.num_generations
         # While steps are shown, an evaluation is a part of its step.

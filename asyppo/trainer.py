@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from asyppo.algorithm.options import AdvantageOptions, PolicyLossOptions, Shapin
 from asyppo.algorithm.policy_losses import POLICY_LOSSES, PolicyLoss, PolicyTargets, importance_weights
 from asyppo.algorithm.schedules import learning_rate_factor, set_learning_rate
 from asyppo.algorithm.shaping import shape_rewards
-from asyppo.algorithm.signal import Advantage, LearningSignal, Outcome
+from asyppo.algorithm.signal import Advantage, LearningSignal, Outcome, StateValues
 from asyppo.algorithm.split import split_responses
 from asyppo.algorithm.value_losses import value_loss
 from asyppo.algorithm.weights import token_weights
@@ -30,7 +31,7 @@ from asyppo.data.batch import Batch, MicroBatch, micro_batches, minibatches, tok
 from asyppo.data.checks import Checks, fitting
 from asyppo.data.given import given_eval_rows, given_rows
 from asyppo.data.prompts import prompt_tokens
-from asyppo.distributed.processes import sum_over_ranks
+from asyppo.distributed.processes import forked_rng, sum_over_ranks
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.loop import StepResult, TrainingError, TrainingLoop, TrainResult
 from asyppo.metrics.diagnostics import critic_diagnostics, mask_diagnostics, masked_gradient_fractions
@@ -45,10 +46,19 @@ from asyppo.metrics.step import (
     time_metrics,
 )
 from asyppo.models.critics import CriticOptimizer, Critics, check_tokens, policy_inputs
-from asyppo.models.loading import critics_of, fit_of, given_critics, given_policy, policy_of, tokenizer_of
+from asyppo.models.loading import (
+    critics_of,
+    fit_of,
+    given_critics,
+    given_policy,
+    longest_sequence,
+    policy_of,
+    tokenizer_of,
+)
 from asyppo.models.policy import Objective, Policy, TokenStats
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
+from asyppo.rollout.continuations import Continuations, monte_carlo_values
 from asyppo.rollout.samplers import ON_THE_MODEL, DividedSampler, Sampler, SentWeights, make_sampler, sends_weights
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
@@ -180,6 +190,23 @@ class AsyPPOTrainer:
                     model.shard(mesh)
         return sends_weights(called, engine, policy), engine
 
+    def with_settings(self, config: AsyPPOConfig) -> AsyPPOTrainer:
+        """Return a trainer with this one's models and data, and other settings of the algorithm; without its critics
+        where the algorithm has none. Raises ConfigError."""
+        config.validate()
+        if config.beta > 0 and self.reference is None:
+            raise ConfigError(f"beta: got {config.beta}, needs 0, as where the models were made: there is no reference")
+        if config.temperature != self.config.temperature:
+            raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {self.config.temperature}")
+        other = copy.copy(self)
+        other.config, other.advantage, other.surrogate = config, advantage_of(config), surrogate_of(config)
+        other.own_values = values_of(config)
+        other.rollout = copy.copy(self.rollout)
+        other.rollout.config = config
+        if not config.num_critics:
+            other.critics = other.critic_optimizer = None
+        return other
+
     def weights_changed(self) -> None:
         """Let a sampler that holds weights of its own know that the policy's are others now."""
         if isinstance(self.sampler, SentWeights):
@@ -217,12 +244,8 @@ class AsyPPOTrainer:
                 with timer.phase("ref"):
                     ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
             batch, penalties = self.shape_rewards(batch, old_logprob, ref_logprob)
+            batch = self._with_policy_inputs(batch, old)
             metrics |= penalties
-
-            if self.critics is not None and self.critics.policy_inputs:
-                assert old is not None  # reads_old_logprobs
-                read = policy_inputs(old, batch.mask, self.critics.policy_inputs)
-                batch = replace(batch, policy_inputs=read)
 
             # 1 to 3. Split, critic update, values of all responses.
             values, share = None, None
@@ -233,9 +256,15 @@ class AsyPPOTrainer:
                 with timer.phase("values"):
                     values = self.own_values(batch, self.tokenizer)
 
+            monte_carlo = None
+            if config.monte_carlo_values:
+                monte_carlo, costs = self.continue_responses(sampled, step, timer)
+                metrics |= costs
+
             # 4 and 5. Advantage on the mean value; masks from the disagreement.
             with timer.phase("adv"):
-                outcome = Outcome(batch.reward, batch.mask, batch.learned, batch.group, values, share, seed)
+                parts = batch.reward, batch.mask, batch.learned, batch.group, values, share, seed
+                outcome = Outcome(*parts, monte_carlo=monte_carlo)
                 signal = self.advantage(outcome, AdvantageOptions.of(config))
             metrics |= self._diagnose(step, batch, signal, old_logprob, timer)
 
@@ -278,6 +307,37 @@ class AsyPPOTrainer:
         )
         ignored = batch.truncated if self.config.mask_truncated_completions else batch.ignored
         return replace(batch, reward=reward, ignored=ignored), penalties
+
+    def continue_responses(self, sampled: Sampled, step: int, timer: Timer) -> tuple[StateValues, dict[str, float]]:
+        """Return values of states of the responses from continuations, and metrics of their cost. What else is drawn in
+        the step is what it would be without them."""
+        with timer.phase("continuations"), forked_rng():
+            torch.manual_seed(self.config.seed * 1_000_003 + step)
+            found = monte_carlo_values(sampled, self.continuations(), step)
+            self.rest()
+        return found
+
+    def continuations(self) -> Continuations:
+        """Return what continues responses with the policy, and gives them the rewards that the algorithm sees."""
+        return Continuations(self.rollout, self._with_penalties, longest_sequence(self.config, self.policy))
+
+    def observe(self, batch: Batch) -> tuple[Batch, TokenStats]:
+        """Return a sampled ``batch`` as a step sees it before anything learns, and what the policy says of it."""
+        old, ref_logprob = self.policy.logprobs(batch, self._micro_batches(batch)), None
+        if self.config.use_kl_in_reward:
+            assert self.reference is not None
+            ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
+        return self._with_policy_inputs(self.shape_rewards(batch, old.logprob, ref_logprob)[0], old), old
+
+    def _with_policy_inputs(self, batch: Batch, old: TokenStats | None) -> Batch:
+        """``batch`` with what critics read of the policy beside the tokens."""
+        if self.critics is None or not self.critics.policy_inputs:
+            return batch
+        assert old is not None  # reads_old_logprobs
+        return replace(batch, policy_inputs=policy_inputs(old, batch.mask, self.critics.policy_inputs))
+
+    def _with_penalties(self, batch: Batch) -> Batch:
+        return self.observe(batch)[0] if self.config.use_kl_in_reward else self.shape_rewards(batch, None, None)[0]
 
     def learn_values(
         self, critics: Critics, batch: Batch, generator: torch.Generator, timer: Timer

@@ -27,6 +27,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "__init__ __main__",
         "cli",
         "compare",
+        "audit",
         "trainer loop evaluate checkpoint",
         "report",  # the loop ends with one
         "metrics rollout",

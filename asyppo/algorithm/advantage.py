@@ -21,10 +21,13 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FU
 
     With ``cross_fit`` a response's mean value leaves out the critic that learned from it (as in arXiv 1608.00060); σ is
     over all critics. Only tokens that losses count are whitened and ranked. σ is ranked as ``coarse`` has it.
-    (AsyPPO, arXiv 2510.01656; GAE, arXiv 1506.02438.) Raises ValueError without critics.
+    (AsyPPO, arXiv 2510.01656; GAE, arXiv 1506.02438.) With ``monte_carlo`` the advantage is that of
+    ``monte_carlo_advantage``. Raises ValueError without critics.
     """
     if outcome.values is None:
         raise ValueError("values: got None, needs the values [M, B, T] of critics")
+    if options.advantage_values == "monte_carlo":
+        return monte_carlo_advantage(outcome, options, ops)
     values, mask, learned = outcome.values, outcome.mask, outcome.learned
     trained_by = outcome.share if options.advantage_values == "cross_fit" else None
     fitted = values if trained_by is None else without_own_critic(values, trained_by)
@@ -91,6 +94,52 @@ def _masks_in_scope(
     low = masked_mean(torch.stack([part.low for part in parts]), there)
     high = masked_mean(torch.stack([part.high for part in parts]), there)
     return advantage_keep, entropy_keep, low, high
+
+
+def monte_carlo_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FUSED) -> LearningSignal:
+    """VinePPO's (arXiv 2410.01679): GAE on values that continuations have estimated.
+
+    What is written from one state to the next is one action, whose tokens share its advantage and, in what is reported,
+    its state's value; λ counts states. With λ = 0 it is the paper's advantage, its equation 7. If there are critics,
+    masks come from their σ; otherwise nothing is masked. Raises ValueError without such values.
+    """
+    if outcome.monte_carlo is None:
+        raise ValueError("monte_carlo: got None, needs values from continuations")
+    states, mask, learned = outcome.monte_carlo.states, outcome.mask, outcome.learned
+    # Of each token, the number of its action in the response.
+    action = (states.cumsum(dim=1) - 1).clamp(min=0)
+    reward = torch.zeros_like(outcome.reward).scatter_add(1, action, torch.where(mask, outcome.reward, 0.0))
+    actions = torch.arange(mask.shape[1], device=mask.device) < states.sum(dim=1, keepdim=True)
+
+    def to_tokens(grid: Tensor) -> Tensor:
+        return torch.where(mask, grid.gather(1, action), 0.0)
+
+    lam: float | Tensor = options.lam
+    if options.length_adaptive_alpha is not None:
+        lam = length_adaptive_lambda(states.sum(dim=1), options.length_adaptive_alpha)
+    there = torch.where(states, outcome.monte_carlo.value, 0.0)
+    value = torch.zeros_like(there).scatter_add(1, action, there)
+    gae = ops.ensemble_gae(value[None], reward, actions, gamma=options.gamma, lam=lam, value_lam=options.value_lambda)
+    advantage = to_tokens(gae.advantage)
+    signal = replace(
+        unmasked_signal(outcome, whiten(advantage, learned, outcome.group, options.whiten)),
+        raw_advantage=advantage,
+        returns=to_tokens(gae.returns),
+        value=to_tokens(value),
+    )
+    if outcome.values is None:
+        return signal
+    std = torch.where(mask, outcome.values.std(dim=0, correction=0), 0.0)
+    advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options, ops, outcome.seed)
+    return replace(
+        signal,
+        advantage_keep=advantage_keep,
+        entropy_keep=entropy_keep,
+        values=outcome.values,
+        std=std,
+        low=low,
+        high=high,
+    )
 
 
 def group_advantage(outcome: Outcome, options: AdvantageOptions) -> LearningSignal:

@@ -24,6 +24,8 @@ class Algorithm:
     predicts each token of the response grid, or ``module:function`` of it. None: critics', or none."""
     compares_group: bool = False
     """Whether it compares the responses of one prompt, which takes at least two."""
+    monte_carlo: bool = False
+    """Whether it takes its values from continuations, whatever ``advantage_values`` says."""
     scales_rewards: bool = False
     """Whether it reads ``scale_rewards``."""
 
@@ -35,6 +37,7 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {
     "asyppo": Algorithm("asyppo.algorithm.advantage:critics_advantage", critics="mini"),
     "ppo": Algorithm("asyppo.algorithm.advantage:critics_advantage", critics="policy"),
+    "vineppo": Algorithm("asyppo.algorithm.advantage:monte_carlo_advantage", monte_carlo=True),
     "grpo": Algorithm("asyppo.algorithm.advantage:group_advantage", compares_group=True, scales_rewards=True),
     "rloo": Algorithm("asyppo.algorithm.advantage:leave_one_out_advantage", compares_group=True),
     "reinforce++": Algorithm("asyppo.algorithm.advantage:reward_to_go_advantage"),

@@ -20,7 +20,7 @@ class AdvantageOptions:
     value_lambda: float = 1.0
     whiten: Literal["none", "batch", "group"] = "batch"
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    advantage_values: Literal["after", "before", "cross_fit"] = "after"
+    advantage_values: Literal["after", "before", "cross_fit", "monte_carlo"] = "after"
     advantage_mask: Literal["sigma", "random", "none"] = "sigma"
     advantage_mask_fraction: float = 0.2
     advantage_mask_skip: int = 0

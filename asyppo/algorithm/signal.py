@@ -11,6 +11,16 @@ from asyppo.algorithm.options import AdvantageOptions
 
 
 @dataclass(frozen=True)
+class StateValues:
+    """Values of some of the states that responses go through, however they were found."""
+
+    value: Tensor
+    """float32 [B, T]: at the token that is drawn in the state; 0 elsewhere."""
+    states: Tensor
+    """bool [B, T]: where there is a state; the first token of each response is."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a step knows of its B responses when it makes the advantage."""
 
@@ -29,6 +39,8 @@ class Outcome:
     seed: int = 0
     """Of the chance that an algorithm may take, such as a random mask's: of the run's seed and the step, so the same on
     every rank and in a resumed run."""
+    monte_carlo: StateValues | None = None
+    """Values from continuations, where ``advantage_values`` or the algorithm asks for them."""
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.checkpoint import load_checkpoint
+from asyppo.config import AsyPPOConfig, ConfigError, load_config
 from asyppo.data.checks import Checks, fitting
 from asyppo.data.prompts import prompt_tokens
 from asyppo.data.rows import Row
 from asyppo.data.sources import load_eval_rows, load_train_rows
 from asyppo.distributed.processes import agreed, from_main, make_mesh
 from asyppo.evaluate import Evaluation, evaluate
+from asyppo.loop import trial_prompts
 from asyppo.metrics.introduction import introduction_of_evaluation
 from asyppo.models import warm_start
 from asyppo.models.loading import choose_device, fit_of, policy_of, tokenizer_of
 from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
 from asyppo.rollout.samplers import make_sampler, sampler_factory, sends_weights, settle
+from asyppo.run import durable
 from asyppo.run.directory import run_path
 from asyppo.run.progress import ProgressDisplay, say
 from asyppo.run.writers import check_writers
@@ -70,6 +74,32 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         )
 
     return agreed(make)
+
+
+def config_of_checkpoint(checkpoint: Path, changes: Mapping[str, Any]) -> AsyPPOConfig:
+    """Return the settings of the run that ``checkpoint`` is of, with ``changes``, for a trainer that does not write to
+    the run's directory. Raises ConfigError."""
+    places = [folder / "config.yaml" for folder in (checkpoint, checkpoint.parent)]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise ConfigError(f"audit: {checkpoint} has no config.yaml, needs the checkpoint of a run")
+    return unnamed(load_config(file, changes))
+
+
+def trainer_of_checkpoint(checkpoint: Path, config: AsyPPOConfig) -> AsyPPOTrainer:
+    """Return a trainer of ``config``, whose models and optimizers are those of ``checkpoint``. Raises ConfigError."""
+    if damage := from_main(lambda: durable.damage(checkpoint)):
+        raise ConfigError(f"audit: {checkpoint} is damaged: {damage}")
+    trainer = build_trainer(config)
+    load_checkpoint(checkpoint, trainer.trained())
+    trainer.weights_changed()
+    settle(trainer.sampler, trainer.engine, trainer.policy, trial_prompts(trainer), config)
+    return trainer
+
+
+def unnamed(config: AsyPPOConfig) -> AsyPPOConfig:
+    """Return ``config`` for a trainer that writes nothing."""
+    return replace(config, run_name=None, resume=False, report_to=[])
 
 
 def _checked(

@@ -221,6 +221,64 @@ def _plan(namespace: Namespace) -> int:
     return 0
 
 
+def _audit_arguments(parser: ArgumentParser) -> None:
+    for name, kind, default, text in (
+        ("states", int, 512, "States that are held against the truth."),
+        ("continuations", int, 16, "K, continuations of each state and of the one behind its token."),
+        ("prompts", int, None, "Prompts whose responses the states are of. By default as many as a step has."),
+        ("budget", int, None, "Stop after so many tokens of continuations, with the states that are done."),
+        ("batches", int, 16, "With --gradients: batches of each arm."),
+        ("reference_batches", int, 32, "With --gradients: batches of the reference."),
+        ("critic_steps", int, 8, "With --gradients: batches that critics of arms learn which are not the run's."),
+        ("seed", int, 0, "Seed of prompts, responses and continuations."),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
+    parser.add_argument(
+        "run", type=str, metavar="RUN", help="A run's directory (its last checkpoint), or a checkpoint."
+    )
+    parser.add_argument(
+        "--gradients", action="store_true", help="Compare estimators of the policy gradient, in place of values."
+    )
+    parser.add_argument(
+        "--split",
+        type=str,
+        metavar="NAME",
+        help="Prompts: eval, those held out, or train. By default eval where there are any, and train for gradients.",
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="Let critics learn from the audited responses first, as a step does."
+    )
+    parser.add_argument(
+        "--arm",
+        type=str,
+        action="append",
+        default=[],
+        metavar="SETTINGS",
+        help="With --gradients: an estimator, as settings that differ from the run's, such as 'lam=0.5 whiten=none', "
+        "with a name in front or none ('low: lam=0.5'). May be given several times; without any, some usual ones.",
+    )
+    parser.add_argument(
+        "--arms", type=str, metavar="FILE", help="With --gradients: YAML file with arms, as asyppo compare has them."
+    )
+    parser.add_argument(
+        "--set", type=str, default="", metavar="SETTINGS", help="Settings in place of the run's, such as 'device=cpu'."
+    )
+    parser.add_argument(
+        "--out",
+        type=str,
+        metavar="FILE",
+        help="The results. By default audit-STEP.json or gradients-STEP.json in the run's directory, whose report is "
+        "written again. A file of that name is replaced.",
+    )
+
+
+def _audit(namespace: Namespace) -> int:
+    _quiet_libraries()
+    from asyppo.cli.audit import audit
+
+    return audit(namespace)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a policy",
@@ -240,6 +298,11 @@ COMMANDS: dict[str, Command] = {
     "report": Command("show runs as one HTML page: curves, calibration, masks, and tokens", _report, _report_arguments),
     "compare": Command(
         "run a grid of configurations and seeds, and compare what they reach", _compare, _compare_arguments
+    ),
+    "audit": Command(
+        "hold a run's critics against what continuations come to, or its gradient against a reference",
+        _audit,
+        _audit_arguments,
     ),
     "plan": Command(
         "estimate the memory of a configuration on each GPU, by phase of a step",

@@ -273,6 +273,27 @@ class VLLMConfig:
 
 
 @dataclass
+class MonteCarloConfig:
+    """Values from continuations (``advantage_values: monte_carlo``, ``algorithm: vineppo``; VinePPO, arXiv
+    2410.01679): from states that the responses go through, the policy goes on K times, and the mean of what it gets is
+    the state's value. It costs so many times the sampling that it is a ceiling to hold critics against rather than a
+    way to train: ``monte_carlo/tokens_per_response_token`` says how many."""
+
+    num_continuations: int = setting(9, at_least=1)
+    """K. The paper's: 9."""
+    every: int = setting(8, at_least=1)
+    """A state every so many tokens, from the first on. Tokens between two states share the first one's value and
+    advantage. Our choice."""
+    boundaries: list[str] = field(default_factory=list)
+    """Texts after which a state begins, in place of ``every``: ``["\\n"]`` for VinePPO's steps of a solution."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether an action may be of several tokens."""
+        return self.every > 1 or bool(self.boundaries)
+
+
+@dataclass
 class DistributedConfig:
     """Several processes, one a GPU, started by ``torchrun``; weights are sharded over them with FSDP2."""
 
@@ -294,8 +315,9 @@ class AsyPPOConfig:
     algorithm: str = "asyppo"
     """``asyppo``: mini-critics on disjoint shares. ``ppo``: one critic of the policy's size. Without a critic:
     ``grpo``, the reward normalised within each prompt's group; ``rloo``, less the mean of the group's others;
-    ``reinforce++``, normalised over the batch. Or one's own, ``module:name`` or ``path.py:name``: a function from
-    ``Outcome`` and ``AdvantageOptions`` to a ``LearningSignal``, or an ``Algorithm``, which may have critics."""
+    ``reinforce++``, normalised over the batch; ``vineppo``, with values from continuations (``monte_carlo``). Or one's
+    own, ``module:name`` or ``path.py:name``: a function from ``Outcome`` and ``AdvantageOptions`` to a
+    ``LearningSignal``, or an ``Algorithm``, which may have critics."""
     seed: int = 0
     """Seed of everything random in training. Evaluation has its own."""
     max_steps: int = setting(100, at_least=1, may_change=True, elsewhere=("num_train_epochs", "total_training_steps"))
@@ -484,10 +506,13 @@ class AsyPPOConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What GRPO divides a reward less its group's mean by: the standard deviation of the group's rewards
     (arXiv 2402.03300), of the batch's, or nothing (Dr. GRPO, arXiv 2503.20783)."""
-    advantage_values: Literal["after", "before", "cross_fit"] = "after"
+    advantage_values: Literal["after", "before", "cross_fit", "monte_carlo"] = "after"
     """Values that advantages and masks are made of. ``after``: of the critics after their update (the paper's order).
     ``before``: of the critics before it, which have not seen these responses. ``cross_fit``: after it, but a
-    response's mean value leaves out the critic trained on it; σ is over all critics."""
+    response's mean value leaves out the critic trained on it; σ is over all critics. ``monte_carlo``: of no critic, but
+    of continuations (``monte_carlo``), at the cost of sampling them; masks still come from the critics' σ."""
+    monte_carlo: MonteCarloConfig = field(default_factory=MonteCarloConfig)
+    """Values from continuations."""
     advantage_mask: Literal["sigma", "random", "none"] = "sigma"
     """Tokens whose advantage is masked. ``sigma``: those where critics agree most (the paper's). ``random``: as many,
     whichever, by the seed and the step: the control of a claim about the mask. ``none``: none."""
@@ -511,6 +536,11 @@ class AsyPPOConfig:
     def kl_in_loss(self) -> float:
         """Coefficient of the KL penalty in the policy's loss."""
         return 0.0 if self.use_kl_in_reward else self.beta
+
+    @property
+    def monte_carlo_values(self) -> bool:
+        """Whether advantages are made of values from continuations."""
+        return self.advantage_values == "monte_carlo" or self.resolved_algorithm.monte_carlo
 
     @property
     def resolved_algorithm(self) -> Algorithm:
@@ -589,11 +619,19 @@ class AsyPPOConfig:
             )
         need(
             self.advantage_values == "after"
-            or self.num_critics >= {"before": 1, "cross_fit": 2}[self.advantage_values],
+            or self.num_critics >= (2 if self.advantage_values == "cross_fit" else 1)
+            or (self.monte_carlo_values and (algorithm.monte_carlo or self.algorithm not in ALGORITHMS)),
             "advantage_values",
             self.advantage_values,
             f"{'two critics' if self.advantage_values == 'cross_fit' else 'a critic'}, "
-            f"algorithm {self.algorithm} has {self.num_critics} here",
+            f"algorithm {self.algorithm} has {self.num_critics} here"
+            + ("; vineppo takes values from continuations without any" if self.monte_carlo_values else ""),
+        )
+        need(
+            self.gamma == 1 or not self.monte_carlo_values or not self.monte_carlo.sparse,
+            "gamma",
+            self.gamma,
+            "1 for values from continuations, or monte_carlo.every 1: it would count states, not tokens",
         )
         need(
             self.advantage_values != "cross_fit" or self.critic.share == "disjoint",
@@ -601,6 +639,12 @@ class AsyPPOConfig:
             self.advantage_values,
             f"critic.share 'disjoint', got {self.critic.share!r}: it leaves out the critic that learned from a "
             "response, and here all did",
+        )
+        need(
+            all(self.monte_carlo.boundaries),
+            "monte_carlo.boundaries",
+            self.monte_carlo.boundaries,
+            "texts that are not empty",
         )
         self._validate_data()
         need(

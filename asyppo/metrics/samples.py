@@ -15,9 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from asyppo.metrics.record import StepRecord
 
 
-def sample_rows(record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def sample_rows(
+    record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBase, chosen: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """Return rows of ``count`` responses, spread evenly over the batch: of different prompts as far as there are
-    enough. What lies on the grid [B, T] becomes a number, or a bool, for each token of a response."""
+    enough; or of those that are ``chosen``. What lies on the grid [B, T] becomes a number, or a bool, for each token of
+    a response."""
     batch, signal = record.batch, record.signal
     columns = {
         "logprob": record.old.logprob,
@@ -33,7 +36,7 @@ def sample_rows(record: StepRecord, count: int, tokenizer: PreTrainedTokenizerBa
         "entropy_keep": signal.entropy_keep,
     }
     count = min(count, len(batch))
-    chosen = [index * len(batch) // count for index in range(count)]
+    chosen = [index * len(batch) // count for index in range(count)] if chosen is None else chosen
     rows, extra = [], record.rewards.logged.extra
     for b in chosen:
         prompt, length = int(batch.prompt_length[b]), int(batch.response_length[b])

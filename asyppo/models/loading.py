@@ -149,6 +149,17 @@ def _config_of(model: Any, config: AsyPPOConfig, setting: str) -> PreTrainedConf
     return (model.model if isinstance(model, Policy) else model).config
 
 
+def longest_sequence(config: AsyPPOConfig, policy: Policy) -> int:
+    """Return how many tokens of prompt and response together the sampler of ``policy`` can be asked for."""
+    positions = room_for_prompts(config, [policy.model.config]) + config.max_completion_length
+    if config.sampler != "vllm":
+        return positions
+    bound = config.vllm.max_model_len
+    if bound is None and config.data.max_prompt_length is not None:
+        bound = config.data.max_prompt_length + config.max_completion_length
+    return positions if bound is None else min(positions, bound)
+
+
 def room_for_prompts(config: AsyPPOConfig, models: Sequence[PreTrainedConfig]) -> int:
     """Return how many of the positions of ``models`` the longest response leaves. Raises ConfigError if none."""
     texts = [model.get_text_config() for model in models]

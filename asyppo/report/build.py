@@ -73,8 +73,9 @@ def build_page(runs: Sequence[Run]) -> str:
         figures=[(chart.name, as_json(chart.figure)) for chart in charts],
         samples=[as_json(tokens.pack(sample)) for _, sample in chosen],
         view=as_json({"index": tokens.index(chosen), "scales": tokens.scales(chosen), "runs": names}),
+        audited=any(run.audits for run in runs),
         shown=len(chosen),
-        written=sum(run.samples_written for run in runs),
+        written=sum(run.samples_written + sum(s.split == "audit" for s in run.samples) for run in runs),
         policy=f"default-src 'none'; script-src {_hash(script)} {_hash(plotly)}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'",
         css=Markup(_asset("page.css")),

@@ -23,7 +23,17 @@ COLUMNS = 40
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 PATTERNS = ("", "/", "x", "-", ".", "\\", "|", "+")
-INSIDE_A_STEP = ("gen", "reward", "old_log_prob", "ref", "update_critic", "values", "adv", "update_actor")
+INSIDE_A_STEP = (
+    "gen",
+    "reward",
+    "old_log_prob",
+    "ref",
+    "update_critic",
+    "values",
+    "continuations",
+    "adv",
+    "update_actor",
+)
 """Phases in the order of the loop; others that a run timed come after them."""
 
 
@@ -93,7 +103,7 @@ def curves(
             rows.append([label, *map(number, (values[0], values[-1], min(values), max(values)))])
             every = math.ceil(len(steps) / MAX_POINTS)
             thinned |= every > 1
-            line = _line(
+            line = curve(
                 label,
                 _thin(steps, every),
                 _thin(values, every),
@@ -143,7 +153,7 @@ def bands(
             data += _band(steps, quantiles[:, 0], quantiles[:, 4], "--series-1-faint", "5–95 %")
         data += _band(steps, quantiles[:, 1], quantiles[:, 3], f"{color}-soft", "" if several else "25–75 %")
         label = name if several else "median"
-        data.append(_line(label, steps, quantiles[:, 2], color=r, symbol=r, width=2.2))
+        data.append(curve(label, steps, quantiles[:, 2], color=r, symbol=r, width=2.2))
         for when, row in (("first", quantiles[0]), ("last", quantiles[-1])):
             rows.append([f"{name}, {when}" if several else when, *map(number, row)])
     if not data:
@@ -172,7 +182,7 @@ def rewards(runs: Sequence[Run], names: Sequence[str]) -> Chart | None:
             columns = _columns(samples)
             share = [sum(s.reward == levels[-1] for s in members) / len(members) for _, members in columns]
             if share:
-                data.append(_line(name, [center for center, _ in columns], share, color=r, symbol=r))
+                data.append(curve(name, [center for center, _ in columns], share, color=r, symbol=r))
         title = f"Share of responses with reward {levels[-1]:g}"
         layout: dict[str, Any] = {
             "xaxis": {"title": {"text": "step"}},
@@ -223,8 +233,8 @@ def calibration(title: str, series: dict[str, tuple[np.ndarray, np.ndarray]], sa
         low, high = min(low, x.min(), y.min()), max(high, x.max(), y.max())
         error = float(np.abs(x - y).mean())
         rows.append([name, f"{len(predicted):,}", number(error), number(float((predicted - outcome).mean()))])
-        curve = _line(name, plain(x), y, color=i, dash=i, symbol=i)
-        data.append(curve | {"hovertemplate": "V̄ %{x:.3f}, came to %{y:.3f}"})
+        line = curve(name, plain(x), y, color=i, dash=i, symbol=i)
+        data.append(line | {"hovertemplate": "V̄ %{x:.3f}, came to %{y:.3f}"})
     if not data:
         return None
     ends = plain(np.array([low, high]))
@@ -287,7 +297,7 @@ def by_tenth(
             label = quantity if len(samples) == 1 else name if len(quantities) == 1 else f"{name}, {quantity}"
             rows.append([label, *map(number, mean.tolist())])
             kind = r if len(samples) > 1 else q
-            data.append(_line(label, middles, mean, color=kind, dash=q, symbol=kind))
+            data.append(curve(label, middles, mean, color=kind, dash=q, symbol=kind))
     if not data:
         return None
     layout = {
@@ -317,7 +327,7 @@ def by_number(
             label = short if len(runs) == 1 else name if len(metrics) == 1 else f"{name}, {short}"
             rows.append([label, *map(number, means)])
             kind = r if len(runs) > 1 else m
-            data.append(_line(label, head, means, color=kind, dash=m, symbol=kind))
+            data.append(curve(label, head, means, color=kind, dash=m, symbol=kind))
     if not data:
         return None
     layout = {
@@ -457,7 +467,7 @@ def _color(i: int) -> str:
     return f"--series-{i % 8 + 1}"
 
 
-def _line(
+def curve(
     name: str, x: Any, y: Any, *, color: int, dash: int = 0, symbol: int = 0, markers: bool = True, width: float = 1.8
 ) -> dict[str, Any]:
     """A curve; of many points, eight have a marker."""

@@ -281,6 +281,8 @@
 
   const ROWS = [
     ["value", "V̄"],
+    ["truth", "V*, of continuations"],
+    ["truth_se", "its standard error"],
     ["std", "σ"],
     ["returns", "return"],
     ["raw_advantage", "advantage, raw"],
@@ -337,6 +339,14 @@
     const reward = view.index.reward[current];
     const data = critics.map((name, m) => line(`critic ${m}`, sample.columns[name], (m % 6) + 2, ["dash", "dot", "dashdot"][m % 3]));
     data.push(line("V̄", sample.columns.value, 1, "solid", 2.4));
+    if (sample.columns.truth) {
+      const known = position.filter((_, t) => Number.isFinite(sample.columns.truth[t]));
+      const at = (name) => known.map((t) => sample.columns[name][t - 1]);
+      data.push({
+        type: "scatter", mode: "markers", name: "V*", x: known, y: at("truth"), marker: { color: "--text", size: 8, symbol: "diamond" },
+        error_y: { type: "data", array: at("truth_se"), thickness: 1.2, width: 4 },
+      });
+    }
     if (reward !== null) data.push(line("reward", position.map(() => reward), 7, "longdash", 1));
     const ticks = position.length <= 30 ? { tick0: 1, dtick: Math.ceil(position.length / 15) } : {};
     const layout = { xaxis: { title: { text: "token" }, ...ticks }, yaxis: {}, showlegend: true, shapes: cursor() };

@@ -26,6 +26,8 @@ NUMBERS = (
     "returns",
 )
 """Per-token numbers of ``samples.jsonl``; those of each critic, ``values``, come on top."""
+AUDITED = ("truth", "truth_se")
+"""Per-token numbers of the responses in ``audit-STEP.json``."""
 FLAGS = ("advantage_keep", "entropy_keep")
 """Per-token truth values of ``samples.jsonl``."""
 UNSET = "–"
@@ -74,6 +76,8 @@ class Run:
     """Lines of ``samples.jsonl``, of which ``samples`` may hold a part."""
     notes: list[str]
     """What is missing or unreadable, as sentences."""
+    audits: list[dict[str, Any]] = field(default_factory=list)
+    """What ``asyppo audit`` wrote, in order of steps."""
 
     @property
     def algorithm(self) -> str:
@@ -115,7 +119,9 @@ def read_run(path: Path) -> Run:
     config, text = _read_config(path / "config.yaml", notes)
     metrics = _read_metrics(path / "metrics.jsonl", notes)
     samples, written = _read_samples(path / "samples.jsonl", notes)
-    run = Run(path, path.resolve().name, config, text, metrics, samples, written, notes)
+    audits = _read_audits(path, notes)
+    samples += [_sample(row) for audit in audits for row in audit.get("samples", [])]
+    run = Run(path, path.resolve().name, config, text, metrics, samples, written, notes, audits)
     _say_what_is_missing(run)
     return run
 
@@ -202,6 +208,20 @@ def _read_samples(path: Path, notes: list[str]) -> tuple[list[Sample], int]:
     return samples, len(places)
 
 
+def _read_audits(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    audits = []
+    for file in (*path.glob("audit-*.json"), *path.glob("gradients-*.json")):
+        try:
+            audit = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(audit, dict) or not isinstance(audit["step"], int) or "results" not in audit:
+                raise ValueError("holds no results")
+        except (OSError, ValueError, KeyError) as error:
+            notes.append(f"{file.name} cannot be read ({' '.join(str(error).split())}) and is left out.")
+            continue
+        audits.append(audit)
+    return sorted(audits, key=lambda audit: (audit.get("kind", ""), audit["step"]))
+
+
 def _line(file: Any, offset: int, length: int) -> bytes:
     file.seek(offset)
     return file.read(length)
@@ -244,7 +264,7 @@ def _sample(row: dict[str, Any]) -> Sample:
     )
     if tokens is None:
         return sample
-    columns = {name: row.get(name) for name in (*NUMBERS, *FLAGS)}
+    columns = {name: row.get(name) for name in (*NUMBERS, *AUDITED, *FLAGS)}
     values = row.get("values")
     columns |= {f"value_{m}": column for m, column in enumerate(values if isinstance(values, list) else [])}
     for name, column in columns.items():

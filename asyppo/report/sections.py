@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from asyppo.report.audits import gradient_tables, value_charts, value_tables
 from asyppo.report.figures import (
     Chart,
     Table,
@@ -54,7 +55,8 @@ class Section:
 
 def sections_of(runs: Sequence[Run], names: Sequence[str]) -> list[Section]:
     """Return the report's sections but for the token view; ``names`` are those of the runs in legends."""
-    return [learning(runs, names), critics(runs, names), masks(runs, names), time(runs, names)]
+    audited = [audits(runs, names)] if any(run.audits for run in runs) else []
+    return [learning(runs, names), critics(runs, names), masks(runs, names), *audited, time(runs, names)]
 
 
 def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
@@ -270,6 +272,26 @@ def masks(runs: Sequence[Run], names: Sequence[str]) -> Section:
     return section
 
 
+def audits(runs: Sequence[Run], names: Sequence[str]) -> Section:
+    """What audits found: values against the truth, gradients against a reference."""
+    section = Section(
+        "audits",
+        "What did audits find?",
+        "V* is what the policy really gets from a state, by continuations; A* is what a token adds to it. Numbers "
+        "are without the noise of the continuations, with 95 % intervals over prompts.",
+    )
+    for run, name in zip(runs, names, strict=True):
+        of_run = "" if len(runs) == 1 else f"{name}, "
+        values = [audit for audit in run.audits if audit.get("kind") == "audit"]
+        if len(runs) == 1 and values:
+            section.charts += value_charts(values[-1]["results"])
+        for audit in run.audits:
+            make = value_tables if audit.get("kind") == "audit" else gradient_tables
+            title = f"{'Values' if make is value_tables else 'Gradients'}, {of_run}step {audit['step']}"
+            section.tables += [(f"{title}: {what}", "", table) for what, table in make(audit["results"])]
+    return section
+
+
 def time(runs: Sequence[Run], names: Sequence[str]) -> Section:
     """Where the time goes."""
     section = Section("time", "Where does the time go?", "Wall time of a step by phase, throughput, and memory.")
@@ -353,6 +375,7 @@ SEEN = {
     "after": "Critics are fitted to a step's own responses before they score them, each to those it learns from.",
     "before": "Critics score a step's responses before they are fitted to them.",
     "cross_fit": "A response's V̄ leaves out the critic that was fitted to it.",
+    "monte_carlo": "V̄ is what continuations of the response came to, of the last state that was continued.",
 }
 """Whether V̄ is a prediction, by the setting ``advantage_values``."""
 

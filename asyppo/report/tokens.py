@@ -24,7 +24,7 @@ def choose(runs: Sequence[Run]) -> list[tuple[int, Sample]]:
     """Return evenly spaced responses of each run, each with the number of its run, in order of steps."""
     chosen = []
     for r, run in enumerate(runs):
-        for split in ("train", "eval"):
+        for split in ("train", "eval", "audit"):
             samples = sorted((s for s in run.samples if s.split == split), key=lambda s: s.step)
             tokens = sum(len(s.tokens or ()) for s in samples)
             share = max(len(samples) / MAX_SAMPLES, tokens / MAX_TOKENS) * len(runs)

@@ -48,11 +48,13 @@ class Sample:
 
 @dataclass
 class Sampled:
-    """What a step learns from: a batch, its rewards by function, and metrics of the sampling."""
+    """What a step learns from: a batch, its rewards by function, metrics of the sampling, and the prompts' rows."""
 
     batch: Batch
     rewards: Rewards
     metrics: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    """Of each response, the row of the data that it answers."""
 
 
 Group = list[Sample]
@@ -134,7 +136,7 @@ class Rollout:
         columns = dict.fromkeys(name for s in samples for name in s.extra)
         extra = {name: [s.extra.get(name) for s in samples] for name in columns}
         rewards = Rewards(by_function, [s.total for s in samples], timeouts, Logged(logged, extra))
-        return Sampled(batch, rewards, rewards.logged.means() | metrics)
+        return Sampled(batch, rewards, rewards.logged.means() | metrics, [s.row for s in samples])
 
     def _rows_of_batch(self, step: int, batch: int) -> list[int]:
         """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""

@@ -108,6 +108,44 @@ def write_run(
     return path
 
 
+def write_audits(path: Path, *, step: int = 12, seed: int = 0) -> None:
+    """Write what an audit of values and one of gradients leave in a run's directory: the names, and any numbers."""
+    generator = np.random.default_rng(seed)
+
+    def estimate(known: bool = True) -> dict[str, float | None]:
+        value = float(f"{generator.random():.3g}")
+        return {"value": value, "low": value - 0.1, "high": value + 0.1 if known else None}
+
+    names = ["truth/mean", "truth/std", "truth/standard_error", "sigma/rank", "sigma/corrected"]
+    names += ["value/rank", "value/rank_corrected", "advantage/corrected"]
+    accuracy = ("bias", "rmse", "explained", "explained_within_prompts", "correlation")
+    names += [f"{of}/{name}" for of in ("value", "critic_0", "critic_1") for name in accuracy]
+    dropped = ("tokens", "squared_error", "squared_advantage", "squared_gradient")
+    names += [f"{of}/{name}" for of in ("advantage_mask", "entropy_filter") for name in dropped]
+    numbers = {name: estimate() for name in names} | {"value/explained": {"value": None, "low": None, "high": None}}
+    columns = ("value", "truth", "bias", "rmse", "sigma", "advantage_dropped")
+    bins = [{"name": str(i), "states": 9} | {c: estimate(i < 2) for c in columns} for i in range(3)]
+    tables = dict.fromkeys(("fraction of the response", "token", "value", "sigma"), bins)
+    results = {"states": 27, "prompts": 3, "continuations": 8, "tokens": 99, "critics": 2}
+    row = sample(generator, step, 0, 6, 2, step)
+    known = {"truth": [0.5, None, 0.25, None, None, 0.75], "truth_se": [0.1, None, 0.1, None, None, 0.0]}
+    head = {"step": step, "checkpoint": f"checkpoint-{step}", "settings": {}}
+    values = head | {"kind": "audit", "results": results | {"numbers": numbers, "tables": tables}}
+    values["samples"] = [row | {"split": "audit", "prompt": "What is audited?\n"} | known]
+    (path / f"audit-{step}.json").write_text(json.dumps(values))
+    cosines = {name: estimate() for name in ("cosine", "minus_first", "cosine_of_expectation")}
+    arms = {arm: {"loss": cosines, "reward": cosines, "noise": estimate(), "norm": 1.0} for arm in ("run", "<low>")}
+    references = {name: {"batches": 32, "certain": 0.9} for name in ("loss", "reward")}
+    gradients = {"kind": "gradients", "results": {"batches": 16, "arms": arms, "references": references}}
+    (path / f"gradients-{step}.json").write_text(json.dumps(head | gradients))
+
+
+@pytest.fixture
+def audited() -> Callable[..., None]:
+    """``write_audits``."""
+    return write_audits
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """``write_run`` in a directory of its own: the name, then what ``write_run`` takes."""

@@ -287,6 +287,18 @@ def test_filters(page: Page, make_run: Make) -> None:
     assert not page.find("#colour").is_displayed(), "text without tokens has no colours"
 
 
+def test_audited_responses_have_the_truth(page: Page, make_run: Make, audited: Callable[..., None]) -> None:
+    run = make_run()
+    audited(run)
+    page.open(write_report([run])).draw_everything()
+    page.choose("filter-split", "audit")
+    assert page.text("#prompt").startswith("What is audited?")
+    assert re.search(r"V\*, of continuations0\.500its standard error0\.100", page.text("#token"))
+    traces = "const p = document.getElementById('values-plot'); return p.data.find(t => t.name === 'V*')"
+    assert page.js(f"{traces}.x") == [1, 3, 6]
+    assert page.js(f"{traces}.y") == [0.5, 0.25, 0.75]
+
+
 def test_text_is_readable_on_every_colour(page: Page, make_run: Make) -> None:
     """WCAG's 4.5:1, for tokens of all values and for the words of the page."""
     report = write_report([make_run(tokens=200, steps=2, per_step=1)])

@@ -193,6 +193,36 @@ def test_runs_without_critics_and_of_older_versions(make_run: Make) -> None:
     assert read.notes == ["samples.jsonl has no entropy, log_ratio, std."]
 
 
+def test_audits_are_a_section_and_responses_of_their_own(make_run: Make, audited: Callable[..., None]) -> None:
+    run = make_run()
+    assert 'href="#audits"' not in write_report([run]).read_text()
+    audited(run, step=4)
+    audited(run, step=12)
+    (run / "audit-13.json").write_text('{"step": 13')
+    (run / "gradients-14.json").write_text('{"step": 14}')
+    charts = charts_of(run)
+    chart = charts["Values and the truth by σ"]
+    assert [line["name"] for line in chart.data] == ["V̄", "V*", "RMSE of V̄"]
+    assert "error_y" not in chart.data[1]  # not all of them have an interval
+    text = write_report([run]).read_text()
+    for said in (
+        "audit-13.json cannot be read",
+        "gradients-14.json cannot be read (holds no results)",
+        "Values, step 4: Values against the truth V*",
+        "Values, step 12: What masks drop",
+        "Gradients, step 4: Policy gradients of 16 batches, with a reference of 32 others",
+        "&lt;low&gt;",
+        '<option value="audit">',
+    ):
+        assert said in text, said
+    view = Blocks(text).json("view")["index"]
+    [first, second] = [i for i, split in enumerate(view["split"]) if split == "audit"]
+    assert (view["step"][first], view["step"][second]) == (4, 12)
+    assert {"truth", "truth_se"} <= set(Blocks(text).json(f"sample-{first}")["columns"])
+    both = write_report([run, make_run("other")], run / "both.html").read_text()
+    assert "Values, run, step 12: " in both.replace(f"{run}", "run")
+
+
 def test_a_path_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for path in (tmp_path, tmp_path / "none", Path(__file__)):
         assert main(["report", str(path)]) == 2

@@ -182,6 +182,31 @@ def tiny_trainer(
 
 
 @pytest.fixture
+def exact_value() -> Callable[..., float]:
+    """The value of a state, by going through everything that can be written from it."""
+
+    def value(model: Qwen3ForCausalLM, tokens: list[int], room: int, reward: Callable[[list[int]], float]) -> float:
+        """Of ``tokens``, a prompt and what is written of its response, where ``room`` tokens are left; ``reward`` is of
+        all that is written in the end, prompt included."""
+        open_ones, total = {tuple(tokens): 1.0}, 0.0
+        while open_ones and room:
+            with torch.no_grad():
+                chance = model(torch.tensor(list(open_ones))).logits[:, -1].double().softmax(dim=-1).tolist()
+            grown = {
+                (*written, token): p * q
+                for (written, p), row in zip(open_ones.items(), chance, strict=True)
+                for token, q in enumerate(row)
+            }
+            room -= 1
+            over = {written: p for written, p in grown.items() if written[-1] == EOS or room == 0}
+            total += sum(p * reward(list(written)) for written, p in over.items())
+            open_ones = {written: p for written, p in grown.items() if written not in over}
+        return total
+
+    return value
+
+
+@pytest.fixture
 def ragged_batch() -> Callable[..., Batch]:
     """Make a batch of random tokens with ragged prompts and responses, G responses a prompt."""
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 import asyppo.trainer
 from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
-from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig, PolicyConfig
+from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig, MonteCarloConfig, PolicyConfig
 from asyppo.distributed.processes import leave, make_mesh, processes, rank
 from asyppo.loop import TrainingLoop
 from asyppo.models.adapters import add_lora
@@ -292,6 +292,10 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "lambda": lambda: train(make_config(critic=lambda_below_1, whiten="group", beta=0.1), mesh),
         "share_all": lambda: train(make_config(critic=lambda_below_1 | {"share": "all"}, diagnostics_steps=1), mesh),
         "options": lambda: train(make_config(**options, critic={"cliprange_value": 0.2} | reading), mesh),
+        "monte_carlo": lambda: train(
+            make_config(advantage_values="monte_carlo", monte_carlo=MonteCarloConfig(num_continuations=3, every=2)),
+            mesh,
+        ),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
         "checkpointing": lambda: train(
             make_config(policy=PolicyConfig(packing=True), critic={"gradient_checkpointing": True}),

@@ -168,6 +168,60 @@ def test_eval_of_a_run_and_of_its_model(tiny: list[str], tmp_path: Path, capsys:
     assert "has no checkpoint, needs one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_audits_of_a_run(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([*tiny, "--run_name", "one", "--save_steps", "1"]) == 0
+    run = tmp_path / "runs" / "one"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "report.html"}
+    capsys.readouterr()
+    values = ["audit", str(run), "--states", "16", "--continuations", "4"]
+    assert main(values) == 0
+    out, err = capsys.readouterr()
+    assert "states 16/16" in err
+    assert out.startswith("Values against the truth V*\n")
+    assert out.splitlines()[-2:] == [f"results: {run}/audit-2.json", f"report:  {run}/report.html"]
+    written = (run / "audit-2.json").read_text()
+    found = json.loads(written)
+    assert (found["kind"], found["step"], found["settings"]["split"]) == ("audit", 2, "eval")
+    assert found["results"]["states"] == 16
+    assert 'id="audits"' in (run / "report.html").read_text()
+    assert main([*values, "--set", "output_dir=elsewhere", "--out", str(tmp_path / "new" / "again.json")]) == 0
+    assert (tmp_path / "new" / "again.json").read_text() == written
+    capsys.readouterr()
+
+    gradients = ["audit", str(run / "checkpoint-1"), "--gradients", "--batches", "4", "--reference_batches", "4"]
+    arms = [
+        "--arm",
+        "run: lam=0.95",
+        "--arm",
+        "algorithm=grpo",
+        "--arm",
+        "one: critic.num_critics=1",
+        "--critic_steps",
+        "1",
+    ]
+    assert main([*gradients, *arms]) == 0
+    out, err = capsys.readouterr()
+    assert "batches 9/9" in err
+    found = json.loads((run / "gradients-1.json").read_text())
+    assert list(found["results"]["arms"]) == ["run", "algorithm=grpo", "one"]
+    assert out.splitlines()[0].startswith("Policy gradients of 4 batches, with a reference of 4 others")
+    assert {path: path.read_bytes() for path in before} == before
+
+    for arguments, named in (
+        (
+            ["audit", str(tmp_path)],
+            "audit: got '.*', needs the directory of a run that has a checkpoint, or a checkpoint",
+        ),
+        ([*values, "--arm", "lam=1"], "--arm: got one, needs --gradients"),
+        ([*values, "--split", "test"], "--split: got 'test', needs eval or train"),
+        ([*values, "--stats", "3"], "--stats: unknown option; did you mean --states"),
+        ([*values, "--set", "lam"], "--set: got 'lam', needs settings as key=value"),
+    ):
+        assert main(arguments) == 2
+        assert re.search(named, capsys.readouterr().err), arguments
+
+
 def test_falling_short_is_an_error(tiny: list[str], capsys: pytest.CaptureFixture) -> None:
     assert main([*tiny, "--eval.min_gain", "0.9"]) == 1
     out, err = capsys.readouterr()
@@ -348,7 +402,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture) -> None:
     assert "--critic.num_critics [default: 2; an integer of at least 1] M. The paper's sweet spot is 2." in text
     assert "--epsilon_high [default: 0.28; a number of at least 0]" in text
     assert "--warm_start.critic.hidden_size [default: 64; an integer of at least 1]" in text
-    assert "those where critics agree most, whose advantage is masked. The paper's." in text
+    assert "k: fraction of tokens whose advantage is masked. The paper's." in text
 
 
 def test_names_of_other_trainers_lead_to_fields() -> None:
