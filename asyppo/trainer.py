@@ -59,7 +59,15 @@ from asyppo.models.policy import Objective, Policy, TokenStats
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
 from asyppo.rollout.continuations import Continuations, monte_carlo_values
-from asyppo.rollout.samplers import ON_THE_MODEL, DividedSampler, Sampler, SentWeights, make_sampler, sends_weights
+from asyppo.rollout.samplers import (
+    ON_THE_MODEL,
+    DividedSampler,
+    Sampler,
+    SamplesAhead,
+    SentWeights,
+    make_sampler,
+    sends_weights,
+)
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
 
@@ -188,7 +196,13 @@ class AsyPPOTrainer:
             for model in (policy, self.reference, self.critics):
                 if isinstance(model, Policy | Critics):
                     model.shard(mesh)
-        return sends_weights(called, engine, policy), engine
+        called = sends_weights(called, engine, policy)
+        if self.config.async_generation and not (isinstance(called, SentWeights) and isinstance(engine, SamplesAhead)):
+            raise ConfigError(
+                f"async_generation: got 1, needs a sampler with an engine of its own, such as vllm; "
+                f"{self.config.sampler if sampler is None else type(sampler).__name__} has none"
+            )
+        return called, engine
 
     def with_settings(self, config: AsyPPOConfig) -> AsyPPOTrainer:
         """Return a trainer with this one's models and data, and other settings of the algorithm; without its critics
@@ -210,7 +224,7 @@ class AsyPPOTrainer:
     def weights_changed(self) -> None:
         """Let a sampler that holds weights of its own know that the policy's are others now."""
         if isinstance(self.sampler, SentWeights):
-            self.sampler.stale = True
+            self.sampler.changed()
 
     def rest(self) -> None:
         """Let a sampler that can give memory back until it is called again."""
@@ -445,9 +459,9 @@ class AsyPPOTrainer:
     ) -> Objective:
         """What the policy maximises on ``batch``; the weights are those of one minibatch of all responses."""
         config, rollout_weight = self.config, None
-        if config.importance_sampling_clip_max is not None:
+        if config.rollout_weight_max is not None:
             assert old_logprob is not None
-            rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.importance_sampling_clip_max)
+            rollout_weight = importance_weights(old_logprob, batch.sampler_logprob, config.rollout_weight_max)
         everything = torch.arange(len(batch), device=self.device)
         targets = PolicyTargets(
             old_logprob=old_logprob,

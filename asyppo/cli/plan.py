@@ -177,28 +177,34 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     # Of shards a copy is gathered for each time; a single process keeps one where its weights are not what it samples
     # with.
     copy_to_sample_with = {"policy copy to sample with": element * policy.parameters}
-    if gpus == 1 and element < 4 and not config.policy.use_peft:
+    engine = config.sampler == "vllm"
+    if gpus == 1 and element < 4 and not config.policy.use_peft and not engine:
         always |= copy_to_sample_with
 
     # `generate` has a batch of sequences side by side; continuous batching has as many as there is room for.
     sequences = max(1, min(config.generation_batch_size, responses))
     cache = width * policy.kv_bytes_per_token(element)
     flash = "flash" in (config.policy.attn_implementation or "")
-    if config.sampler not in ("generate", "auto") or (config.sampler == "auto" and flash):
+    if engine:
+        share = f"up to vllm.gpu_memory_utilization = {config.vllm.gpu_memory_utilization:g} of the GPU"
+        plan.assumptions.append(
+            f"vLLM is not counted: its process takes {share}"
+            if not config.vllm.url
+            else "vLLM is on servers, and not counted"
+        )
+    elif config.sampler not in ("generate", "auto") or (config.sampler == "auto" and flash):
         plan.assumptions.append(
             f"continuous batching has as many responses under way, up to {sequences}, as there is room for: one is "
             f"counted here, each more takes {cache / GIB:.2f} GiB while it is at its longest"
         )
         sequences = 1
-    plan.phases["generation"] = (
-        always
-        | (copy_to_sample_with if gpus > 1 else {})
-        | {
-            "key-value cache": sequences * cache,
-            "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
-            "prompts in one pass": _prefill(policy, sequences * prompt, element),
-        }
-    )
+    in_this_process = {
+        **(copy_to_sample_with if gpus > 1 else {}),
+        "key-value cache": sequences * cache,
+        "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
+        "prompts in one pass": _prefill(policy, sequences * prompt, element),
+    }
+    plan.phases["generation"] = always | ({} if engine else in_this_process)
 
     rows = max(1, config.max_tokens_per_micro_batch // width)
     policy_activations = activations(policy, rows, width, dtype, config.policy.gradient_checkpointing)

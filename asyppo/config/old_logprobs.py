@@ -12,7 +12,7 @@ def reads_old_logprobs(config: AsyPPOConfig) -> list[str]:
     does not compute them; where there are none, a step can do without the pass that makes them."""
     readers = {
         "use_kl_in_reward": config.use_kl_in_reward,  # log π_old - log π_ref
-        "importance_sampling_clip_max": config.importance_sampling_clip_max is not None,  # π_old / π_sampler
+        "importance_sampling_clip_max": config.rollout_weight_max is not None,  # π_old / π_sampler
         "critic.policy_inputs": config.num_critics > 0 and bool(config.critic.policy_inputs),  # what critics read
         "mask_truncated_completions": config.mask_truncated_completions,  # metrics of responses that no loss reads
     }

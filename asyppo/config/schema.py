@@ -418,6 +418,10 @@ class AsyPPOConfig:
     """Sequences generated side by side; bounds the memory of the key-value cache."""
     vllm: VLLMConfig = setting(factory=VLLMConfig, may_change=True)
     """vLLM."""
+    async_generation: Literal[0, 1] = 0
+    """1: the next step's responses are sampled while the policy is updated on this one's. They are of the policy before
+    that update, which ``importance_sampling_clip_max`` accounts for; ``sampling/age`` counts the updates between. Needs
+    a sampler with an engine of its own, such as ``vllm``. 0: one after the other."""
 
     learning_rate: float = setting(1e-6, above=0, elsewhere=("lr", "actor_learning_rate"))
     """AdamW's learning rate of the policy. The paper's for 14B: 1e-6."""
@@ -480,8 +484,9 @@ class AsyPPOConfig:
     1 + epsilon_high. None does not bound it (our choice)."""
     importance_sampling_clip_max: float | None = setting(None, above=0)
     """Truncated importance sampling: weight each token's surrogate by π_old / π_sampler, at most this much, where the
-    sampler's numerics differ from the trainer's (TRL's ``vllm_importance_sampling_clip_max``, mode ``token_truncate``).
-    None weights nothing."""
+    sampler's numerics, or with ``async_generation`` its policy, differ from the trainer's (TRL's
+    ``vllm_importance_sampling_clip_max``, mode ``token_truncate``). None weights nothing; with ``async_generation`` it
+    is 3, TRL's default."""
 
     mask_truncated_completions: bool = False
     """Leave responses that the length limit cut off out of the losses of policy and critics: how they would have ended
@@ -541,6 +546,12 @@ class AsyPPOConfig:
     def monte_carlo_values(self) -> bool:
         """Whether advantages are made of values from continuations."""
         return self.advantage_values == "monte_carlo" or self.resolved_algorithm.monte_carlo
+
+    @property
+    def rollout_weight_max(self) -> float | None:
+        """Upper bound of π_old / π_sampler; None: there are no such weights."""
+        given = self.importance_sampling_clip_max
+        return 3.0 if self.async_generation and given is None else given
 
     @property
     def resolved_algorithm(self) -> Algorithm:
@@ -664,6 +675,18 @@ class AsyPPOConfig:
             "dynamic_sampling",
             self.dynamic_sampling,
             "num_generations of at least 2: one response has no reward to compare with",
+        )
+        need(
+            not (self.async_generation and self.dynamic_sampling),
+            "async_generation",
+            self.async_generation,
+            "0 with dynamic_sampling, which samples again by the rewards of a batch",
+        )
+        need(
+            not (self.async_generation and self.vllm.sleep_level),
+            "async_generation",
+            self.async_generation,
+            "vllm.sleep_level 0: the engine samples while the trainer updates",
         )
         need(
             self.num_mini_batches <= self.prompts_per_step * self.num_generations,

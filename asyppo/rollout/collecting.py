@@ -15,11 +15,12 @@ from asyppo.data.batch import Batch, make_batch
 from asyppo.data.prompts import Prompt, prompt_tokens
 from asyppo.data.rows import Row
 from asyppo.data.schedule import PromptSchedule
+from asyppo.distributed.processes import forked_rng
 from asyppo.models.tokenizer import pad_token_id
 from asyppo.rewards.computing import Rewards, compute_rewards
 from asyppo.rewards.function import RewardFunction
 from asyppo.rewards.logged import Logged
-from asyppo.rollout.samplers import Response, Sampler
+from asyppo.rollout.samplers import Response, Sampler, SentWeights
 from asyppo.run.progress import Timer
 
 
@@ -85,6 +86,17 @@ def keep_unequal(
     }
 
 
+@dataclass
+class Ahead:
+    """Responses of a step that are sampled before it begins."""
+
+    step: int
+    responses: Callable[[], list[Response]]
+    """Waits for them."""
+    changes: int
+    """How often the policy's weights had changed when they were begun."""
+
+
 class Rollout:
     """``rollout(step, timer)``: G responses to each prompt of a step, rewarded, as ``Sampled``."""
 
@@ -104,6 +116,9 @@ class Rollout:
         self.schedule = PromptSchedule(len(dataset), config.prompts_per_step, config.seed)
         # Of dynamic sampling: passes over the data of their own, so that those of the steps stay what they are.
         self.further_schedule = PromptSchedule(len(dataset), config.prompts_per_step, config.seed + 1_000_000)
+        self.ahead: Ahead | None = None
+        self.age = 0
+        """Updates of the policy since the weights that the last responses are of."""
 
     def __call__(self, step: int, timer: Timer) -> Sampled:
         """Sample G responses for each prompt of ``step`` and reward them."""
@@ -121,6 +136,8 @@ class Rollout:
             )
         else:
             groups = self._draw(self.schedule.rows_of_step(step - 1), step, timer, timeouts, logged)
+        if config.async_generation:
+            metrics["sampling/age"] = float(self.age)
         samples = [sample for group in groups for sample in group]
         batch = make_batch(
             [s.prompt for s in samples],
@@ -153,9 +170,9 @@ class Rollout:
         rows = [self.dataset[i] for i in indices for _ in range(config.num_generations)]
         with timer.phase("gen"):
             prompts = self.tokenize([row["prompt"] for row in rows])
-            responses = self.sampler.sample(
-                prompts, max_completion_length=config.max_completion_length, temperature=config.temperature
-            )
+            responses = self._responses(step, prompts)
+            if config.async_generation and step < config.max_steps:
+                self.begin(step + 1)
         with timer.phase("reward"):
             completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
             ids = [response.tokens.tolist() for response in responses]
@@ -186,6 +203,31 @@ class Rollout:
             )
         ]
         return [samples[i : i + config.num_generations] for i in range(0, len(samples), config.num_generations)]
+
+    def begin(self, step: int) -> None:
+        """Let the sampler begin with the responses of ``step``, by the policy as it is, while the caller goes on. What
+        is random in them follows from the step's number, as in the step itself."""
+        config, sampler = self.config, self.sampler
+        assert isinstance(sampler, SentWeights)
+        rows = [self.dataset[i] for i in self.schedule.rows_of_step(step - 1) for _ in range(config.num_generations)]
+        prompts = self.tokenize([row["prompt"] for row in rows])
+        with forked_rng():
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            responses = sampler.begin(
+                prompts, max_completion_length=config.max_completion_length, temperature=config.temperature
+            )
+        self.ahead = Ahead(step, responses, sampler.changes)
+
+    def _responses(self, step: int, prompts: Sequence[Tensor]) -> list[Response]:
+        """Return the responses of ``step``: those that were begun before, or else new ones."""
+        config, ahead, self.ahead, self.age = self.config, self.ahead, None, 0
+        if ahead is None or ahead.step != step:
+            return self.sampler.sample(
+                prompts, max_completion_length=config.max_completion_length, temperature=config.temperature
+            )
+        assert isinstance(self.sampler, SentWeights)
+        self.age = self.sampler.changes - ahead.changes
+        return ahead.responses()
 
     def tokenize(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Return the tokens (int64 [length]) of each prompt."""

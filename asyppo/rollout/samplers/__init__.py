@@ -19,6 +19,7 @@ from asyppo.rollout.samplers.base import (
     NamedWeights,
     Response,
     Sampler,
+    SamplesAhead,
     SentWeights,
     Sleeps,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Response",
     "Sampler",
     "SamplerFactory",
+    "SamplesAhead",
     "SentWeights",
     "Sleeps",
     "VLLMSampler",

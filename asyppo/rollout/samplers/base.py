@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from asyppo.distributed.processes import divided, own_randomness
+from asyppo.distributed.processes import agreed, divided, own_part, own_randomness
 from asyppo.models.adapters import has_adapters
 
 NamedWeights = Iterable[tuple[str, Tensor]]
@@ -72,6 +72,18 @@ class HoldsWeights(Protocol):
 
 
 @runtime_checkable
+class SamplesAhead(Protocol):
+    """A sampler that samples while the caller does something else."""
+
+    def begin(
+        self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float
+    ) -> Callable[[], list[Response]]:
+        """Begin what ``sample`` does, with the weights and the random numbers of now, and return what waits for its
+        end. Other methods may be called before that."""
+        ...
+
+
+@runtime_checkable
 class Sleeps(Protocol):
     """A sampler whose engine can give memory back while it is not needed."""
 
@@ -86,11 +98,26 @@ class SentWeights:
     def __init__(self, sampler: Sampler, engine: HoldsWeights, weights: Callable[[], NamedWeights]):
         self.sampler, self.engine, self.weights = sampler, engine, weights
         self.stale = True
+        self.changes = 0
+        """How often the weights have changed."""
 
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
         """Return one response for each prompt (int64 [length])."""
         self.send()
         return self.sampler.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
+
+    def begin(
+        self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float
+    ) -> Callable[[], list[Response]]:
+        """As ``SamplesAhead.begin``."""
+        self.send()
+        assert isinstance(self.sampler, SamplesAhead)
+        return self.sampler.begin(prompts, max_completion_length=max_completion_length, temperature=temperature)
+
+    def changed(self) -> None:
+        """Take note that the weights are others now."""
+        self.stale = True
+        self.changes += 1
 
     def send(self) -> None:
         """Send the weights, where the engine has others."""
@@ -124,6 +151,23 @@ class DividedSampler:
 
         with self.weights(), own_randomness():
             return divided(own, [prompt.tolist() for prompt in prompts])
+
+    def begin(
+        self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float
+    ) -> Callable[[], list[Response]]:
+        """As ``SamplesAhead.begin``."""
+        keys, sampler = [prompt.tolist() for prompt in prompts], self.sampler
+        part = own_part(keys)
+
+        def begin() -> Callable[[], list[Response]]:
+            assert isinstance(sampler, SamplesAhead)
+            if part.start == part.stop:
+                return list
+            return sampler.begin(prompts[part], max_completion_length=max_completion_length, temperature=temperature)
+
+        with own_randomness():
+            finish = agreed(begin)
+        return lambda: divided(lambda part: finish(), keys)
 
 
 class WorkingWeights:

@@ -1,0 +1,249 @@
+"""The sampler on vLLM itself: that it draws from the policy after each update, and what would go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from asyppo.config import AsyPPOConfig, ConfigError, VLLMConfig
+from asyppo.models.adapters import add_lora
+from asyppo.models.policy import Policy
+from asyppo.rollout.samplers import EngineError, SentWeights, agreement, make_sampler, sends_weights, settle
+from asyppo.rollout.samplers.vllm import worker
+
+PROMPTS = [torch.tensor(p) for p in ([3, 4, 5, 6, 7, 8, 9, 10, 11], [9], [10, 11])]
+ENGINE = {"kv_cache_memory_bytes": 2**26, "max_num_seqs": 64}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outside_the_interpreter() -> Iterator[None]:
+    """vLLM has Triton kernels, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character: <pad> 0, <eos> 1, then a to p."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnop"])}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def model(tied: bool) -> Qwen3ForCausalLM:
+    """A small model with weights large enough for distributions far from uniform."""
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=96,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            intermediate_size=96,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            pad_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+
+
+def config(**settings: Any) -> AsyPPOConfig:
+    """A configuration with vLLM."""
+    vllm = VLLMConfig(engine_args=ENGINE, **settings.pop("vllm", {}))
+    return AsyPPOConfig(sampler="vllm", vllm=vllm, max_completion_length=12, temperature=0.7, **settings)
+
+
+def perturb(parameters: Any, by: float) -> None:
+    """Change weights at random."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(by * torch.randn_like(parameter))
+
+
+WORKER = """
+import importlib.util, sys
+from multiprocessing.connection import Connection
+import torch
+
+spec = importlib.util.spec_from_file_location("worker", {path!r})
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+
+def load_past_reloading(engine):
+    weights = [("model.layers.0.self_attn.q_proj.weight", torch.zeros(64, 64))]
+    engine.collective_rpc(lambda one: one.get_model().load_weights(weights))
+
+worker.METHODS["load_past_reloading"] = load_past_reloading
+if __name__ == "__main__":
+    worker.serve(Connection(int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_log_probs_are_the_policys_after_each_update(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "worker.py").write_text(WORKER.format(path=worker.__file__))
+    monkeypatch.setattr(worker, "__file__", str(tmp_path / "worker.py"))
+    policy, settings = Policy(model(tied), temperature=0.7), config()
+    engine = make_sampler(policy, tokenizer(), settings)
+    sampler = sends_weights(engine, engine, policy)
+    assert isinstance(sampler, SentWeights)
+    prompts = [p for p in PROMPTS for _ in range(3)]
+
+    def draw(temperature: float = 0.7, limit: int = 12) -> list[list[int]]:
+        torch.manual_seed(1)
+        drawn = sampler.sample(prompts, max_completion_length=limit, temperature=temperature)
+        assert all(len(r.tokens) == limit for r in drawn if r.truncated)
+        assert all((r.tokens == 1).nonzero()[:, 0].tolist() == [len(r.tokens) - 1] for r in drawn if not r.truncated)
+        return [r.tokens.tolist() for r in drawn]
+
+    drawn = [draw()]
+    assert draw() == drawn[0]  # seeds follow from torch's
+    assert len({tuple(r) for r in drawn[0][:3]}) == 3  # and those of a group are different ones
+    assert max(len(r) for r in draw(limit=5)) == 5
+    assert draw(temperature=0.0)[0] == draw(temperature=0.0)[1]
+    for _ in range(3):  # prompts are in the cache of prefixes by now
+        assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+        perturb(policy.parameters(), 0.05)
+        sampler.stale = True
+        drawn.append(draw())
+    assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+    assert drawn[0] != drawn[-1]
+
+    # Adapters, merged, and of what they lie over the layer alone.
+    add_lora(policy.model, r=2, alpha=4, target_modules=["layers.1.self_attn.q_proj"])
+    perturb((p for p in policy.parameters() if p.requires_grad), 0.3)
+    engine.changing = frozenset({"model.layers.1."})
+    sampler.stale = True
+    assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+
+    # What goes wrong without a word: a head that is not sent.
+    perturb(policy.model.get_input_embeddings().parameters(), 0.3)
+    perturb(policy.model.get_output_embeddings().parameters(), 0.3)
+    engine.changing = frozenset({"model.embed_tokens.weight"})
+    sampler.stale = True
+    assert agreement(sampler, policy, PROMPTS, settings) > 0.1
+    # And with a word: weights that are loaded past reload_weights.
+    with pytest.raises(EngineError, match=r"vLLM .* failed: .*weight_loader"):
+        engine.engine.call("load_past_reloading")
+    assert engine.engine.connection is None
+
+
+TRAINING = {
+    "sampler": "vllm",
+    "algorithm": "grpo",
+    "max_steps": 200,
+    "prompts_per_step": 4,
+    "num_generations": 2,
+    "max_completion_length": 8,
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "report_to": [],
+    "eval": {"num_generations": 1},
+    "reward_funcs": ["exact_match"],
+}
+
+
+def test_a_trainer_that_is_killed_takes_the_engine_along_and_goes_on(tmp_path: Path) -> None:
+    model(tied=True).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": c, "answer": "a"}) + "\n" for c in "abcdefgh"))
+    settings = TRAINING | {
+        "output_dir": str(tmp_path / "runs"),
+        "run_name": "run",
+        "resume": True,
+        "policy": {"model_name_or_path": str(tmp_path / "model")},
+        "data": {"dataset_name": str(tmp_path / "rows.jsonl"), "eval_size": 0},
+        "vllm": {"engine_args": ENGINE},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "asyppo", "train", "--config", str(tmp_path / "config.yaml")]
+    with open(tmp_path / "output", "w") as output:
+        trainer = subprocess.Popen(command, stdout=output, stderr=output)
+    end = time.monotonic() + 300
+    while not list((tmp_path / "runs").glob("run/checkpoint-3")) and time.monotonic() < end:
+        assert trainer.poll() is None, (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    engines = children(trainer.pid)
+    assert len(engines) == 1
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    end = time.monotonic() + 20
+    while (alive := [pid for pid in engines if running(pid)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert alive == []
+    reached = max(int(p.name.split("-")[1]) for p in (tmp_path / "runs" / "run").glob("checkpoint-*"))
+    done = subprocess.run([*command, "--max_steps", str(reached + 2)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, reached + 3))
+    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-4
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.exists() and path.read_text().rpartition(")")[2].split()[1] == str(pid)
+    ]
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(tmp_path: Path) -> None:
+    policy = Policy(model(tied=True), temperature=1.0)
+    policy.model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    port = 8123 + os.getpid() % 1000
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "model")]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
+    command += ["--generation-config", "vllm", "--kv-cache-memory-bytes", str(2**26), "--max-num-seqs", "64"]
+    environment = os.environ | {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with open(tmp_path / "output", "w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        settings = config(vllm={"url": f"http://127.0.0.1:{port}", "start_timeout": 300})
+        settings.temperature = 1.0
+        engine = make_sampler(policy, tokenizer(), settings)
+        sampler = sends_weights(engine, engine, policy)
+        assert isinstance(sampler, SentWeights)
+        for _ in range(2):
+            assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+            perturb(policy.parameters(), 0.05)
+            sampler.stale = True
+        # This one was started without --logprobs-mode processed_logprobs: its log-probs know no temperature.
+        policy.temperature = 0.5
+        with pytest.raises(ConfigError, match=r"log-probs differ from the trainer's by .* nats a token"):
+            settle(sampler, engine, policy, PROMPTS, settings)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
