@@ -49,7 +49,9 @@ def test_a_table_is_of_every_run_of_its_grid(name: str) -> None:
     assert [(row[0], int(row[1])) for row in rows] == [(arm, len(grid.seeds)) for arm in grid.arms]
 
 
-@pytest.mark.parametrize("name", ["critics-sweep", "critics", "critics-confident", "critics-settings", "critics-short"])
+@pytest.mark.parametrize(
+    "name", ["critics-sweep", "critics", "critics-confident", "critics-settings", "critics-short", "critics-default"]
+)
 def test_a_grid_of_the_second_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have runs that are still to come, of which the page says so; a table in it is the one that was written."""
     monkeypatch.chdir(ROOT)  # the oracle is named from there

@@ -107,7 +107,10 @@ def build(
                 f"warm_start.wrong_rule: got {config.wrong_rule}, needs 0 for {name!r}: "
                 f"only {', '.join(WITH_A_WRONG_RULE)} has one"
             )
-    settings = {"warm_start": asdict(replace(config, cache_dir="")), "data": asdict(data), "format": 1}
+    made_by = asdict(replace(config, cache_dir=""))
+    if not config.wrong_rule:
+        del made_by["wrong_rule"]  # without one the models are those of versions that had none, under their name
+    settings = {"warm_start": made_by, "data": asdict(data), "format": 1}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
