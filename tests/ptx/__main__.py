@@ -32,6 +32,7 @@ def main() -> int:
             command.add_argument("--no-write", action="store_true", help="leave the table alone")
         if name in ("check", "mutate"):
             command.add_argument("--quick", action="store_true", help="fewer cases, and fewer schedules")
+        if name in ("check", "bounds", "mutate"):
             command.add_argument("--case", default="", help="only cases whose name contains this")
         if name == "check":
             command.add_argument("--greedy", type=int, default=0, metavar="N", help="N seeds of the greedy schedule")
@@ -83,11 +84,13 @@ def bounds(chosen: argparse.Namespace) -> int:
     """Counts an element, beside their budgets."""
     from tests.ptx import counts
 
-    rows = counts.measure_all(chosen.op)
+    rows = counts.measure_all(chosen.op, chosen.case)
     over = [problem for row in rows for problem in row.problems()]
     print("\n".join([counts.table(rows), *over]))
-    if not (chosen.op or chosen.no_write):
-        tables.write(tables.KERNELS_README, "bounds", f"{tables.version()}.\n\n{counts.table(rows)}")
+    if not chosen.no_write:
+        order = [line.name.strip("`") for line in counts.LINES]
+        text = tables.merged(tables.KERNELS_README, "bounds", counts.table(rows), order, tables.version())
+        tables.write(tables.KERNELS_README, "bounds", f"{tables.version()}.\n\n{text}")
     return 1 if over else 0
 
 

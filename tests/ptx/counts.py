@@ -125,7 +125,7 @@ LINES = [
         {"n": 2048, "h": 4, "v": 5, "kl": 0.05, "no_grad": True},
         elements=2048,
         full=ROWS,
-        budget=240,
+        budget=280,
     ),
     _head(LOGPROB, "statistics_kernel", "fp32 logits", 8, None),
     _head(LOGPROB, "statistics_kernel", "bias, softcap", 30, None, **FULL),
@@ -228,11 +228,12 @@ class Count:
         return [f"{self.line.name}: {self.instructions:.1f} instructions an element, over {self.line.budget:g}"]
 
 
-def measure_all(ops: Sequence[str] = ()) -> list[Count]:
-    """Count every line of ``ops``, or of all; lines that differ in the kernel alone share a run."""
+def measure_all(ops: Sequence[str] = (), text: str = "") -> list[Count]:
+    """Count every line of ``ops``, or of all, whose name contains ``text``; lines that differ in the kernel alone share
+    a run."""
     counts, before, launches = [], None, []
     for line in LINES:
-        if ops and line.op not in ops:
+        if (ops and line.op not in ops) or text not in line.name:
             continue
         run = (line.call, line.arguments, line.settings)
         if run != before:

@@ -40,6 +40,16 @@ def rows_kernel(
 ):
     """``Rows`` of what was given, and zeros in the results: a block of rows a program, and others if the grid is too
     small for all."""
+    # Apart from the rest, which with all these pointers at once would spill on gfx942.
+    for start in range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        zero = tl.zeros([BLOCK], tl.float32)
+        tl.store(loss_ptr + row, zero, mask=row < n_rows)
+        tl.store(logprob_ptr + row, zero, mask=row < n_rows)
+        tl.store(entropy_ptr + row, zero, mask=row < n_rows)
+        tl.store(ratio_ptr + row, zero, mask=row < n_rows)
+        tl.store(clipped_ptr + row, zero.to(tl.uint8), mask=row < n_rows)
+
     n_live = 0
     n_dead = 0
     for start in range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
@@ -79,13 +89,6 @@ def rows_kernel(
         tl.store(flags_ptr + pitch + row, surrogate_on.to(tl.uint8), mask=inside)
         tl.store(flags_ptr + 2 * pitch + row, entropy_on.to(tl.uint8), mask=inside)
         tl.store(flags_ptr + 3 * pitch + row, live.to(tl.uint8), mask=inside)
-
-        zero = tl.zeros([BLOCK], tl.float32)
-        tl.store(loss_ptr + row, zero, mask=inside)
-        tl.store(logprob_ptr + row, zero, mask=inside)
-        tl.store(entropy_ptr + row, zero, mask=inside)
-        tl.store(ratio_ptr + row, zero, mask=inside)
-        tl.store(clipped_ptr + row, zero.to(tl.uint8), mask=inside)
 
         if index_ptr is not None:
             dead = counted & (live == 0)
