@@ -21,7 +21,7 @@ from asyppo.algorithm.schedules import learning_rate_factor, set_learning_rate
 from asyppo.algorithm.shaping import shape_rewards
 from asyppo.algorithm.signal import Advantage, LearningSignal, Outcome, StateValues
 from asyppo.algorithm.split import split_responses
-from asyppo.algorithm.value_losses import value_loss
+from asyppo.algorithm.value_losses import value_cross_entropy, value_loss
 from asyppo.algorithm.weights import token_weights
 from asyppo.checkpoint import Trained
 from asyppo.config import AsyPPOConfig, ConfigError
@@ -138,6 +138,10 @@ class AsyPPOTrainer:
             raise ConfigError(
                 f"critics: got {num_critics}, needs {config.num_critics} for algorithm {config.algorithm}, "
                 f"critic.num_critics {config.critic.num_critics}"
+            )
+        if critics is not None and critics.loss != config.critic.loss:
+            raise ConfigError(
+                f"critic.loss: got {config.critic.loss!r}, needs {critics.loss!r}, by which the critics are trained"
             )
         if critics is not None and critics.policy_inputs != tuple(config.critic.policy_inputs):
             raise ConfigError(
@@ -382,13 +386,16 @@ class AsyPPOTrainer:
         return values, share, metrics | {"critic/padding_frac": critics.padding_frac()}
 
     def update_critics(self, batch: Batch, share: Tensor | None, generator: torch.Generator) -> dict[str, float]:
-        """Critic m minimises E[(V_m(s_t) - R_t)^2] on the responses with ``share`` == m (int64 [B]; None: on all)."""
+        """Critic m minimises E[(V_m(s_t) - R_t)^2], or the cross-entropy of R_t, on the responses with ``share`` == m
+        (int64 [B]; None: on all)."""
         assert self.critics is not None
         assert self.critic_optimizer is not None
         config, max_tokens = self.config.critic, self.config.max_tokens_per_micro_batch
         everything = torch.arange(len(batch))  # rows are chosen on the host
         own = [everything if share is None else everything[share == m] for m in range(len(self.critics))]
         returns, old_value = self._critic_targets(batch, own)
+        if config.loss == "bce":
+            self._check_probabilities(returns[:, batch.learned])
         # All chance before the first update, critic by critic.
         parts = [list(minibatches(rows, config.num_iterations, config.num_mini_batches, generator)) for rows in own]
         updates = CriticUpdates(len(own))
@@ -396,9 +403,11 @@ class AsyPPOTrainer:
         for rows_of in zip_longest(*parts, fillvalue=own[0][:0]):
             weight = [token_weights(batch.learned, rows.to(self.device), "token-mean") for rows in rows_of]
 
-            def loss(m: int, micro: MicroBatch, value: Tensor, weight: Sequence[Tensor] = weight) -> Tensor:
-                targets = old_value[m][micro.grid], returns[m][micro.grid], weight[m][micro.grid]
-                return value_loss(value, *targets, cliprange=config.cliprange_value)
+            def loss(m: int, micro: MicroBatch, output: Tensor, weight: Sequence[Tensor] = weight) -> Tensor:
+                old, target, own_weight = (x[m][micro.grid] for x in (old_value, returns, weight))
+                if config.loss == "bce":
+                    return value_cross_entropy(output, target, own_weight)
+                return value_loss(output, old, target, own_weight, cliprange=config.cliprange_value)
 
             active = [len(rows) > 0 for rows in rows_of]
             losses = self.critics.backward(batch, rows_of, loss, max_tokens)
@@ -527,6 +536,16 @@ class AsyPPOTrainer:
             value.flatten(0, 1)[None], reward, mask, gamma=self.config.gamma, value_lam=config.value_lambda
         )
         return gae.returns.view_as(value), value
+
+    def _check_probabilities(self, returns: Tensor) -> None:
+        """Raise ConfigError unless all ``returns`` are in [0, 1], up to rounding."""
+        low, high = torch.stack(returns.aminmax()).tolist() if returns.numel() else (0.0, 1.0)
+        if low < -1e-4 or high > 1 + 1e-4:
+            rewards = ", ".join(func.name for func in self.reward_funcs)
+            raise ConfigError(
+                f"critic.loss: got 'bce' and a return of {low if low < -1e-4 else high:g} from the reward {rewards}, "
+                "less its penalties; needs returns in [0, 1], or 'mse'"
+            )
 
 
 def advantage_of(config: AsyPPOConfig) -> Advantage:

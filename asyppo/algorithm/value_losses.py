@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def value_cross_entropy(logit: Tensor, returns: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted sum of the cross-entropies of ``returns``, in [0, 1], under the probability whose ``logit``
+    is given: a scalar, differentiable in it. All arguments have one shape. Least where the probability is the mean
+    return, as for squared errors; the gradient in the logit is value minus return. Weights carry every normalisation.
+    """
+    return torch.nn.functional.binary_cross_entropy_with_logits(logit, returns, weight, reduction="sum")
+
+
 def value_loss(
     value: Tensor, old_value: Tensor, returns: Tensor, weight: Tensor, *, cliprange: float | None = None
 ) -> Tensor:

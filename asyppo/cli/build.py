@@ -40,15 +40,9 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
             f"policy.model_name_or_path: got {config.policy.model_name_or_path!r}, needs a model, or else "
             "a warm_start; one of the two"
         )
-    if config.warm_start is not None and config.critic.model_name_or_path is not None:
-        raise ConfigError(
-            f"critic.model_name_or_path: got {config.critic.model_name_or_path!r}, needs none where a warm_start makes "
-            "the critics"
-        )
-    policy_path, critic_path = config.policy.model_name_or_path, config.critic.model_name_or_path
-    if config.resolved_algorithm.critics == "policy" or critic_path is None:
-        critic_path = policy_path
-    found = agreed(lambda: _checked(config, policy_path, critic_path))
+    policy_path, as_policy = config.policy.model_name_or_path, config.resolved_algorithm.critics == "policy"
+    critic_path = None if as_policy else config.critic.model_name_or_path
+    found = agreed(lambda: _checked(config, policy_path, critic_path or policy_path))
     device, train_rows, eval_rows, reward_funcs, tokenizer = found
     if config.warm_start is not None:
         # It has solutions of the task alone, so beside a data set of one's own it learns from rows of the task.
@@ -57,14 +51,15 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         shapes = config.warm_start
         made = from_main(lambda: warm_start.build(shapes, data, rows, device))
         policy_path = str(made[0])
-        critic_path = policy_path if config.resolved_algorithm.critics == "policy" else str(made[1])
+        if critic_path is None and not as_policy:
+            critic_path = str(made[1])
     assert policy_path is not None
     mesh = make_mesh(config.distributed, device)
 
     def make() -> AsyPPOTrainer:
         return AsyPPOTrainer(
             policy=policy_path,
-            critics=critic_path if config.num_critics else None,
+            critics=(critic_path or policy_path) if config.num_critics else None,
             tokenizer=tokenizer,
             reward_funcs=reward_funcs,
             train_dataset=train_rows,
@@ -103,7 +98,7 @@ def unnamed(config: AsyPPOConfig) -> AsyPPOConfig:
 
 
 def _checked(
-    config: AsyPPOConfig, policy: str | None, critics: str | None
+    config: AsyPPOConfig, policy: str | None, critics: str | list[str] | None
 ) -> tuple[torch.device, Sequence[Row], Sequence[Row], list[RewardFunction], PreTrainedTokenizerBase | None]:
     """What cannot work shows before the work, not after it. Returns the device, training and held-out rows, reward
     functions, and the policy's tokenizer, where there is one before the work."""

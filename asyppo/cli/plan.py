@@ -291,10 +291,11 @@ def _critic_config(config: AsyPPOConfig) -> tuple[str, str, PreTrainedConfig]:
     if config.resolved_algorithm.critics == "policy" or (config.warm_start is None and name is None):
         _, source, found = _policy_config(config)
         return f"{label} as the policy", source, copy.deepcopy(found)
-    if config.warm_start is not None:
+    if name is None:
+        assert config.warm_start is not None
         return label, "warm_start", _of_shape(config.warm_start.critic)
-    assert name is not None
-    return (f"{label} {name}", *load_config(name, config))
+    first = name if isinstance(name, str) else name[0]
+    return (f"{label} {first}", *load_config(first, config))
 
 
 def _of_shape(shape: ModelShape) -> PreTrainedConfig:

@@ -54,7 +54,9 @@ class Field:
 
     @property
     def is_list_of_names(self) -> bool:
-        """Whether it is a list whose entries are text."""
+        """Whether it is a list whose entries are text, and not text by itself, too."""
+        if str in alternatives(self.annotation):
+            return False
         lists = [a for a in alternatives(self.annotation) if get_origin(a) is list]
         entries = [entry for a in lists for entry in get_args(a)]
         return bool(entries) and all(entry is str or get_origin(entry) is Literal for entry in entries)

@@ -60,10 +60,12 @@ class CriticConfig:
     """The mini-critics. They share the policy's tokenizer and dtype; run one after another, its attention
     implementation, too."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: str | list[str] | None = None
     """Directory or hub name of the checkpoint that every critic starts from (the paper's: one checkpoint, new value
     heads): a causal model of any family, made for the policy's tokenizer, which is checked on prompts; its embeddings
-    may be padded to another size. None takes the policy's, which is what ``algorithm: ppo`` always does."""
+    may be padded to another size. Or a list of ``num_critics``, one for each, such as ``critic_0`` and ``critic_1`` of
+    an earlier run's checkpoint. None takes the policy's, which is what ``algorithm: ppo`` always does, or those that a
+    ``warm_start`` makes."""
     num_critics: int = setting(2, at_least=1)
     """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
     share: Literal["disjoint", "all"] = "disjoint"
@@ -85,9 +87,12 @@ class CriticConfig:
     value_lambda: float = setting(1.0, at_least=0, at_most=1)
     """λ of the return that critics learn: 1 is the Monte Carlo return, the paper's. Below 1 critic m bootstraps on
     its own V_m, from a value pass before its update."""
+    loss: Literal["mse", "bce"] = "mse"
+    """What a critic minimises: squared errors (the paper's), or the cross-entropy of a return in [0, 1], of which its
+    value, the sigmoid of what its head gives, is the probability. Mean and σ are over values. Ours."""
     cliprange_value: float | None = setting(None, above=0)
     """PPO's value clipping: a value that has moved further than this from that of before the update gains nothing by
-    moving on. None does not clip (our choice)."""
+    moving on. None does not clip (our choice). It is defined for squared errors."""
     warmup_steps: int = setting(0, at_least=0)
     """First steps that train the critics only, with the policy frozen. Our choice."""
     policy_inputs: list[Literal["logprob", "entropy"]] = field(default_factory=list)
@@ -578,10 +583,16 @@ class AsyPPOConfig:
             "0 with critic.stacked False: adapters share a backbone, which is computed for all of them at once",
         )
         need(
-            len(set(self.critic.policy_inputs)) == len(self.critic.policy_inputs),
+            self.critic.cliprange_value is None or self.critic.loss == "mse",
+            "critic.cliprange_value",
+            self.critic.cliprange_value,
+            "none with critic.loss 'bce', whose gradient is bounded as it is",
+        )
+        need(
+            sorted(self.critic.policy_inputs) in ([], ["entropy"], ["entropy", "logprob"], ["logprob"]),
             "critic.policy_inputs",
             self.critic.policy_inputs,
-            "each name once",
+            "a list of logprob, entropy, each at most once",
         )
         need(
             self.delta is None or self.delta > 1 + self.epsilon_high,

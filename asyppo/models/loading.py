@@ -79,12 +79,9 @@ def given_critics(critics: Any, config: AsyPPOConfig) -> Critics | str | list[st
                 f"critics: got {type(odd).__name__}, needs a directory or hub name of the checkpoint that all start "
                 "from, or Critics, which asyppo.models.critics.make_critics makes of token classifiers"
             )
-        if len(set(names)) == 1:
-            return names[0]
-        if len(names) != config.num_critics or config.critic.lora_r:
-            needs = "one, since adapters share a backbone" if config.critic.lora_r else f"1 or {config.num_critics}"
-            raise ConfigError(f"critics: got {len(names)} checkpoints, needs {needs}")
-        return names
+        if len(names) not in (1, config.num_critics):
+            raise ConfigError(f"critics: got {len(names)} checkpoints, needs 1 or {config.num_critics}")
+        return names[0] if len(set(names)) == 1 else names
     return str(critics) if isinstance(critics, Path) else critics
 
 
@@ -99,6 +96,8 @@ def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, 
         torch.manual_seed(config.seed)
         options = _shared(config) | {"device": policy.device}
         if isinstance(critics, str):
+            return load_critics(critics, config.num_critics, config.critic, **options)
+        if config.critic.lora_r:
             return load_critics(critics, config.num_critics, config.critic, **options)
         dtype = options.pop("dtype")
         models = load_value_models(critics, config.num_critics, vocab_size=None, **options)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from asyppo.algorithm.policy_losses import importance_weights
-from asyppo.algorithm.value_losses import value_loss
+from asyppo.algorithm.value_losses import value_cross_entropy, value_loss
 
 
 def test_value_loss_without_clipping() -> None:
@@ -29,6 +29,18 @@ def test_value_clipping() -> None:
     loss.backward()
     assert value.grad is not None
     assert value.grad.tolist() == [-3.5, 0.0, 4.0, 0.75]
+
+
+def test_cross_entropy() -> None:
+    """Its gradient is the value less the return."""
+    value, returns = torch.tensor([0.25, 0.9, 0.5, 0.5]), torch.tensor([1.0, 0.0, 0.75, 1.0])
+    weight, logit = torch.tensor([1.0, 2.0, 0.5, 0.0]), value.logit().requires_grad_()
+    loss = value_cross_entropy(logit, returns, weight)
+    torch.testing.assert_close(
+        loss.item(), -math.log(0.25) - 2 * math.log(0.1) - 0.5 * math.log(0.5), atol=0, rtol=1e-6
+    )
+    loss.backward()
+    torch.testing.assert_close(logit.grad, weight * (value - returns))
 
 
 def test_importance_weights() -> None:

@@ -232,8 +232,9 @@ def test_what_does_not_fit(tiny_config: Make, tiny_trainer: Make, tiny_critic: M
         critics(ids)
     with pytest.raises(ValueError, match=r"batch\.policy_inputs: got None, needs logprob, entropy, which critics"):
         critics.values(ragged_batch(), 10_000)
-    with pytest.raises(ConfigError, match=r"critic\.policy_inputs: got \['entropy', 'entropy'\], needs each name once"):
-        tiny_config(critic={"policy_inputs": ["entropy", "entropy"]}).validate()
+    for names in (["entropy", "entropy"], ["logits"], "entropy"):
+        with pytest.raises(ConfigError, match=r"critic\.policy_inputs: got .*, needs a list of logprob, entropy, each"):
+            tiny_config(critic={"policy_inputs": names}).validate()
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from asyppo.config import CriticConfig
 from asyppo.models.critics.base import Critics
 from asyppo.models.critics.inputs import policy_inputs, read_also
-from asyppo.models.critics.loading import load_value_models
+from asyppo.models.critics.loading import load_value_models, minimise
 from asyppo.models.critics.lora import LoraCritics
 from asyppo.models.critics.one_by_one import OneByOneCritics
 from asyppo.models.critics.optimizer import CriticOptimizer
@@ -33,7 +34,7 @@ log = logging.getLogger("asyppo")
 
 
 def load_critics(
-    path: str,
+    path: str | Sequence[str],
     num_critics: int,
     config: CriticConfig,
     *,
@@ -43,8 +44,8 @@ def load_critics(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Critics:
-    """Load the critics that ``config`` asks for from the checkpoint ``path``. Raises ConfigError; one cause is that it
-    has embeddings of fewer than ``vocab_size`` tokens."""
+    """Load the critics that ``config`` asks for from the checkpoint ``path``, or each from its own. Raises ConfigError;
+    one cause is that it has embeddings of fewer than ``vocab_size`` tokens."""
     if config.lora_r:
         return LoraCritics.from_pretrained(
             path,
@@ -56,6 +57,7 @@ def load_critics(
             device=device,
             gradient_checkpointing=config.gradient_checkpointing,
             policy_inputs=config.policy_inputs,
+            loss=config.loss,
         )
     models = load_value_models(
         path,
@@ -72,6 +74,7 @@ def make_critics(models: list[Any], config: CriticConfig, *, dtype: torch.dtype 
     """Return critics made of M value models: stacked, unless ``config`` or their architecture is against it."""
     for model in models:
         read_also(model, config.policy_inputs)
+        minimise(model, config.loss)
     options: dict[str, Any] = {"dtype": dtype, "gradient_checkpointing": config.gradient_checkpointing}
     if not config.stacked:
         return OneByOneCritics(models, **options)

@@ -16,8 +16,8 @@ from asyppo.data.padding import PaddingCount
 from asyppo.models.hub import SaveDtype
 
 Loss = Callable[[int, MicroBatch, Tensor], Tensor]
-"""``loss(m, micro, value)``: from values [N] of critic m at the response tokens of ``micro`` to a scalar, which adds up
-over micro-batches."""
+"""``loss(m, micro, output)``: from what the head of critic m gives [N] at the response tokens of ``micro`` (values or,
+with the loss ``bce``, their logits) to a scalar, which adds up over micro-batches."""
 
 
 class Critics(nn.Module, ABC):
@@ -32,6 +32,8 @@ class Critics(nn.Module, ABC):
     ops: Ops = FUSED
     policy_inputs: tuple[str, ...] = ()
     """What they read beside the tokens, of ``asyppo/models/critics/inputs.py``."""
+    loss: str = "mse"
+    """What they minimise, ``critic.loss``: with ``bce`` a value is the sigmoid of what the head gives."""
     last_token: int | None = None
     """Where the policy has embeddings of more tokens: the last that critics have one of, which stands for those."""
 
@@ -45,6 +47,10 @@ class Critics(nn.Module, ABC):
     def readable(self, input_ids: Tensor) -> Tensor:
         """Return ``input_ids`` with ``last_token`` in place of what lies beyond."""
         return input_ids if self.last_token is None else input_ids.clamp(max=self.last_token)
+
+    def value_of(self, output: Tensor) -> Tensor:
+        """Return the values that heads mean by their ``output``."""
+        return output.sigmoid() if self.loss == "bce" else output
 
     def read(self, batch: Batch, micro: MicroBatch) -> Tensor | None:
         """Return what critics read beside the tokens of ``micro``: float32, of the shape of its ``input_ids``, and F;

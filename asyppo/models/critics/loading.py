@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from asyppo.models.critics.inputs import NAME, load_policy_inputs, save_policy_i
 from asyppo.models.hub import SaveDtype, load_pretrained, save_model
 
 VALUE_HEAD = "value_head.safetensors"
+CRITIC = "critic.json"
+_LOSS = "_asyppo_loss"
 
 
 class BackboneWithValueHead(nn.Module):
@@ -133,6 +136,7 @@ def load_value_model(
     inputs = load_policy_inputs(path, device)
     if inputs is not None:
         model.add_module(NAME, inputs)
+    setattr(model, _LOSS, None if head_is_new else load_loss(path))
     return model, head_is_new
 
 
@@ -147,6 +151,43 @@ def save_value_model(model: Any, directory: Path, dtype: SaveDtype) -> None:
             model.add_module(NAME, inputs)
     if inputs is not None:
         save_policy_inputs(inputs.names, inputs.weight, directory)
+    save_loss(loss_of([model]), directory)
+
+
+def save_loss(loss: str, directory: Path) -> None:
+    """Write into a critic's directory what it has minimised, since its head means nothing without."""
+    (directory / CRITIC).write_text(json.dumps({"loss": loss}) + "\n")
+
+
+def load_loss(path: str | Path) -> str | None:
+    """Return what ``save_loss`` wrote; None if nothing is there."""
+    file = Path(path) / CRITIC
+    return json.loads(file.read_text())["loss"] if file.exists() else None
+
+
+def fitting_loss(found: str | None, loss: str | None, path: Any) -> str:
+    """Return what the critic of ``path``, trained by ``found`` (None: nobody knows), is to minimise: ``loss``, or, if
+    that is None, the same. Raises ConfigError if it is another one."""
+    if found is not None and loss not in (None, found):
+        raise ConfigError(f"critic.loss: got {loss!r}, needs {found!r}, by which the critic {str(path)!r} was trained")
+    return loss or found or "mse"
+
+
+def minimise(model: Any, loss: str) -> None:
+    """Let the value model ``model`` minimise ``loss``. Raises ConfigError if it was trained by another one."""
+    setattr(model, _LOSS, fitting_loss(getattr(model, _LOSS, None), loss, model.config._name_or_path))
+
+
+def loss_of(models: Sequence[Any]) -> str:
+    """Return what value models minimise. Raises ConfigError if it is not the same."""
+    return one_loss([getattr(model, _LOSS, None) or "mse" for model in models])
+
+
+def one_loss(every: Sequence[str]) -> str:
+    """Return the one loss in ``every``. Raises ConfigError if there are two."""
+    if len(set(every)) > 1:
+        raise ConfigError(f"critic.loss: got critics trained by {' and '.join(sorted(set(every)))}, needs one for all")
+    return every[0]
 
 
 def value_head(model: Any) -> nn.Linear:

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from asyppo.config import ConfigError
 from asyppo.models.critics.inputs import NAME, PolicyInputs, check_same, fitting, load_policy_inputs, save_policy_inputs
-from asyppo.models.critics.loading import check_vocabulary, draw_head, load_value_model
+from asyppo.models.critics.loading import (
+    check_vocabulary,
+    draw_head,
+    fitting_loss,
+    load_loss,
+    load_value_model,
+    one_loss,
+    save_loss,
+)
 from asyppo.models.critics.stacked import Stacked, why_not_stacked
 from asyppo.models.hub import SaveDtype
 
@@ -62,15 +70,16 @@ class LoraCritics(Stacked):
         dtype: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
         inputs: Sequence[PolicyInputs] = (),
+        loss: str = "mse",
     ):
         """``model``, a token classifier, is taken over, its own head left out; ``heads`` are M linear layers to one
-        number, ``inputs`` M projections of what critics read beside the tokens, or none. Raises ConfigError if it is of
-        no family that is known here."""
+        number, ``inputs`` M projections of what critics read beside the tokens, or none; they minimise ``loss``. Raises
+        ConfigError if it is of no family that is known here."""
         super().__init__()
         reason = why_not_stacked(model)
         if reason is not None:
             raise ConfigError(f"critic.lora_r: got {r}, needs 0 for {type(model).__name__}: {reason}")
-        self.r, self.alpha, self.base = r, alpha, model.config._name_or_path
+        self.r, self.alpha, self.base, self.loss = r, alpha, model.config._name_or_path, loss
         model.eval().requires_grad_(False)
         self.build(
             [model.base_model],
@@ -100,13 +109,17 @@ class LoraCritics(Stacked):
         device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
         policy_inputs: Sequence[str] | None = None,
+        loss: str | None = None,
     ) -> LoraCritics:
-        """Load one checkpoint for all, with new adapters; or M directories of ``save_pretrained``, with theirs.
+        """Load one checkpoint for all, with new adapters; or M directories of ``save_pretrained``, or one for all, with
+        theirs.
 
         Where the checkpoint has no value head, each critic gets one of its own, drawn from torch's global generator.
-        ``policy_inputs``: what they read beside the tokens; None: what the saved ones were trained to read.
+        ``policy_inputs``: what they read beside the tokens, ``loss``: what they minimise; None: as the saved ones do.
         Raises ConfigError if something cannot be loaded, or does not fit together.
         """
+        if isinstance(path_or_paths, str | Path) and (Path(path_or_paths) / CONFIG).exists():
+            path_or_paths = [path_or_paths] * num_critics
         saved: list[Path] = []
         base = path_or_paths
         if not isinstance(path_or_paths, str | Path):
@@ -131,6 +144,7 @@ class LoraCritics(Stacked):
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
             inputs=inputs,
+            loss=one_loss([fitting_loss(load_loss(path), loss, path) for path in saved or [Path(str(base))]]),
         )
         for m, path in enumerate(saved):
             weights = load_file(path / WEIGHTS, device=str(device))
@@ -168,6 +182,7 @@ class LoraCritics(Stacked):
             (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             weights = {_peft_name(name): p.detach()[m].contiguous() for name, p in self.peft_parameters()}
             save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
+            save_loss(self.loss, path)
             if self.policy_inputs:
                 save_policy_inputs(self.policy_inputs, self.project.weight.detach()[m], path)
 

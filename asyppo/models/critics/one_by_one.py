@@ -16,7 +16,7 @@ from asyppo.distributed.sharding import between_replicas_once, decoder_layers, r
 from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.inputs import added_to_embedding, names_of
-from asyppo.models.critics.loading import load_value_models, save_value_model, value_head
+from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model, value_head
 from asyppo.models.head import any_dtype_attention
 from asyppo.models.hub import SaveDtype, use_liger_kernels
 from asyppo.models.packing import known_sequences
@@ -35,7 +35,7 @@ class OneByOneCritics(Critics):
             value_head(model)
         self.models = nn.ModuleList(models).eval()  # dropout would pass for disagreement
         self.dtype, self.config = dtype, models[0].config
-        self.policy_inputs = names_of(models)
+        self.policy_inputs, self.loss = names_of(models), loss_of(models)
         for model in models if gradient_checkpointing else ():
             with self._autocast(model), any_dtype_attention(model.base_model):
                 checkpoint_layers(model.base_model, "critic.gradient_checkpointing")
@@ -63,8 +63,8 @@ class OneByOneCritics(Critics):
         return cls(models, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 
     def forward(self, m: int, micro: MicroBatch, read: Tensor | None = None) -> Tensor:
-        """Return the values [N] of critic ``m`` at the response tokens of ``micro``, beside which it reads ``read``,
-        where it has ``policy_inputs``."""
+        """Return what the head of critic ``m`` gives [N] at the response tokens of ``micro``, of which ``value_of``
+        makes values. Where it has ``policy_inputs``, it reads ``read`` beside the tokens."""
         self._padding.add(micro.tokens, micro.input_ids.numel())
         model = self.models[m]
         with added_to_embedding(model, read), self._autocast(model), known_sequences(None):
@@ -99,7 +99,7 @@ class OneByOneCritics(Critics):
     def _values(self, m: int, batch: Batch, rows: Tensor, max_tokens: int) -> Tensor:
         value = torch.zeros_like(batch.reward)
         for micro in micro_batches(batch, rows, max_tokens):
-            value[micro.grid] = self(m, micro, self.read(batch, micro))
+            value[micro.grid] = self.value_of(self(m, micro, self.read(batch, micro)))
         release(self)
         return sum_over_ranks(value)
 

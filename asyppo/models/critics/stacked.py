@@ -39,7 +39,7 @@ from asyppo.models.critics.layers import (
     tie,
 )
 from asyppo.models.critics.layout import Extent, Layout, VarlenAttention
-from asyppo.models.critics.loading import load_value_models, save_value_model
+from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model
 from asyppo.models.hub import SaveDtype
 
 
@@ -163,6 +163,8 @@ class Stacked(Critics):
         positions: Tensor | None = None,
         known: Extent | None = None,
         inputs: Tensor | None = None,
+        *,
+        outputs: bool = False,
     ) -> Tensor:
         """Return values, float32 and differentiable.
 
@@ -176,6 +178,7 @@ class Stacked(Critics):
             known: what the host knows of ``attention_mask``; None: it is read from the device.
             inputs: float32 [B, T, F] or [M, B, T, F], as ``input_ids``: what critics with ``policy_inputs`` read beside
                 the tokens.
+            outputs: what the heads give, of which ``value_of`` makes values.
 
         Returns:
             [M, B, T], or [M, n] given positions.
@@ -197,14 +200,15 @@ class Stacked(Critics):
         layout = Layout(self.readable(own), mask, count, self.varlen, known)
         self._padding.add(mask.sum(), layout.tokens.numel())
         beside = None if inputs is None else layout.take(inputs.view(*own.shape, -1))
+        made = (lambda output: output) if outputs else self.value_of
         if positions is not None:
-            return self._values(layout, layout.index(positions), beside)
+            return made(self._outputs(layout, layout.index(positions), beside))
         everything = torch.arange(mask[0].numel(), device=mask.device)
         index = layout.index(everything.expand(count, -1) if len(mask) > 1 else everything)
-        return self._values(layout, index, beside).view(count, *own.shape[1:])
+        return made(self._outputs(layout, index, beside)).view(count, *own.shape[1:])
 
-    def _values(self, layout: Layout, index: Tensor, beside: Tensor | None) -> Tensor:
-        """Values [M, n] at the tokens ``index``, [n] or [M, n]; ``beside`` [K, N, F]: what is read beside tokens."""
+    def _outputs(self, layout: Layout, index: Tensor, beside: Tensor | None) -> Tensor:
+        """What the heads give [M, n] at the tokens ``index``, [n] or [M, n]; ``beside`` [K, N, F] is read, too."""
         if beside is None:
             hidden = self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
         else:
@@ -242,7 +246,7 @@ class Stacked(Critics):
         value = batch.reward.new_zeros(len(self), *batch.reward.shape)
         for micros in share_micro_batches(batch, shares, max_tokens):
             for critic_value, micro, own in zip(value, micros, self._on_shares(batch, micros), strict=True):
-                critic_value[micro.grid] = own
+                critic_value[micro.grid] = self.value_of(own)
         release(self)
         return sum_over_ranks(value)
 
@@ -258,7 +262,8 @@ class Stacked(Critics):
         return sum_over_ranks(total)
 
     def _on_shares(self, batch: Batch, micros: Sequence[MicroBatch]) -> list[Tensor]:
-        """Values [N_m] of critic m at the response tokens of its own micro-batch, for all m in one pass."""
+        """What the head of critic m gives [N_m] at the response tokens of its own micro-batch, for all m in one
+        pass."""
         pad = nn.utils.rnn.pad_sequence
         ids = pad([m.input_ids for m in micros], batch_first=True)
         mask = pad([m.attention_mask for m in micros], batch_first=True)
@@ -267,8 +272,9 @@ class Stacked(Critics):
         tokens = [m.tokens for m in micros]
         read = [own for m in micros if (own := self.read(batch, m)) is not None]
         inputs = pad(read, batch_first=True) if read else None
-        value = self(ids, mask, positions, Extent(max(m.longest for m in micros), max(tokens), min(tokens)), inputs)
-        return [critic_value[: len(m.flat_predicts)] for critic_value, m in zip(value, micros, strict=True)]
+        extent = Extent(max(m.longest for m in micros), max(tokens), min(tokens))
+        output = self(ids, mask, positions, extent, inputs, outputs=True)
+        return [own[: len(m.flat_predicts)] for own, m in zip(output, micros, strict=True)]
 
     def collect_gradients(self) -> None:
         """See Critics: the models' gradients are views of the stack's."""
@@ -311,6 +317,7 @@ class StackedCritics(Stacked):
         shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]
         if any(type(model) is not type(models[0]) for model in models) or any(s != shapes[0] for s in shapes):
             raise ConfigError("critic.stacked: got models that differ in class or shape, needs M of one architecture")
+        self.loss = loss_of(models)
         self.models = list(models)  # a list, which hides them from nn.Module: the stack has the parameters
         for model in models:
             model.eval()
