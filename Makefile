@@ -13,10 +13,10 @@ train: $(READY)
 
 # One thread a test process: on small tensors a second one costs more than it brings.
 test: $(READY) browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(READY) browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 # The sampler on vLLM itself, its package for CPUs, which pins an older transformers than ours: an environment apart.
 test-vllm: $(VLLM)/.ready

@@ -1,8 +1,8 @@
 """Triton's interpreter, several times as fast, for the tests.
 
-Of itself it scans and reduces one number at a time, through Python, and puts the language's functions in their
-places anew whenever a kernel calls a function. Here a scan takes few steps of whole arrays, and the
-functions stay in their places while a kernel runs.
+Of itself it scans and reduces one number at a time, through Python, puts the language's functions in their places anew
+whenever a kernel calls a function, and makes the type of every number anew. Here a scan takes few steps of whole
+arrays, the functions stay in their places while a kernel runs, and types are kept.
 """
 
 from __future__ import annotations
@@ -49,6 +49,55 @@ def scan(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
     return [self.to_tensor(np.moveaxis(x, -1, self.axis), t) for x, t in zip(arrays, types, strict=True)]
 
 
+def keep_types(core: Any, semantic: Any) -> None:
+    """Let blocks of one type share what is derived from it, and equal types and shapes skip what changes
+    nothing."""
+    block_init, kept = core.block_type.__init__, {}
+
+    def block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (id(element_ty), *(core._unwrap_if_constexpr(size) for size in shape))
+        if key not in kept:
+            block_init(self, element_ty, shape)
+            kept[key] = dict(self.__dict__)  # it holds element_ty, so that the id stays that one's
+        else:
+            self.__dict__.update(kept[key])
+
+    core.block_type.__init__ = block
+    tensor_init = core.tensor.__init__
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        of_type = type.__dict__.get("of_tensors")
+        if of_type is None:
+            tensor_init(self, handle, type)
+            type.of_tensors = {name: x for name, x in self.__dict__.items() if name != "handle"}
+            if type.is_block():
+                kept[id(type.element_ty), *type.get_block_shapes()]["of_tensors"] = type.of_tensors
+        else:
+            self.handle = handle
+            self.__dict__.update(of_type)
+
+    core.tensor.__init__ = tensor
+    check = semantic.binary_op_type_checking_impl
+    plain = ("fp32", "int32", "int64")
+
+    def check_unlike(self: Any, lhs: Any, rhs: Any, *arguments: Any, **options: Any) -> Any:
+        of_left, of_right = getattr(lhs, "dtype", None), getattr(rhs, "dtype", None)
+        if of_left is not None and of_left is of_right and of_left.name in plain:
+            return self.broadcast_impl_value(lhs, rhs)
+        if type(rhs) in (int, float) and of_left is not None and of_left.name == "fp32":
+            return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, dtype=of_left))
+        return check(self, lhs, rhs, *arguments, **options)
+
+    semantic.binary_op_type_checking_impl = check_unlike
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_unlike(self: Any, lhs: Any, rhs: Any) -> Any:
+        alike = lhs.type.is_block() == rhs.type.is_block() and lhs.handle.data.shape == rhs.handle.data.shape
+        return (lhs, rhs) if alike else broadcast(self, lhs, rhs)
+
+    semantic.broadcast_impl_value = broadcast_unlike
+
+
 def quicken() -> None:
     """Change what is slow in ``triton.runtime.interpreter``, as far as this version of Triton has it."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
@@ -67,9 +116,12 @@ def quicken() -> None:
 
     interpreter._patch_builtin = patch_builtin
 
+    @functools.cache
+    def languages(function: Any) -> list[Any]:
+        return [x for x in (interpreter.tl, core) if any(x is y for y in function.__globals__.values())]
+
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        languages = {id(x): x for x in self.fn.__globals__.values() if x in (interpreter.tl, core)}
-        if any(core.is_builtin(language.load) for language in languages.values()):
+        if any(core.is_builtin(language.load) for language in languages(self.fn)):
             interpreter._patch_lang(self.fn)
         try:
             return self.rewrite()(*arguments, **options)
@@ -77,3 +129,6 @@ def quicken() -> None:
             raise interpreter.InterpreterError(repr(error)) from error
 
     interpreter.InterpretedFunction.__call__ = call
+    keep_types(core, interpreter.TritonSemantic)
+    # It computes what an assertion would say, and those are off.
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = lambda *arguments: None

@@ -13,6 +13,7 @@ import textwrap
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import yaml
@@ -78,8 +79,9 @@ def show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+@cache
 def parser(name: str) -> _Parser:
-    """Build the parser of one command; fields, defaults and help come from the configuration's dataclasses."""
+    """The parser of one command; fields, defaults and help come from the configuration's dataclasses."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     command = COMMANDS[name]
     made = _Parser(prog=f"asyppo {name}", exit_on_error=False, allow_abbrev=False)

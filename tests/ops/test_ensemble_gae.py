@@ -184,10 +184,14 @@ def test_the_value_of_the_next_valid_step_enters(backend):
         assert ensemble_gae(value, reward, mask, lam=0.0, backend=backend).advantage.tolist() == expected
 
 
-@pytest.mark.parametrize("poison", POISON)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pattern", ["right", "left", "holes", "none", "one", "first", "last"])
-def test_masked_steps_are_not_read(backend, pattern, dtype, poison):
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [
+        *((pattern, torch.float32) for pattern in ("right", "left", "holes", "none", "one", "first", "last")),
+        ("holes", torch.bfloat16),
+    ],
+)
+def test_masked_steps_are_not_read(backend, pattern, dtype):
     t = BLOCK + 9
     value, reward, mask = make(2, 4, t, dtype)
     if pattern in ("right", "left"):
@@ -200,8 +204,9 @@ def test_masked_steps_are_not_read(backend, pattern, dtype, poison):
         mask[:, at] = True
     clean = ensemble_gae(value * mask, reward * mask, mask, backend=backend)
     check(clean, oracle(value, reward, mask, 1.0, 0.95, 1.0), mask)
-    dirty = ensemble_gae(value.masked_fill(~mask, poison), reward.masked_fill(~mask, poison), mask, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    for poison in POISON:
+        dirty = ensemble_gae(value.masked_fill(~mask, poison), reward.masked_fill(~mask, poison), mask, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True)), poison
 
 
 def test_only_valid_steps_count(backend):

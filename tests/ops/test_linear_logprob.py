@@ -186,11 +186,18 @@ def test_matches_oracle_over_several_blocks_of_eight_warps(
     check(make(6, 16, 20_011, dtype), backend, softcap=softcap)
 
 
+# Which of hidden and weight are masters; float16 has nothing of its own but the dtype of its logits' gradient.
 MASTERS = [(torch.float32, torch.float32), (None, torch.float32), (torch.float32, None), (None, None)]
 
 
-@pytest.mark.parametrize("compute_dtype", DTYPES)
-@pytest.mark.parametrize("masters", MASTERS)
+@pytest.mark.parametrize(
+    ("compute_dtype", "masters"),
+    [
+        (torch.float32, MASTERS[0]),
+        *((torch.bfloat16, masters) for masters in MASTERS),
+        *((torch.float16, masters) for masters in MASTERS[:2]),
+    ],
+)
 def test_masters_get_gradients_that_nothing_rounds(
     backend: str, compute_dtype: torch.dtype, masters: tuple[torch.dtype | None, torch.dtype | None]
 ) -> None:
@@ -492,6 +499,8 @@ def test_logits_kept_or_computed_again_give_the_same(
 ) -> None:
     """Of all rows and of those that an upstream gradient moves, and twice. To the bit, but for the exponentials at the
     end of a tile, which torch computes one by one and a rounding off: other rows, other tiles."""
+    if backend == "triton":
+        pytest.skip("always computes them again")
     data = make(24, 8, 61, dtype, ignored=ignored)
     every, some = torch.randn(24), torch.randn(24).where(torch.rand(24) < 0.5, 0.0)
     results = []

@@ -186,14 +186,13 @@ def test_kl_bias_correction_is_without_effect_where_there_is_no_kl(backend: str)
     assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("options", "compact"),
+    ("dtype", "options", "compact"),
     [
-        (EVERYTHING, True),
-        (EVERYTHING, False),
-        ({"clip_low": 0.0, "clip_high": 0.0}, True),
-        ({"dual_clip": 1.0001}, False),
+        *((dtype, EVERYTHING, True) for dtype in DTYPES),
+        (torch.float32, EVERYTHING, False),
+        (torch.float32, {"clip_low": 0.0, "clip_high": 0.0}, True),
+        (torch.float32, {"dual_clip": 1.0001}, False),
     ],
 )
 def test_without_old_logprob_the_ratio_is_one_and_has_a_gradient(

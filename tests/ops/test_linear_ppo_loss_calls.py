@@ -59,8 +59,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, full: bool, compact: bool) ->
     torch.library.opcheck(torch.ops.asyppo.scale_cast.default, (torch.rand(5, 3), torch.rand(()), dtype))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(("dynamic", "compact"), [(False, False), (True, True)])
 def test_compiles_without_graph_breaks(backend: str, dynamic: bool, compact: bool) -> None:
     def loss(hidden: Tensor, **data: Tensor) -> LinearPPOLoss:
         return linear_ppo_loss(hidden * 1.5, **data, **EVERYTHING, compact=compact, backend=backend)

@@ -240,6 +240,7 @@ def test_what_does_not_train_takes_no_memory(tiny_run: Callable[..., AsyPPOConfi
     assert critic.parameters == policy.parameters - 19 * 16 + (16 + 1)  # one value with a bias in place of 19 logits
 
 
+@pytest.mark.slow
 def test_checkpointing_and_shorter_responses_save_memory() -> None:
     config = AsyPPOConfig(max_completion_length=4096, generation_batch_size=16, sampler="generate")
     config.policy.model_name_or_path, config.algorithm = "Qwen/Qwen3-1.7B-Base", "grpo"
@@ -293,7 +294,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in READY_CONFIGS if name != "default"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "qwen3-14b" else pytest.param(name, marks=pytest.mark.slow)
+        for name in READY_CONFIGS
+        if name != "default"
+    ],
+)
 def test_ready_configurations(name: str) -> None:
     """They are read, hold, say what the paper says, and fit GPUs of 80 GB, as many as docs/running.md says."""
     config = parse(["train", "--config", name])
