@@ -164,7 +164,8 @@ def run(name: str, part: str) -> Verdict:
     files = sorted((ROOT / "tests").glob("*/test_*.py")) + sorted((ROOT / "tests").glob("test_*.py"))
     files = files[int(part.removeprefix("tests-")) - 1 :: TESTS]
     report = CACHE / f"{name}-{part}.xml"
-    command = [interpreter, "-m", "pytest", "-m", "not slow", "-n", "2", "--dist", "worksteal", "-q", "--tb=short", f"--junitxml={report}"]
+    command = [interpreter, "-m", "pytest", "-m", "not slow", "-q", "--tb=short", f"--junitxml={report}"]
+    command += ["-n", "2", "--dist", "worksteal"]
     if SETS[name].without:
         command += ["-k", f"not ({SETS[name].without})"]
     report.unlink(missing_ok=True)

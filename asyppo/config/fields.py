@@ -121,6 +121,7 @@ def by_path(root: type) -> dict[str, Field]:
     return {field.path: field for field in walk(root)}
 
 
+@cache
 def may_change(root: type) -> list[str]:
     """Return the paths of what a resumed run may change; all that lies below a branch among them may change, too."""
     return [field.path for field in walk(root) if field.facts.may_change]

@@ -13,7 +13,6 @@ from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
 from tests.ops.ppo_loss_oracle import (
     BACKENDS,
-    DTYPES,
     EVERYTHING,
     HEAD,
     ROUNDING,
