@@ -3,7 +3,8 @@
     list            the sets, and the versions that each has where it is installed
     run SET         all of one set, or ``--part`` of it
     shard COMMIT    one part of one set, chosen by the commit; minutes
-    all             every set, and the table of CONTRIBUTING.md
+    all             every set, then ``table``
+    table           the table of CONTRIBUTING.md, of what each part of each set came to last
 
 What ``pyproject.toml`` allows is what is tested: the oldest version of a requirement is the last patch of its lower
 bound. An environment is made once, under ``.cache/versions``. One that takes torch as installed stands on the
@@ -23,7 +24,7 @@ import sys
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -70,6 +71,7 @@ class Verdict:
     failed: tuple[str, ...]
     compiled: int
     over_budget: tuple[str, ...]
+    parts: tuple[str, ...]
 
     def __add__(self, other: Verdict) -> Verdict:
         return Verdict(
@@ -79,6 +81,7 @@ class Verdict:
             self.failed + other.failed,
             self.compiled + other.compiled,
             self.over_budget + other.over_budget,
+            self.parts + other.parts,
         )
 
 
@@ -149,7 +152,26 @@ def _call(command: Sequence[str]) -> None:
 
 
 def run(name: str, part: str) -> Verdict:
-    """One part of a set, as its tests and its kernels fare."""
+    """One part of a set, as its tests and its kernels fare; kept for the table."""
+    verdict = _run(name, part)
+    (CACHE / f"{name}-{part}.json").write_text(json.dumps(asdict(verdict)))
+    return verdict
+
+
+def kept() -> dict[str, Verdict]:
+    """What the parts of each set came to last."""
+    verdicts: dict[str, Verdict] = {}
+    for name in SETS:
+        for part in PARTS:
+            file = CACHE / f"{name}-{part}.json"
+            if file.exists():
+                fields = json.loads(file.read_text())
+                verdict = Verdict(**{k: tuple(x) if isinstance(x, list) else x for k, x in fields.items()})
+                verdicts[name] = verdicts[name] + verdict if name in verdicts else verdict
+    return verdicts
+
+
+def _run(name: str, part: str) -> Verdict:
     interpreter = environment_of(name)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
@@ -160,7 +182,7 @@ def run(name: str, part: str) -> Verdict:
     if part == "aot":
         cases = json.loads(_output([interpreter, "-m", "bench.aot", "--json"], environment))
         over = [f"{c['op']}, {c['name']}, {c['target']}: {'; '.join(c['problems'])}" for c in cases if c["problems"]]
-        return Verdict(versions, 0, 0, (), len(cases), tuple(over))
+        return Verdict(versions, 0, 0, (), len(cases), tuple(over), (part,))
     files = sorted((ROOT / "tests").glob("*/test_*.py")) + sorted((ROOT / "tests").glob("test_*.py"))
     files = files[int(part.removeprefix("tests-")) - 1 :: TESTS]
     report = CACHE / f"{name}-{part}.xml"
@@ -179,7 +201,7 @@ def run(name: str, part: str) -> Verdict:
         if c.find("failure") is not None or c.find("error") is not None
     ]
     skipped = sum(c.find("skipped") is not None for c in cases)
-    return Verdict(versions, len(cases) - skipped - len(failed), skipped, tuple(failed), 0, ())
+    return Verdict(versions, len(cases) - skipped - len(failed), skipped, tuple(failed), 0, (), (part,))
 
 
 def _output(command: Sequence[object], environment: dict[str, str]) -> str:
@@ -205,10 +227,18 @@ def table(verdicts: dict[str, Verdict]) -> str:
     for name, v in verdicts.items():
         failing = "; ".join((*(f"`{f}`" for f in v.failed), *v.over_budget)) or "nothing"
         shown = " | ".join(v.versions.get(n, "") for n in names)
+        ran = [part for part in v.parts if part != "aot"]
         tests = f"{v.passed} passed, {v.skipped} skipped, {len(v.failed)} failed"
-        budgets = f"{v.compiled - len(v.over_budget)} of {v.compiled}"
+        tests += "" if len(ran) == TESTS else f" (of {' and '.join(ran) or 'no part'})"
+        budgets = f"{v.compiled - len(v.over_budget)} of {v.compiled}" if "aot" in v.parts else "did not run"
         lines.append(f"| {name} | {shown} | {tests} | {budgets} | {failing} |")
     return "\n".join(lines)
+
+
+def write_table(verdicts: dict[str, Verdict]) -> None:
+    """Between its two marks."""
+    before, rest = re.split(r"(?<=<!-- versions: begin -->\n)", PAGE.read_text())
+    PAGE.write_text(before + table(verdicts) + "\n" + rest[rest.index("<!-- versions: end -->") :])
 
 
 def main() -> int:
@@ -221,12 +251,16 @@ def main() -> int:
     one.add_argument("--part", choices=PARTS)
     commands.add_parser("shard").add_argument("commit")
     commands.add_parser("all")
+    commands.add_parser("table")
     chosen = parser.parse_args()
 
     CACHE.mkdir(parents=True, exist_ok=True)
     if chosen.command == "list":
         for name in SETS:
             print(f"{name}: {' '.join(requirements(SETS[name]))}")
+        return 0
+    if chosen.command == "table":
+        write_table(kept())
         return 0
     if chosen.command == "all":
         work = [(name, part) for name in SETS for part in PARTS]
@@ -241,8 +275,7 @@ def main() -> int:
         verdicts[name] = verdicts[name] + verdict if name in verdicts else verdict
     print(table(verdicts))
     if chosen.command == "all":
-        before, rest = re.split(r"(?<=<!-- versions: begin -->\n)", PAGE.read_text())
-        PAGE.write_text(before + table(verdicts) + "\n" + rest[rest.index("<!-- versions: end -->") :])
+        write_table(verdicts)
     return 1 if any(v.failed or v.over_budget for v in verdicts.values()) else 0
 
 
