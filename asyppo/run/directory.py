@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.config import AsyPPOConfig, ConfigError, WarmStartConfig
 from asyppo.config.fields import may_change, renamed, stands_in
 from asyppo.distributed.processes import from_main
 from asyppo.run import durable
@@ -54,8 +54,9 @@ def _check_settings(config: AsyPPOConfig, file: Path) -> None:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
     new_name, may = renamed(AsyPPOConfig), may_change(AsyPPOConfig)
     stored = {new_name.get(key, key): value for key, value in stored.items()}
-    now, default = flatten(settings(config)), flatten(settings(AsyPPOConfig()))
-    # A setting that is newer than the run had its default then.
+    # A setting that is newer than the run had its default then, in a branch that may be absent, too.
+    warm_start = WarmStartConfig() if any(key.startswith("warm_start.") for key in stored) else None
+    now, default = flatten(settings(config)), flatten(settings(AsyPPOConfig(warm_start=warm_start)))
     stored = {key: value for key, value in default.items() if key in now} | stored
     fixed = [key for key in {**stored, **now} if not stands_in(key, may)]
     different = [key for key in fixed if stored.get(key) != now.get(key)]

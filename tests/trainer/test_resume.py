@@ -357,6 +357,19 @@ def test_a_setting_newer_than_the_run_had_its_default(resumed: Make, tiny_config
         resumed(beta=0.5)
 
 
+def test_so_had_one_of_a_branch_that_may_be_absent(tiny_config: Make) -> None:
+    config = tiny_config(warm_start=WarmStartConfig(steps=5))
+    RunDirectory(config).close()
+    file = Path(config.output_dir) / "run" / "config.yaml"
+    text = file.read_text()
+    file.write_text("".join(line for line in text.splitlines(True) if not line.startswith("  wrong_rule:")))
+    assert file.read_text() != text
+    RunDirectory(replace(config, resume=True)).close()
+    file.write_text("".join(line for line in text.splitlines(True) if not line.startswith("  wrong_rule:")))
+    with pytest.raises(ConfigError, match=r"warm_start\.wrong_rule is 0\.0 there, got 0\.7"):
+        RunDirectory(replace(config, resume=True, warm_start=WarmStartConfig(steps=5, wrong_rule=0.7)))
+
+
 def test_a_setting_that_had_another_name_in_the_run(resumed: Make, tiny_config: Make) -> None:
     file = Path(tiny_config().output_dir) / "run" / "config.yaml"
     text = file.read_text()
