@@ -199,7 +199,7 @@ LINES = [
                 EMBEDDING,
                 2 * 64 * 1024,
                 2 * 32_768 * 1024,
-                (("embedding_kernel", 17), ("embedding_backward_kernel", 28)),
+                (("embedding_kernel", 19), ("embedding_backward_kernel", 10)),
             ),
         )
         for kernel, budget in kernels
