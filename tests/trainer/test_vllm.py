@@ -290,7 +290,8 @@ def test_requests_are_groups_with_seeds_that_follow_from_torchs(tiny_lm: Make, t
         assert [r.tokens.tolist() for r in drawn] == [[3, 1], [3, 1], [5, 1], [3, 1]]
         assert [r.truncated for r in drawn] == [False] * 4
         assert drawn[0].logprob.tolist() == ([-1.0, -0.5] if temperature else [0.0, 0.0])
-    (groups, samplings), again, _ = engine.requests
+    (groups, samplings), again, (_, greedy) = engine.requests
+    assert [s["n"] for s in greedy] == [1, 1, 1]  # vLLM refuses to draw several that are all the same
     assert (groups, samplings) == again
     assert groups == [[3, 4], [5], [3, 4]]
     assert [s["n"] for s in samplings] == [2, 1, 1]

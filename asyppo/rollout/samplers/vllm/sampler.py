@@ -130,11 +130,12 @@ class VLLMSampler:
             "logprobs": 0,  # of the token alone
         }
         seeds = torch.randint(2**62, (len(groups),)).tolist()
+        certain = temperature == 0  # all are the same, and vLLM refuses to draw several
         own = [
-            {"n": count} | ({"seed": seed} if self.seeded else {})
+            {"n": 1 if certain else count} | ({"seed": seed} if self.seeded else {})
             for (_, count), seed in zip(groups, seeds, strict=True)
         ]
-        drawing = Drawing(self, certain=temperature == 0)
+        drawing = Drawing(self, [count for _, count in groups] if certain else None)
         self.engine.begin([key for key, _ in groups], [sampling | one for one in own])
         self.under_way = drawing
         return drawing.responses
@@ -174,8 +175,9 @@ class VLLMSampler:
 class Drawing:
     """Responses that are being drawn."""
 
-    def __init__(self, sampler: VLLMSampler, certain: bool):
-        self.sampler, self.certain = sampler, certain
+    def __init__(self, sampler: VLLMSampler, copies: list[int] | None):
+        """``copies``: at temperature 0, how many responses each prompt gets, all of which are one."""
+        self.sampler, self.copies = sampler, copies
         self.drawn: Drawn | None = None
 
     def finish(self) -> None:
@@ -186,12 +188,14 @@ class Drawing:
     def responses(self) -> list[Response]:
         """Return them."""
         self.finish()
-        self.sampler.under_way = None if self.sampler.under_way is self else self.sampler.under_way
+        if self.sampler.under_way is self:
+            self.sampler.under_way = None
         assert self.drawn is not None
+        certain = self.copies is not None
         return [
-            self.sampler.response(tokens, logprobs, self.certain)
-            for of_prompt in self.drawn
-            for tokens, logprobs in of_prompt
+            self.sampler.response(tokens, logprobs, certain)
+            for of_prompt, copies in zip(self.drawn, self.copies or [1] * len(self.drawn), strict=True)
+            for tokens, logprobs in of_prompt * copies
         ]
 
 
