@@ -278,11 +278,11 @@ class TrainingLoop:
         if not first and (every == 0 or step % every):
             return False
         self.checked_after = step
-        return self._strayed(step, agreement(trainer.sampler, trainer.policy, trial_prompts(trainer), self.config))
+        return self._strayed(step, *agreement(trainer.sampler, trainer.policy, trial_prompts(trainer), self.config))
 
-    def _strayed(self, step: int, gap: float) -> bool:
+    def _strayed(self, step: int, gap: float, rounding: float | None = None) -> bool:
         """Return whether log-probs of sampler and policy are further apart than they may be, and warn if they are."""
-        limit = tolerance(self.config, self.trainer.policy)
+        limit = tolerance(self.config, self.trainer.policy, rounding)
         if gap <= limit:
             return False
         if is_main():
@@ -321,7 +321,7 @@ class TrainingLoop:
             return None
         # An engine may not have taken the weights.
         if isinstance(trainer.sampler, SentWeights) and step != self.checked_after:
-            self._strayed(step, agreement(trainer.sampler, trainer.policy, trial_prompts(trainer), self.config))
+            self._strayed(step, *agreement(trainer.sampler, trainer.policy, trial_prompts(trainer), self.config))
         prompts = trainer.rollout.tokenize([row["prompt"] for row in rows])
         count = len(rows) * self.config.eval.num_generations
         # While steps are shown, an evaluation is a part of its step.

@@ -414,8 +414,9 @@ class AsyPPOConfig:
     sampling_logp_tolerance: float | None = setting(None, at_least=0, may_change=True)
     """Nats by which the log-probs of the sampler and of the trainer may differ, in the mean over tokens: what is beyond
     it is not sampled from the policy. At the start that is an error, or ``auto`` samples in another way; in a step, a
-    warning, and after ``max_skipped_steps`` such steps in a row an error, too. None: 1e-4 in float32, 0.1 in bfloat16.
-    Our choice."""
+    warning, and after ``max_skipped_steps`` such steps in a row an error, too. None: 1e-4 in float32; in bfloat16 0.1,
+    and at the start, or wherever short responses are compared, six times what the trainer's own log-probs of them move
+    in float32, but for adapters and for sharded models, which cannot compute in it. Our choice."""
     sampling_check_steps: int = setting(0, at_least=0, may_change=True)
     """Every n steps let the sampler draw a few short responses, and compare their log-probs in the same way; 0: never.
     One that has a copy of the weights is compared after the first update in any case."""
@@ -454,7 +455,7 @@ class AsyPPOConfig:
     before: in float32, hardly in bfloat16. Then metrics of the entropy and ``sampling/sampling_logp_difference`` are of
     the responses of the first optimizer step alone, and ``samples.jsonl`` has, of the others, the sampler's log-prob
     and the entropy at their first update. ``use_kl_in_reward``, ``importance_sampling_clip_max``,
-    ``mask_truncated_completions`` and the steps of ``critic.warmup_steps`` need the pass."""
+    ``critic.policy_inputs``, ``mask_truncated_completions`` and the steps of ``critic.warmup_steps`` need the pass."""
     max_tokens_per_micro_batch: int = setting(
         16_384, at_least=1, may_change=True, elsewhere=("ppo_max_token_len_per_gpu",)
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -192,6 +194,22 @@ class Policy(nn.Module):
             **head,
         )
         return result_of_fused(fused, targets, options)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes in less than float32 and can in float32, too: all weights are in it, and whole."""
+        whole = all(p.dtype == torch.float32 and not isinstance(p, DTensor) for p in self.model.parameters())
+        return whole and self.dtype != torch.float32
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 for the time inside."""
+        own, self.dtype = self.dtype, torch.float32
+        try:
+            with any_dtype_attention(self.model):
+                yield
+        finally:
+            self.dtype = own
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> TokenStats:
