@@ -25,7 +25,8 @@ rounding is not known."""
 
 ROUNDINGS, LEAST = 6.0, 1e-3
 """A sampler of a policy that computes in bfloat16 may be off by so many times the policy's own rounding, or by the nats
-beside it. Seen of tiny models of ten families: 0.1 to 2.8 times where the sampler is right, 5.5 to 210 where not."""
+beside it. Seen on tiny models: 0.1 to 2.8 times where the sampler is right (seven families), 5.5 to 212 where it is not
+(three); docs/running.md."""
 
 AGREES = TOLERANCE[torch.float32]
 """Nats up to which the sampler's log-probs may stand for the trainer's."""
