@@ -97,7 +97,7 @@ def test_agreement(tiny_lm: Make, tiny_config: Make) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("family", "scale"), [("gpt2", 1), ("gpt2", 0.1), ("llama", 2), ("gptj", 0.1)])
+@pytest.mark.parametrize(("family", "scale"), [("gpt2", 1), ("gpt2", 0.1), ("llama", 2), ("gptj", 0.01)])
 def test_in_bfloat16_the_policys_own_rounding_says_what_is_much(
     family: str, scale: float, tiny_config: Make, tokenizer: Any
 ) -> None:
