@@ -121,11 +121,11 @@ def test_log_probs_are_the_policys_after_each_update(
     assert max(len(r) for r in draw(limit=5)) == 5
     assert draw(temperature=0.0)[0] == draw(temperature=0.0)[1]
     for _ in range(3):  # prompts are in the cache of prefixes by now
-        assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+        assert agreement(sampler, policy, PROMPTS, settings).gap < 1e-4
         perturb(policy.parameters(), 0.05)
         sampler.stale = True
         drawn.append(draw())
-    assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+    assert agreement(sampler, policy, PROMPTS, settings).gap < 1e-4
     assert drawn[0] != drawn[-1]
 
     # Adapters, merged, and of what they lie over the layer alone.
@@ -133,14 +133,14 @@ def test_log_probs_are_the_policys_after_each_update(
     perturb((p for p in policy.parameters() if p.requires_grad), 0.3)
     engine.changing = frozenset({"model.layers.1."})
     sampler.stale = True
-    assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+    assert agreement(sampler, policy, PROMPTS, settings).gap < 1e-4
 
     # What goes wrong without a word: a head that is not sent.
     perturb(policy.model.get_input_embeddings().parameters(), 0.3)
     perturb(policy.model.get_output_embeddings().parameters(), 0.3)
     engine.changing = frozenset({"model.embed_tokens.weight"})
     sampler.stale = True
-    assert agreement(sampler, policy, PROMPTS, settings) > 0.1
+    assert agreement(sampler, policy, PROMPTS, settings).gap > 0.1
     # And with a word: weights that are loaded past reload_weights.
     with pytest.raises(EngineError, match=r"vLLM .* failed: .*weight_loader"):
         engine.engine.call("load_past_reloading")
@@ -237,7 +237,7 @@ def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(tm
         sampler = sends_weights(engine, engine, policy)
         assert isinstance(sampler, SentWeights)
         for _ in range(2):
-            assert agreement(sampler, policy, PROMPTS, settings) < 1e-4
+            assert agreement(sampler, policy, PROMPTS, settings).gap < 1e-4
             perturb(policy.parameters(), 0.05)
             sampler.stale = True
         # This one was started without --logprobs-mode processed_logprobs: its log-probs know no temperature.
