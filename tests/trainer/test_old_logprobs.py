@@ -74,9 +74,9 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         ({"algorithm": "grpo", "policy_loss": "cispo"}, 1),
         ({"algorithm": "grpo", "policy_loss": f"{__file__}:own_loss"}, 1),
         ({"algorithm": "asyppo", "sampler": "continuous"}, 1),
-        ({"algorithm": "asyppo", "sampler": "continuous"}, 3),
+        pytest.param({"algorithm": "asyppo", "sampler": "continuous"}, 3, marks=pytest.mark.slow),
         ({"algorithm": "asyppo"}, 3),
-        ({"algorithm": "grpo", "policy_loss": "gspo"}, 3),
+        pytest.param({"algorithm": "grpo", "policy_loss": "gspo"}, 3, marks=pytest.mark.slow),
     ],
     ids=str,
 )
