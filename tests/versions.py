@@ -175,6 +175,8 @@ def _run(name: str, part: str) -> Verdict:
     interpreter = environment_of(name)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    programs = [str(interpreter.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment |= {"PATH": os.pathsep.join(programs)}
     environment |= {"ASYPPO_TEST_BROWSER": "skip"}  # the page in it is of the same Plotly
     listing = "import json; from importlib.metadata import version as v; print(json.dumps({n: v(n) for n in %r}))"
     versions = _output([interpreter, "-c", listing % (SHOWN,)], environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ YAMLLINT = "{extends: default, rules: {line-length: {max: 120}}}"
 
 
 def lint(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a linter that is installed beside this Python."""
-    program = Path(sys.executable).with_name(command[0])
-    return subprocess.run([str(program), *command[1:]], capture_output=True, text=True, check=False)
+    """Run a linter that is installed beside this Python, or is on the path."""
+    places = [str(Path(sys.executable).parent), *os.get_exec_path()]
+    program = shutil.which(command[0], path=os.pathsep.join(places))
+    assert program is not None, f"{command[0]} is not installed"
+    return subprocess.run([program, *command[1:]], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(

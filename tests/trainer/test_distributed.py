@@ -147,7 +147,7 @@ def test_a_pass_over_nothing_reaches_every_weight(
     critics(0, micro).sum().backward()
     assert zero_gradients(critics)
     stacked = StackedCritics([tiny_critic(1), tiny_critic(2)])
-    values = stacked._on_shares([micro, micro])
+    values = stacked._on_shares(batch, [micro, micro])
     torch.stack([value.sum() for value in values]).sum().backward()
     assert zero_gradients(stacked)
 
