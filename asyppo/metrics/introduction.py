@@ -18,7 +18,8 @@ def introduction(
     """Return lines that say which device, models and rows a run has."""
     lines = {"device": _device(policy), "policy": _policy(policy)}
     if critics is not None:
-        lines["critics" if len(critics) > 1 else "critic"] = _critics(critics)
+        read = f", reading {' and '.join(critics.policy_inputs)} of the policy" if critics.policy_inputs else ""
+        lines["critics" if len(critics) > 1 else "critic"] = _critics(critics) + read
     held_out = f"{len(eval_rows):,} held out to evaluate on" if len(eval_rows) else "none held out"
     rows = f"{len(train_rows):,} of {name} to train on" if (name := _name(train_rows)) else f"{len(train_rows):,}"
     lines["prompts"] = f"{rows}, {held_out} (data.eval_size)"

@@ -85,7 +85,7 @@ def test_it_lies_where_the_token_is_predicted(packed: bool, batch: Batch) -> Non
         assert torch.equal(own[: int(batch.length[row])], beside(batch, row))
 
 
-@pytest.mark.parametrize("num_critics", [1, 2, 4])
+@pytest.mark.parametrize("num_critics", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [StackedCritics, OneByOneCritics])
 def test_values_and_gradients_are_those_of_plain_models(
     kind: Any, num_critics: int, tiny_critic: Make, batch: Batch
@@ -171,7 +171,7 @@ def test_a_projection_of_zeros_changes_no_bit(kind: str, tiny_critic: Make, batc
     assert all(torch.equal(gradients[1][name], g) for name, g in gradients[0].items())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "mamba"])
+@pytest.mark.parametrize("family", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mamba"))])
 def test_any_family(family: str, batch: Batch, tmp_path: Path) -> None:
     """One by one, through the embedding: of positions of its own, narrower than the layers, of no attention."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

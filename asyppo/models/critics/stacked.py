@@ -200,12 +200,13 @@ class Stacked(Critics):
         layout = Layout(self.readable(own), mask, count, self.varlen, known)
         self._padding.add(mask.sum(), layout.tokens.numel())
         beside = None if inputs is None else layout.take(inputs.view(*own.shape, -1))
-        made = (lambda output: output) if outputs else self.value_of
-        if positions is not None:
-            return made(self._outputs(layout, layout.index(positions), beside))
-        everything = torch.arange(mask[0].numel(), device=mask.device)
-        index = layout.index(everything.expand(count, -1) if len(mask) > 1 else everything)
-        return made(self._outputs(layout, index, beside)).view(count, *own.shape[1:])
+        wanted = positions
+        if wanted is None:
+            everything = torch.arange(mask[0].numel(), device=mask.device)
+            wanted = everything.expand(count, -1) if len(mask) > 1 else everything
+        found = self._outputs(layout, layout.index(wanted), beside)
+        found = found if outputs else self.value_of(found)
+        return found.view(count, *own.shape[1:]) if positions is None else found
 
     def _outputs(self, layout: Layout, index: Tensor, beside: Tensor | None) -> Tensor:
         """What the heads give [M, n] at the tokens ``index``, [n] or [M, n]; ``beside`` [K, N, F] is read, too."""
