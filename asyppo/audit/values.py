@@ -53,8 +53,9 @@ class ValueAudit:
     stopped_by: int | None
     """The signal that ended it early."""
 
-    def results(self) -> dict[str, Any]:
-        """Return every number with its interval, and the tables by position, value and σ, as JSON can hold them."""
+    def results(self, resamples: int = 400) -> dict[str, Any]:
+        """Return every number with its interval, a bootstrap's of so many ``resamples``, and the tables by position,
+        value and σ, as JSON can hold them."""
         states = self.states
         tables = {
             "fraction of the response": by_fraction(states),
@@ -63,15 +64,15 @@ class ValueAudit:
         }
         if states.values.shape[1] > 1:
             tables["sigma"] = by_fifth(states.std)
-        ranks = {f"value/{name}": number for name, number in rank_intervals(states).items()}
+        ranks = {f"value/{name}": number for name, number in rank_intervals(states, resamples=resamples).items()}
         return {
             "states": len(states),
             "prompts": len(np.unique(states.prompt)),
             "continuations": states.returns.shape[1],
             "tokens": self.tokens,
             "critics": states.values.shape[1],
-            "numbers": intervals(states, of_all) | ranks,
-            "tables": {name: self._table(*bins) for name, bins in tables.items()},
+            "numbers": intervals(states, of_all, resamples=resamples) | ranks,
+            "tables": {name: self._table(*bins, resamples) for name, bins in tables.items()},
         }
 
     def samples(self, trainer: AsyPPOTrainer, step: int) -> list[dict[str, Any]]:
@@ -93,9 +94,13 @@ class ValueAudit:
                 row["truth"][t], row["truth_se"][t] = rounded(float(self.states.truth[s])), rounded(float(errors[s]))
         return rows
 
-    def _table(self, names: Sequence[str], which: np.ndarray) -> list[dict[str, Any]]:
+    def _table(self, names: Sequence[str], which: np.ndarray, resamples: int) -> list[dict[str, Any]]:
         return [
-            {"name": name, "states": int((which == i).sum()), **intervals(self.states.at(which == i), in_bin)}
+            {
+                "name": name,
+                "states": int((which == i).sum()),
+                **intervals(self.states.at(which == i), in_bin, resamples=resamples),
+            }
             for i, name in enumerate(names)
             if (which == i).any()
         ]

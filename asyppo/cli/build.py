@@ -85,11 +85,25 @@ def trainer_of_checkpoint(checkpoint: Path, config: AsyPPOConfig) -> AsyPPOTrain
     """Return a trainer of ``config``, whose models and optimizers are those of ``checkpoint``. Raises ConfigError."""
     if damage := from_main(lambda: durable.damage(checkpoint)):
         raise ConfigError(f"audit: {checkpoint} is damaged: {damage}")
-    trainer = build_trainer(config)
+    trainer = build_trainer(_untaught(config, checkpoint))
     load_checkpoint(checkpoint, trainer.trained())
     trainer.weights_changed()
     settle(trainer.sampler, trainer.engine, trainer.policy, trial_prompts(trainer), config)
-    return trainer
+    return trainer.with_settings(config)
+
+
+def _untaught(config: AsyPPOConfig, checkpoint: Path) -> AsyPPOConfig:
+    """Return ``config`` with the models of ``checkpoint`` in place of a warm start, whose models would only be
+    replaced; but where its policy is the reference, or its critic the backbone under adapters."""
+    if config.warm_start is None or config.beta > 0 or config.critic.lora_r:
+        return config
+    critic = checkpoint / "critic_0"
+    return replace(
+        config,
+        warm_start=None,
+        policy=replace(config.policy, model_name_or_path=str(checkpoint / "policy")),
+        critic=replace(config.critic, model_name_or_path=str(critic) if critic.is_dir() else None),
+    )
 
 
 def unnamed(config: AsyPPOConfig) -> AsyPPOConfig:
