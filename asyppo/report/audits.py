@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,15 @@ def shown(estimate: Mapping[str, float | None]) -> str:
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return lines with columns of one width, the first aligned on the left."""
     cells = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    widths = [max(_width(line[i]) for line in cells) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c + " " * (w - _width(c)) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that ``text`` takes: the bar of V̄ takes none."""
+    return sum(not unicodedata.combining(letter) for letter in text)
 
 
 def value_tables(results: Mapping[str, Any]) -> list[tuple[str, Table]]:

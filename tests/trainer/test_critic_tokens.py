@@ -102,6 +102,17 @@ def test_other_cuts_are_said(
     ]
 
 
+def test_a_critic_of_a_checkpoint_has_the_tokenizer_beside_it(
+    trainer: Make, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "policy")
+    trainer(None)
+    assert not caplog.records
+    characters("bacdefghijklmnop").save_pretrained(tmp_path / "policy")
+    with pytest.raises(ConfigError, match=r"'.*critic' has another tokenizer than the policy"):
+        trainer(None)
+
+
 def test_no_tokenizer_is_said(trainer: Make, caplog: pytest.LogCaptureFixture) -> None:
     trainer(None)
     [record] = caplog.records

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,8 @@ def check_tokens(
     ``prompts``.
 
     ``vocab_size`` is the number of the policy's embeddings. What it samples beyond those of a critic has no text in
-    either tokenizer; critics read their last token there. A critic without a tokenizer is taken at its size.
+    either tokenizer; critics read their last token there. A critic in a checkpoint of a run has the tokenizer of the
+    policy beside it; another one without a tokenizer is taken at its size.
     """
     configs = [getattr(model, "config", critics.config) for model in critics.models]
     for config in configs:
@@ -40,9 +43,8 @@ def check_tokens(
     for path in dict.fromkeys(config._name_or_path for config in configs):
         if not path or path == tokenizer.name_or_path:
             continue
-        try:
-            own = load_tokenizer(path, trust_remote_code)
-        except ConfigError:
+        own = _tokenizer_of(path, trust_remote_code)
+        if own is None:
             log.warning(
                 "critic.model_name_or_path: %r has no tokenizer; it is taken to have the policy's, whose %d tokens its "
                 "embeddings have room for",
@@ -51,6 +53,15 @@ def check_tokens(
             )
             continue
         _compare(path, own, tokenizer, prompts)
+
+
+def _tokenizer_of(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a critic by directory or hub name, or of the policy in the same checkpoint; None without any."""
+    beside = Path(path).parent / "policy"
+    for place in (path, str(beside)) if Path(path).is_dir() and beside.is_dir() else (path,):
+        with suppress(ConfigError):
+            return load_tokenizer(place, trust_remote_code)
+    return None
 
 
 def _compare(
