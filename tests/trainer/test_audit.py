@@ -331,6 +331,7 @@ def no_build(config: AsyPPOConfig) -> Any:
     raise AssertionError("the run's critics will do")
 
 
+@pytest.mark.slow
 def test_gradients_of_arms(make_trainer: Callable[..., Any]) -> None:
     """The reference's own estimator points where it does; equal arms are equal; nothing learns, or is drawn twice."""
     trainer = make_trainer(num_generations=8, whiten="none")
