@@ -1,7 +1,8 @@
 """What σ is and what the two masks take, by the token's number and by whether the working is right so far.
 
 ``python docs/evidence/masks.py RUN RUN …`` reads the responses that runs on chain sums left in samples.jsonl, of the
-last half of training, and prints a table. *Right so far*: what was written before the token begins the right solution.
+last half of training, and prints a table. *Right so far*: what was written before the token begins the right solution
+with all its working.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def table(samples: list[Sample]) -> str:
         rows = np.stack([np.ones(len(columns[0])), *columns, *flags])
         whole += [rows.shape[1], columns[1].sum(), rows[3].sum()]
         right = right_so_far(sample)
-        for name, chosen in (("right so far", right), ("a mistake before it", ~right)):
+        for name, chosen in (("right so far", right), ("a mistake or a guess before it", ~right)):
             parts[name].append(rows[:, chosen])
         for t, column in enumerate(rows.T):
             power = t.bit_length()
