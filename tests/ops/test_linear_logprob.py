@@ -382,7 +382,9 @@ def test_wide_logits_under_a_softcap(backend: str, target: int) -> None:
         data["weight"].zero_()
         data["bias"].copy_(torch.tensor([-60.0, -45.0, 20.0, 60.0]))
     data["target"][:] = target
-    check(data, backend, temperature=0.2, softcap=50.0)
+    # Where products and sums are fused, the gap of the maximum to itself is a rounding; then the entropy, which is all
+    # but 0, has the rounding of a sum near 1.
+    check(data, backend, temperature=0.2, softcap=50.0, floor=2**-24 / FLOAT32)
 
 
 def test_bf16_logits(backend: str) -> None:
