@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,5 +246,9 @@ def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(tm
         with pytest.raises(ConfigError, match=r"log-probs differ from the trainer's by .* nats a token"):
             settle(sampler, engine, policy, PROMPTS, settings)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        server.terminate()  # in order, so that it leaves no shared memory behind
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
