@@ -53,7 +53,9 @@ def memory_share(rows: Rows, name: str) -> float | None:
 def case_table(case: dict[str, Any]) -> str:
     """One case: by contender CPU seconds a step, its phases, and peak memory."""
     rows: Rows = case["rows"]
-    lines = [f"### {case['name']}", "", _described(case), ""]
+    counts = sorted({len(row["steps"]) for row in rows.values()})
+    measured = f"Steps that count, of each: {' or '.join(map(str, counts))}."
+    lines = [f"### {case['name']}", "", f"{_described(case)} {measured}", ""]
     heads = ["CPU s a step", "of TRL's", "aim", *PHASES.values(), "rest", "peak memory", "of TRL's"]
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     for name, row in rows.items():
