@@ -37,8 +37,8 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {
     "asyppo": Algorithm("asyppo.algorithm.advantage:critics_advantage", critics="mini"),
     "ppo": Algorithm("asyppo.algorithm.advantage:critics_advantage", critics="policy"),
-    "vineppo": Algorithm("asyppo.algorithm.advantage:monte_carlo_advantage", monte_carlo=True),
     "grpo": Algorithm("asyppo.algorithm.advantage:group_advantage", compares_group=True, scales_rewards=True),
     "rloo": Algorithm("asyppo.algorithm.advantage:leave_one_out_advantage", compares_group=True),
     "reinforce++": Algorithm("asyppo.algorithm.advantage:reward_to_go_advantage"),
+    "vineppo": Algorithm("asyppo.algorithm.advantage:monte_carlo_advantage", monte_carlo=True),
 }

@@ -22,7 +22,7 @@ from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loop import trial_prompts
 from asyppo.metrics.introduction import introduction_of_evaluation
 from asyppo.models import warm_start
-from asyppo.models.loading import choose_device, fit_of, policy_of, tokenizer_of
+from asyppo.models.loading import choose_device, critic_configs, fit_of, policy_of, tokenizer_of
 from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
 from asyppo.rollout.samplers import make_sampler, sampler_factory, sends_weights, settle
 from asyppo.run import durable
@@ -126,6 +126,8 @@ def _checked(
     if policy is not None:
         tokenizer = tokenizer_of(policy, config)
         checks = Checks(config.data, fit_of(config, policy, critics, tokenizer), needs)
+    elif critics is not None:
+        critic_configs(critics, config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size != 0 else []
     train_rows = load_train_rows(config.data, eval_rows, checks)
     return device, train_rows, eval_rows, reward_funcs, tokenizer

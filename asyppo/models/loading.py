@@ -137,9 +137,14 @@ def fit_of(
     Models by name are not loaded, their configurations are. Raises ConfigError, also where no position is left."""
     models = [_config_of(policy, config, "policy.model_name_or_path")]
     if critics is not None and config.num_critics:
-        several = critics if isinstance(critics, list) else [critics]
-        models += [_config_of(one, config, "critic.model_name_or_path") for one in several]
+        models += critic_configs(critics, config)
     return Fit(tokenizer, room_for_prompts(config, models), getattr(models[0].get_text_config(), "vocab_size", None))
+
+
+def critic_configs(critics: Critics | str | list[str], config: AsyPPOConfig) -> list[PreTrainedConfig]:
+    """Return the configurations of ``critics``, models or names, which are not loaded. Raises ConfigError."""
+    several = critics if isinstance(critics, list) else [critics]
+    return [_config_of(one, config, "critic.model_name_or_path") for one in several]
 
 
 def _config_of(model: Any, config: AsyPPOConfig, setting: str) -> PreTrainedConfig:

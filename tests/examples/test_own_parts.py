@@ -41,8 +41,8 @@ def test_it_trains(example: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     ("option", "message"),
     [
         ("--policy_loss=gpso", "policy_loss: got 'gpso', needs one of ppo, cispo, gspo, or one of your own"),
-        ("--algorithm=gpro", "algorithm: got 'gpro', needs one of asyppo, ppo, grpo, rloo, reinforce++, or one of"),
-        ("--sampler=vlm", "sampler: got 'vlm', needs one of auto, generate, continuous, or one of your own"),
+        ("--algorithm=gpro", "algorithm: got 'gpro', needs one of asyppo, ppo, grpo, rloo, reinforce++, vineppo, or"),
+        ("--sampler=vlm", "sampler: got 'vlm', needs one of auto, generate, continuous, vllm, or one of your own"),
         ("--sampler=examples/own_parts/parts.py:Sampler", "has no function 'Sampler'; it has "),
         (
             "--sampler=examples/own_parts/parts.py:vanilla",

@@ -220,7 +220,8 @@ def test_round_trip(tmp_path: Path) -> None:
     ids, mask = inputs()
     for m in range(3):
         directory = tmp_path / f"critic_{m}"
-        assert {path.name for path in directory.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        files = {"adapter_config.json", "adapter_model.safetensors", "critic.json"}
+        assert {path.name for path in directory.iterdir()} == files
         base = AutoModelForTokenClassification.from_pretrained(tmp_path / "base", num_labels=1)
         model = PeftModel.from_pretrained(base, directory).train()  # no dropout anywhere
         for name, p in critics.trained_parameters():
