@@ -193,9 +193,9 @@ def _run(name: str, part: str) -> Verdict:
     if SETS[name].without:
         command += ["-k", f"not ({SETS[name].without})"]
     report.unlink(missing_ok=True)
-    subprocess.run([*command, *files], cwd=ROOT, env=environment)
-    if not report.exists():
-        raise RuntimeError(f"{name}, {part}: pytest gave no report")
+    status = subprocess.run([*command, *files], cwd=ROOT, env=environment).returncode
+    if status not in (0, 1) or not report.exists():
+        raise RuntimeError(f"{name}, {part}: pytest ended with {status}, needs all tests to have run, passed or failed")
     cases = list(ET.parse(report).getroot().iter("testcase"))
     failed = [
         f"{c.get('classname')}::{c.get('name')}"
