@@ -4,7 +4,6 @@ report."""
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from asyppo.distributed.processes import is_main, processes
 from asyppo.report import report_at_the_end
 from asyppo.report.audits import gradient_tables, text_of, value_tables
 from asyppo.run.directory import settings
-from asyppo.run.durable import write_text
+from asyppo.run.durable import as_json, write_text
 from asyppo.trainer import AsyPPOTrainer
 
 USUAL: dict[str, dict[str, Any]] = {
@@ -192,12 +191,3 @@ def _split(name: str | None) -> Split | None:
     if name is None or name in names:
         return next((known for known in names if known == name), None)
     raise ConfigError(f"--split: got {name!r}, needs eval or train")
-
-
-def as_json(value: Any) -> Any:
-    """Return ``value`` as JSON can hold it: NaN and infinity become null."""
-    if isinstance(value, dict):
-        return {key: as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [as_json(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

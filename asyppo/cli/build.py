@@ -126,7 +126,7 @@ def _checked(
     if policy is not None:
         tokenizer = tokenizer_of(policy, config)
         checks = Checks(config.data, fit_of(config, policy, critics, tokenizer), needs)
-    elif critics is not None:
+    else:
         critic_configs(critics, config)
     eval_rows = load_eval_rows(config.data) if config.data.eval_size != 0 else []
     train_rows = load_train_rows(config.data, eval_rows, checks)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from asyppo.compare import figure
 from asyppo.compare.grid import Grid, load_grid
 from asyppo.compare.runner import check_runs, finished, last_step, log_path, run_grid
-from asyppo.compare.summary import as_json, markdown, summarize
+from asyppo.compare.summary import markdown, summarize
+from asyppo.run.durable import as_json
 from asyppo.run.progress import ProgressDisplay
 from asyppo.run.signals import StopSignals
 
@@ -55,7 +57,9 @@ def write(grid: Grid, out: Path, name: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text, data, image, diagnostics = (out / f"{name}{end}" for end in (".md", ".json", ".png", "-diagnostics.png"))
     text.write_text(table)
-    data.write_text(json.dumps(as_json(summaries), indent=1, ensure_ascii=False) + "\n")
+    data.write_text(
+        json.dumps(as_json([asdict(summary) for summary in summaries]), indent=1, ensure_ascii=False) + "\n"
+    )
     figure.draw(summaries, image)
     figure.draw_diagnostics(summaries, diagnostics)
     print(table, text, data, image, diagnostics, sep="\n")

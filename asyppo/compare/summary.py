@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,19 +180,6 @@ def _logged(pattern: str, rows: list[dict[str, Any]]) -> list[tuple[int, float]]
     return [
         (r["step"], v) for r in rows if r["step"] for k, v in r.items() if v is not None and re.fullmatch(pattern, k)
     ]
-
-
-def as_json(summaries: list[ArmSummary]) -> list[dict[str, Any]]:
-    """Return plain data, NaN as None."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [plain(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return [plain(asdict(summary)) for summary in summaries]
 
 
 def markdown(summaries: list[ArmSummary], reference: str) -> str:

@@ -135,14 +135,15 @@ def fit_of(
 ) -> Fit:
     """Return what a prompt has to fit: ``tokenizer``, the positions of the models and the embeddings of the policy.
     Models by name are not loaded, their configurations are. Raises ConfigError, also where no position is left."""
-    models = [_config_of(policy, config, "policy.model_name_or_path")]
-    if critics is not None and config.num_critics:
-        models += critic_configs(critics, config)
+    models = [_config_of(policy, config, "policy.model_name_or_path"), *critic_configs(critics, config)]
     return Fit(tokenizer, room_for_prompts(config, models), getattr(models[0].get_text_config(), "vocab_size", None))
 
 
-def critic_configs(critics: Critics | str | list[str], config: AsyPPOConfig) -> list[PreTrainedConfig]:
-    """Return the configurations of ``critics``, models or names, which are not loaded. Raises ConfigError."""
+def critic_configs(critics: Critics | str | list[str] | None, config: AsyPPOConfig) -> list[PreTrainedConfig]:
+    """Return the configurations of ``critics``, models or names, which are not loaded; none for an algorithm without.
+    Raises ConfigError."""
+    if critics is None or not config.num_critics:
+        return []
     several = critics if isinstance(critics, list) else [critics]
     return [_config_of(one, config, "critic.model_name_or_path") for one in several]
 

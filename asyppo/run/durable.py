@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 TEMPORARY = (".partial", ".removed")
@@ -75,6 +77,15 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.rename(path)
     flush(path.parent)
+
+
+def as_json(value: Any) -> Any:
+    """Return ``value``, plain data, as JSON can hold it: NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def seal(directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -63,17 +63,18 @@ class TrainerCase:
         return self.prompts * self.generations
 
 
+SMALL = TrainerCase(
+    "1.2 million",
+    "llama",
+    1024,
+    Shape(128, 5, 4, 4, 384),
+    Shape(64, 3, 4, 4, 192),
+    *(8, 8, 32, 128),
+    steps=6,
+    targets={OURS_GRPO: 0.7, OURS: 0.9},
+)
 CASES = (
-    TrainerCase(
-        "1.2 million",
-        "llama",
-        1024,
-        Shape(128, 5, 4, 4, 384),
-        Shape(64, 3, 4, 4, 192),
-        *(8, 8, 32, 128),
-        steps=6,
-        targets={OURS_GRPO: 0.7, OURS: 0.9},
-    ),
+    SMALL,
     TrainerCase(
         "11.5 million",
         "llama",
@@ -103,16 +104,7 @@ CASES = (
         *(2, 8, 32, 32),
         steps=3,
     ),
-    TrainerCase(
-        "1.2 million, ragged, as by default",
-        "llama",
-        1024,
-        Shape(128, 5, 4, 4, 384),
-        Shape(64, 3, 4, 4, 192),
-        *(8, 8, 64, 128),
-        steps=8,
-        ragged=True,
-    ),
+    replace(SMALL, name="1.2 million, ragged, as by default", prompt=64, steps=8, ragged=True, targets={}),
 )
 QUICK = TrainerCase("quick", "llama", 67, Shape(16, 2, 2, 1, 24), Shape(8, 1, 2, 1, 16), *(2, 2, 6, 5), steps=1)
 """To see that it runs."""

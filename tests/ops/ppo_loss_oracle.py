@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from asyppo_kernels import LinearPPOLoss, linear_ppo_loss
-from asyppo_kernels._args import INTERPRETED
+from tests.ops.policy_head import ROUNDING, error
 
-BACKENDS = ["torch", "triton"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 FLOAT32 = 4e-6  # of the largest element: a float32 sum of a few hundred terms, and exp of a difference of log-probs
 HEAD = ("hidden", "weight", "bias")
 
@@ -174,22 +170,9 @@ def doubled(data: dict[str, Any], compute_dtype: torch.dtype | None = None) -> d
     }
 
 
-def skip_in_interpreter(backend: str) -> None:
-    """Where there are tens of thousands of programs, each of which takes it milliseconds."""
-    if backend == "triton" and INTERPRETED:
-        pytest.skip("takes the interpreter minutes; runs on a GPU")
-
-
 def leaves(data: dict[str, Any]) -> list[Tensor]:
     """What gets gradients, in the order hidden, weight, bias."""
     return [x for x in map(data.get, HEAD) if x is not None and x.requires_grad]
-
-
-def error(got: Tensor, want: Tensor, floor: float = 1e-30) -> float:
-    """The largest error, over the largest element (``floor``, if that is larger)."""
-    if want.numel() == 0:
-        return 0.0
-    return ((got.double() - want).abs().max() / want.abs().max().clamp(min=floor)).item()
 
 
 def results(out: LinearPPOLoss, data: dict[str, Any], upstream: float = 1.0) -> list[Tensor]:

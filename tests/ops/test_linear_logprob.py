@@ -14,12 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from asyppo_kernels import LinearLogprob, linear_logprob
-from asyppo_kernels._args import INTERPRETED
 from asyppo_kernels.linear_logprob import linear_logprob_reference
+from tests.ops.policy_head import BACKENDS, DTYPES, MASTERS, ROUNDING, error, skip_in_interpreter
 
-BACKENDS = ["torch", "triton"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FLOAT32 = 2e-6  # of the largest element: a float32 sum of a few hundred terms
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -104,22 +101,9 @@ def doubled(data: dict[str, Any], compute_dtype: torch.dtype | None = None) -> d
     }
 
 
-def skip_in_interpreter(backend: str) -> None:
-    """Where there are tens of thousands of programs, each of which takes it milliseconds."""
-    if backend == "triton" and INTERPRETED:
-        pytest.skip("takes the interpreter minutes; runs on a GPU")
-
-
 def leaves(data: dict[str, Any]) -> list[Tensor]:
     """What gets gradients, in the order hidden, weight, bias."""
     return [x for x in data.values() if x is not None and x.requires_grad]
-
-
-def error(got: Tensor, want: Tensor, floor: float = 1e-30) -> float:
-    """The largest error, over the largest element (``floor``, if that is larger)."""
-    if want.numel() == 0:
-        return 0.0
-    return ((got.double() - want).abs().max() / want.abs().max().clamp(min=floor)).item()
 
 
 def check(
@@ -186,18 +170,7 @@ def test_matches_oracle_over_several_blocks_of_eight_warps(
     check(make(6, 16, 20_011, dtype), backend, softcap=softcap)
 
 
-# Which of hidden and weight are masters; float16 has nothing of its own but the dtype of its logits' gradient.
-MASTERS = [(torch.float32, torch.float32), (None, torch.float32), (torch.float32, None), (None, None)]
-
-
-@pytest.mark.parametrize(
-    ("compute_dtype", "masters"),
-    [
-        (torch.float32, MASTERS[0]),
-        *((torch.bfloat16, masters) for masters in MASTERS),
-        *((torch.float16, masters) for masters in MASTERS[:2]),
-    ],
-)
+@MASTERS
 def test_masters_get_gradients_that_nothing_rounds(
     backend: str, compute_dtype: torch.dtype, masters: tuple[torch.dtype | None, torch.dtype | None]
 ) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels import LinearPPOLoss, linear_ppo_loss
-from tests.ops.ppo_loss_oracle import BACKENDS, EVERYTHING, make, results
+from tests.ops.policy_head import BACKENDS
+from tests.ops.ppo_loss_oracle import EVERYTHING, make, results
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -16,7 +16,8 @@ from asyppo_kernels import LinearPPOLoss, linear_ppo_loss
 from asyppo_kernels._policy_head import HeadOptions
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
 from asyppo_kernels.linear_ppo_loss.rows import PPOOptions, RowInputs
-from tests.ops.ppo_loss_oracle import BACKENDS, EVERYTHING, HEAD, check, doubled, leaves, make, oracle, results
+from tests.ops.policy_head import BACKENDS
+from tests.ops.ppo_loss_oracle import EVERYTHING, HEAD, check, doubled, leaves, make, oracle, results
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

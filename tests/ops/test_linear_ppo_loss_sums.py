@@ -11,36 +11,13 @@ from torch import Tensor
 
 from asyppo_kernels import LinearPPOLoss, linear_logprob, linear_ppo_loss
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
-from tests.ops.ppo_loss_oracle import (
-    BACKENDS,
-    EVERYTHING,
-    HEAD,
-    ROUNDING,
-    check,
-    doubled,
-    error,
-    leaves,
-    make,
-    oracle,
-    results,
-    skip_in_interpreter,
-)
+from tests.ops.policy_head import BACKENDS, MASTERS, ROUNDING, error, skip_in_interpreter
+from tests.ops.ppo_loss_oracle import EVERYTHING, HEAD, check, doubled, leaves, make, oracle, results
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
-# Which of hidden and weight are masters; float16 has nothing of its own but the dtype of its logits' gradient.
-MASTERS = [(torch.float32, torch.float32), (None, torch.float32), (torch.float32, None), (None, None)]
-
-
-@pytest.mark.parametrize(
-    ("compute_dtype", "masters"),
-    [
-        (torch.float32, MASTERS[0]),
-        *((torch.bfloat16, masters) for masters in MASTERS),
-        *((torch.float16, masters) for masters in MASTERS[:2]),
-    ],
-)
+@MASTERS
 def test_masters_get_gradients_that_nothing_rounds(
     backend: str, compute_dtype: torch.dtype, masters: tuple[torch.dtype | None, torch.dtype | None]
 ) -> None:

@@ -35,10 +35,11 @@ from asyppo.audit.estimates import (
 )
 from asyppo.audit.gradients import Gradients, cosines
 from asyppo.audit.values import choose
-from asyppo.cli.audit import arm_of, as_json, changes_of, find_checkpoint, nested
+from asyppo.cli.audit import arm_of, changes_of, find_checkpoint, nested
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.models.policy import Policy
 from asyppo.report.audits import gradient_tables, text_of, value_tables
+from asyppo.run.durable import as_json
 from asyppo.run.progress import ProgressDisplay
 
 VOCABULARY, HORIZON = 5, 4
