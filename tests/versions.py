@@ -89,7 +89,7 @@ def requirements(chosen: Set) -> list[str]:
     """What pip is asked for. ``peft`` and ``trl`` are the packages of the tests whose version matters."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    listed = [Requirement(text) for text in (*project["dependencies"], *extras["train"])]
+    listed = [Requirement(text) for text in (*project["dependencies"], *extras["train"], *extras["tasks"])]
     listed += [r for r in map(Requirement, extras["dev"]) if r.name == "trl"]
     wanted = []
     for requirement in listed:

@@ -25,6 +25,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "": ("tests", "bench examples docs tools", "asyppo", "asyppo_kernels"),
     "asyppo": (
         "__init__ __main__",
+        "entry",
         "cli",
         "compare",
         "audit",
@@ -37,7 +38,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "distributed",
         "config",
         "algorithm",
-        "version",
+        "version extras",
     ),
     "bench": (
         "__init__ conftest test_ops test_scaling run gpu_check aot host_time data_rows trainers",

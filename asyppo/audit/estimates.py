@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -178,6 +177,12 @@ def _of_ranks(by_prompt: Array) -> Numbers:
 def _mean_of(x: Array) -> float:
     there = x[np.isfinite(x)]
     return float(there.mean()) if len(there) else math.nan
+
+
+def rankdata(x: Array) -> Array:
+    """The ranks of ``x`` from 1 on; equal numbers share the mean of theirs."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
 
 
 def spearman(x: Array, y: Array) -> float:

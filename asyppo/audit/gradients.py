@@ -23,13 +23,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from asyppo.algorithm.advantage import leave_one_out_advantage
 from asyppo.algorithm.options import AdvantageOptions, PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyTargets
 from asyppo.algorithm.signal import LearningSignal, Outcome
+from asyppo.algorithm.student import quantile
 from asyppo.algorithm.weights import token_weights
 from asyppo.audit.batches import Split, Values, audit_rollout, sample, signal_of, values_of
 from asyppo.config import AsyPPOConfig, ConfigError
@@ -151,7 +151,7 @@ def _interval(value: float, influence: Sequence[float], count: int) -> dict[str,
         return {"value": value, "low": math.nan, "high": math.nan}
     mean = sum(there) / len(there)
     spread = math.sqrt(sum((x - mean) ** 2 for x in there) / (len(there) - 1) / count)
-    half = float(student.ppf(0.975, len(there) - 1)) * spread
+    half = quantile(0.975, len(there) - 1) * spread
     return {"value": value, "low": value - half, "high": value + half}
 
 

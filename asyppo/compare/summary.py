@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
+from asyppo.algorithm.student import quantile
 from asyppo.compare.grid import Grid, Run
 from asyppo.compare.runner import finished, run_path
 from asyppo.run.directory import read_jsonl
@@ -88,7 +87,7 @@ def estimate(values: list[float]) -> Estimate:
     if count < 2:
         return Estimate(statistics.fmean(values), math.nan)
     error = statistics.stdev(values) / math.sqrt(count)
-    return Estimate(statistics.fmean(values), float(student.ppf(0.5 + CONFIDENCE / 2, count - 1)) * error)
+    return Estimate(statistics.fmean(values), quantile(0.5 + CONFIDENCE / 2, count - 1) * error)
 
 
 def paired_difference(arm: dict[int, float], reference: dict[int, float]) -> Difference | None:
@@ -99,8 +98,8 @@ def paired_difference(arm: dict[int, float], reference: dict[int, float]) -> Dif
     differences = [arm[seed] - reference[seed] for seed in seeds]
     detectable = math.nan
     if len(seeds) > 1:
-        quantiles = student.ppf(0.5 + CONFIDENCE / 2, len(seeds) - 1) + student.ppf(POWER, len(seeds) - 1)
-        detectable = float(quantiles) * statistics.stdev(differences) / math.sqrt(len(seeds))
+        quantiles = quantile(0.5 + CONFIDENCE / 2, len(seeds) - 1) + quantile(POWER, len(seeds) - 1)
+        detectable = quantiles * statistics.stdev(differences) / math.sqrt(len(seeds))
     return Difference(estimate(differences), detectable, len(seeds))
 
 

@@ -34,10 +34,17 @@ def _rows_of_task(
     field: str, task: TaskConfig, suffix: str | None, size: int, seed: int, exclude: Set[str]
 ) -> list[Row]:
     """First ``size`` generated rows in order whose prompts are new: neither repeated nor in ``exclude``."""
-    import reasoning_gym  # here, since it takes most of a second
-
     if not size:
         return []
+    try:
+        import reasoning_gym  # here, since it takes most of a second
+    except ModuleNotFoundError as error:
+        if error.name != "reasoning_gym":
+            raise
+        raise ConfigError(
+            f"{field}: got {task.name!r}, needs reasoning-gym, which is not installed: pip install 'asyppo[tasks]', or "
+            "set data.dataset_name"
+        ) from error
     try:
         dataset = reasoning_gym.create_dataset(task.name, size=20 * size, seed=seed, **task.params)
     except (ValueError, AssertionError, TypeError) as error:

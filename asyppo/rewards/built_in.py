@@ -5,6 +5,7 @@ They import what they need when they are called: every process that runs one und
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +26,8 @@ def extract_answer(completion: str | list[dict[str, Any]]) -> str:
 
 
 def _tagged_answer(text: str) -> str | None:
-    from reasoning_gym.utils import extract_answer as extract
-
-    return extract(text)
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return tagged[-1].strip() if tagged else None
 
 
 def reasoning_gym(

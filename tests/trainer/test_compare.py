@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from asyppo.algorithm.student import quantile
 from asyppo.compare.command import write
 from asyppo.compare.figure import draw, draw_diagnostics
 from asyppo.compare.grid import Grid, Run, load_grid
@@ -78,6 +79,17 @@ def test_a_grid_is_every_arm_with_every_seed(tmp_path: Path) -> None:
 def test_a_grid_that_cannot_run_is_refused_before_it_runs(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_grid(grid_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("p", "degrees", "expected"),  # of tables of Student's t
+    [(0.975, 1, 12.706204736174707), (0.975, 4, 2.776445105197814), (0.8, 2, 1.0606601717798212), (0.5, 3, 0.0),
+     (0.025, 5, -2.5705818356363155), (0.999, 30, 3.3851848668293045)],
+)  # fmt: skip
+def test_quantiles_are_students(p: float, degrees: int, expected: float) -> None:
+    assert quantile(p, degrees) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    with pytest.raises(ValueError, match="degrees: got 0"):
+        quantile(p, 0)
 
 
 def test_the_interval_is_students() -> None:

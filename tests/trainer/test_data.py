@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -96,6 +97,14 @@ def test_a_mixture_of_one_is_the_task() -> None:
 def test_a_task_of_a_mixture_that_cannot_be_made() -> None:
     with pytest.raises(ConfigError, match=r"data\.tasks\[1\]: got 'nope' with \{\}, but"):
         load_eval_rows(DataConfig(tasks=[SUM, TaskConfig("nope")], eval_size=4))
+
+
+def test_without_reasoning_gym_a_task_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(
+        ConfigError, match=r"data\.task: got 'chain_sum', needs .* pip install 'asyppo\[tasks\]', or set"
+    ):
+        load_eval_rows(DataConfig(task=SUM, eval_size=4))
 
 
 def fitting(rows: Any, name: str, tokenizer: Any, config: DataConfig, limit: int, **more: Any) -> Rows:
