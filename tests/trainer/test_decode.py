@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from asyppo.rollout.samplers import DecodingSampler
+from asyppo.rollout.samplers import DecodingSampler, one_token
 from asyppo.rollout.samplers.draw import draw, inverse
 
 PAD, EOS = 0, 1
@@ -147,3 +149,76 @@ def test_prompts_are_read_in_pieces_and_free_places_filled(tiny_lm: Make) -> Non
             logits = model(input_ids=torch.cat([prompt, response.tokens])[None]).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, response.tokens[:, None])[:, 0]
         torch.testing.assert_close(response.logprob, expected, atol=1e-5, rtol=0)
+
+
+# --- a pass over one token ---
+
+
+def of_family(name: str, **changes: Any) -> Any:
+    """A tiny model of transformers in which every weight counts."""
+    shape = {
+        "vocab_size": 23,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "sliding_window": None,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape | changes)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}}),
+        ("mistral", {}),
+        ("qwen2", {"head_dim": 4}),
+        ("qwen3", {"num_key_value_heads": 4}),
+    ],
+)
+def test_a_pass_over_one_token_is_the_models(
+    monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any]
+) -> None:
+    """Log-probs of ragged responses to ragged prompts are those of passes over whole sequences."""
+    model = of_family(family, **changes)
+    monkeypatch.setattr(one_token, "HEAD_ROWS", 5)  # of 23
+    widths, forward = [], model.forward
+
+    @functools.wraps(forward)
+    def counted(**inputs: Any) -> Any:
+        widths.append(inputs["input_ids"].shape[1])
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    prompts = [torch.randint(2, 23, (n,)) for n in (2, 2, 5, 3, 7, 7, 7, 2)]
+    sampler = DecodingSampler(model, eos_token_ids=[EOS], pad_token_id=PAD, batch_size=5)
+    responses = sampler.sample([p for p in prompts for _ in range(3)], max_completion_length=9, temperature=1.0)
+    assert min(widths) > 1
+    for prompt, response in zip([p for p in prompts for _ in range(3)], responses, strict=True):
+        with torch.no_grad():
+            logits = forward(input_ids=torch.cat([prompt, response.tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, response.tokens[:, None])[:, 0]
+        torch.testing.assert_close(response.logprob, expected, atol=2e-5, rtol=0)
+
+
+def test_what_is_not_known_goes_through_the_model() -> None:
+    """A window, another activation, weights in bfloat16, a layer that is not what it was, a hook, another class."""
+    why = one_token.why_not_by_token
+    assert "window" in str(why(of_family("mistral", sliding_window=4)))
+    assert "gelu" in str(why(of_family("llama", hidden_act="gelu")))
+    assert "float32" in str(why(of_family("llama").bfloat16()))
+    model = of_family("llama")
+    assert why(model) is None
+    hook = model.model.layers[1].register_forward_hook(print)
+    assert "model.layers.1 has a hook" in str(why(model))
+    hook.remove()
+    model.model.layers[0].mlp.up_proj = nn.Sequential(model.model.layers[0].mlp.up_proj)
+    assert "up_proj is a Sequential" in str(why(model))
+    assert "Gemma" in str(why(of_family("gemma")))

@@ -15,8 +15,9 @@ from asyppo.models.critics.loading import load_value_models, minimise
 from asyppo.models.critics.lora import LoraCritics
 from asyppo.models.critics.one_by_one import OneByOneCritics
 from asyppo.models.critics.optimizer import CriticOptimizer
-from asyppo.models.critics.stacked import StackedCritics, why_not_stacked
+from asyppo.models.critics.stacked import StackedCritics
 from asyppo.models.critics.tokens import check_tokens
+from asyppo.models.families import why_unknown
 
 __all__ = [
     "CriticOptimizer",
@@ -78,7 +79,7 @@ def make_critics(models: list[Any], config: CriticConfig, *, dtype: torch.dtype 
     options: dict[str, Any] = {"dtype": dtype, "gradient_checkpointing": config.gradient_checkpointing}
     if not config.stacked:
         return OneByOneCritics(models, **options)
-    reason = why_not_stacked(models[0])
+    reason = why_unknown(models[0])
     if reason is None:
         return StackedCritics(models, **options)
     log.warning("critics run one after another: %s", reason)

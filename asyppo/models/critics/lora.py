@@ -25,10 +25,10 @@ from asyppo.models.critics.loading import (
     one_loss,
     save_loss,
 )
-from asyppo.models.critics.stacked import Stacked, why_not_stacked
+from asyppo.models.critics.stacked import Stacked
+from asyppo.models.families import PROJECTIONS, why_unknown
 from asyppo.models.hub import SaveDtype
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the names of the value model
 
@@ -76,7 +76,7 @@ class LoraCritics(Stacked):
         number, ``inputs`` M projections of what critics read beside the tokens, or none; they minimise ``loss``. Raises
         ConfigError if it is of no family that is known here."""
         super().__init__()
-        reason = why_not_stacked(model)
+        reason = why_unknown(model)
         if reason is not None:
             raise ConfigError(f"critic.lora_r: got {r}, needs 0 for {type(model).__name__}: {reason}")
         self.r, self.alpha, self.base, self.loss = r, alpha, model.config._name_or_path, loss
@@ -172,7 +172,7 @@ class LoraCritics(Stacked):
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": list(LINEARS),
+            "target_modules": list(PROJECTIONS),
             "modules_to_save": ["score"],
             "inference_mode": True,
         }

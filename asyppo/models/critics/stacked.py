@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from asyppo.config import ConfigError
 from asyppo.data.batch import Batch, MicroBatch, micro_batches, share_micro_batches
@@ -40,43 +36,11 @@ from asyppo.models.critics.layers import (
 )
 from asyppo.models.critics.layout import Extent, Layout, VarlenAttention
 from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model
+from asyppo.models.families import FAMILIES, why_unknown
 from asyppo.models.hub import SaveDtype
-
-
-def _window_of_config(layer: Any, config: Any) -> int | None:
-    return config.sliding_window
-
-
-def _window_of_layer(layer: Any, config: Any) -> int | None:
-    return layer.self_attn.sliding_window
-
-
-def _no_window(layer: Any, config: Any) -> int | None:
-    return None
-
-
-# How far a layer of each family looks back. Exact classes: a subclass may compute something else.
-FAMILIES: dict[type, Callable[[Any, Any], int | None]] = {
-    LlamaModel: _no_window,
-    MistralModel: _window_of_config,
-    Qwen2Model: _window_of_layer,
-    Qwen3Model: _window_of_layer,
-}
-
 
 OWN = {"score": "score", "project": NAME}
 """Parts of the stack that are a value model's own, not its body's, and their names there."""
-
-
-def why_not_stacked(model: Any) -> str | None:
-    """Return why models like this one cannot be stacked, None if they can."""
-    body: Any = model.base_model
-    if type(body) not in FAMILIES:
-        names = ", ".join(family.__name__ for family in FAMILIES)
-        return f"{type(body).__name__} is none of {names}"
-    if body.config.hidden_act != "silu":
-        return f"its activation is {body.config.hidden_act}, not silu"
-    return None
 
 
 class Stacked(Critics):
@@ -312,7 +276,7 @@ class StackedCritics(Stacked):
         """``models`` are taken over: their weights become views of the stack. Forward and backward passes run in
         ``dtype``. Raises ConfigError if the models are of no family that is known here, or differ in shape."""
         super().__init__()
-        reason = why_not_stacked(models[0])
+        reason = why_unknown(models[0])
         if reason is not None:
             raise ConfigError(f"critic.stacked: got True, needs False for {type(models[0]).__name__}: {reason}")
         shapes = [{name: p.shape for name, p in model.named_parameters()} for model in models]

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from asyppo.rollout.samplers.base import Response, WorkingWeights, cut_at_the_end, evaluating
 from asyppo.rollout.samplers.draw import draw
+from asyppo.rollout.samplers.one_token import OneTokenPass, why_not_by_token
 
 
 class DecodingSampler:
@@ -108,6 +109,7 @@ class _Reader:
         plain = (DynamicLayer, DynamicSlidingWindowLayer)
         self._check([type(layer) in plain for layer in DynamicCache(config=model.config).layers])
         self.accepted = inspect.signature(model.forward).parameters
+        self.one_token = OneTokenPass(model) if why_not_by_token(model) is None else None
 
     def read(self, prompts: Sequence[Tensor], responses: Sequence[int]) -> list[tuple[_Rows, Tensor, Tensor]]:
         """Read ``prompts``, of which equal ones are neighbours, each once, and return what ``_gathered`` repeats: one
@@ -148,7 +150,15 @@ class _Reader:
     def step(self, rows: _Rows, tokens: Tensor) -> None:
         """Let ``rows`` read the tokens (int64 [b]) that were drawn."""
         rows.length += 1
-        self._forward(rows, tokens[:, None])
+        if self.one_token is None:
+            self._forward(rows, tokens[:, None])
+            return
+        width = rows.cache.get_seq_length() + 1
+        seen = None
+        if int(rows.length.min()) < width:
+            seen = (torch.arange(width) >= (width - rows.length)[:, None]).to(tokens.device)
+        position = (rows.length - 1).to(tokens.device)
+        rows.logits = self.one_token(tokens, position, seen, rows.cache.layers)
 
     def _forward(self, rows: _Rows, ids: Tensor) -> None:
         width = rows.cache.get_seq_length() + ids.shape[1]
