@@ -18,8 +18,9 @@ from asyppo.data.rows import Row
 from asyppo.distributed.processes import forked_rng
 from asyppo.rewards.built_in import RewardFunc
 from asyppo.rewards.computing import compute_rewards
-from asyppo.rewards.function import RewardFunction
-from asyppo.rollout.samplers import Sampler
+from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
+from asyppo.rollout.environments import Episode, Playing, episode_rewards
+from asyppo.rollout.samplers import Response, Sampler
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ def task_name(row: Row) -> str:
     return task if isinstance(task, str) else json.dumps(task, sort_keys=True, default=str)
 
 
+def policy_length(response: Response) -> int:
+    """Return how many tokens of ``response`` the policy drew."""
+    return int(response.policy.sum()) if isinstance(response, Episode) else len(response.tokens)
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -162,13 +168,15 @@ def evaluate(
     *,
     progress: Callable[[int], None] = lambda count: None,
     trainer_state: TrainerState | None = None,
+    playing: Playing | None = None,
 ) -> Evaluation:
     """Sample ``config.eval.num_generations`` responses to each of ``prompts``, the tokens (int64 [length]) of ``rows``,
     and see which are right: those that get a 1 from the first of ``reward_funcs`` that has a reward for them.
 
     Torch's generator is seeded with ``data.eval_seed`` and put back afterwards, so evaluations compare like with like
     and training does not notice them. ``progress`` is called now and then with the number of new samples.
-    Reward functions see ``trainer_state``.
+    Reward functions see ``trainer_state``. With ``playing`` a response is an episode with an environment, whose own
+    reward comes after those of the functions; lengths are then of the policy's tokens.
     """
     num_generations = config.eval.num_generations
     numbers = [i for i in range(len(prompts)) for _ in range(num_generations)]
@@ -176,24 +184,33 @@ def evaluate(
     order = sorted(range(len(numbers)), key=lambda j: len(prompts[numbers[j]]))
     at_once = config.generation_batch_size * math.ceil(len(order) / (20 * config.generation_batch_size))
     responses: list[Any] = [None] * len(order)
+    repeated = [rows[i] for i in numbers]
+    known: dict[str, Any] = {"weights": config.reward_weights, "trainer_state": trainer_state}
     with forked_rng():
         torch.manual_seed(config.data.eval_seed)
-        for start in range(0, len(order), at_once):
-            chosen = order[start : start + at_once]
-            drawn = sampler.sample(
-                [prompts[numbers[j]] for j in chosen],
-                max_completion_length=config.max_completion_length,
-                temperature=config.eval.temperature,
-            )
-            for j, response in zip(chosen, drawn, strict=True):
-                responses[j] = response
-            progress(len(chosen))
-    repeated = [rows[i] for i in numbers]
+        if playing is not None:  # all at once: environments are reset for the next ones
+            played = playing(sampler, repeated, config.eval.temperature)
+            responses = [one.response for one in played]
+            progress(len(order))
+        else:
+            for start in range(0, len(order), at_once):
+                chosen = order[start : start + at_once]
+                drawn = sampler.sample(
+                    [prompts[numbers[j]] for j in chosen],
+                    max_completion_length=config.max_completion_length,
+                    temperature=config.eval.temperature,
+                )
+                for j, response in zip(chosen, drawn, strict=True):
+                    responses[j] = response
+                progress(len(chosen))
     completions = tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-    ids = [response.tokens.tolist() for response in responses]
-    rewards = compute_rewards(
-        reward_funcs, repeated, completions, ids, weights=config.reward_weights, trainer_state=trainer_state
-    )
+    if playing is not None:
+        rewards = episode_rewards(
+            resolve_reward_funcs(list(reward_funcs)), repeated, played, playing.reward_names, **known
+        )
+    else:
+        ids = [response.tokens.tolist() for response in responses]
+        rewards = compute_rewards(reward_funcs, repeated, completions, ids, **known)
     samples = [
         {
             "prompt": prompt_text(row["prompt"]),
@@ -201,7 +218,7 @@ def evaluate(
             "reward": score,
             "rewards": sample_rewards,
             "truncated": response.truncated,
-            "response_length": len(response.tokens),
+            "response_length": policy_length(response),
             "task": task_name(row),
             **({"extra": extra} if extra else {}),
         }

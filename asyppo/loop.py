@@ -336,6 +336,7 @@ class TrainingLoop:
                 self.config,
                 progress=lambda count: display.advance(count=count),
                 trainer_state=trainer.rollout.trainer_state,
+                playing=trainer.rollout.playing,
             )
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
         return evaluation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -21,6 +21,7 @@ from asyppo.algorithm.schedules import learning_rate_factor, set_learning_rate
 from asyppo.algorithm.shaping import shape_rewards
 from asyppo.algorithm.signal import Advantage, LearningSignal, Outcome, StateValues
 from asyppo.algorithm.split import split_responses
+from asyppo.algorithm.turns import returns_after_turns
 from asyppo.algorithm.value_losses import value_cross_entropy, value_loss
 from asyppo.algorithm.weights import token_weights
 from asyppo.checkpoint import Trained
@@ -56,9 +57,11 @@ from asyppo.models.loading import (
     tokenizer_of,
 )
 from asyppo.models.policy import Objective, Policy, TokenStats
+from asyppo.models.tokenizer import eos_token_ids
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
 from asyppo.rollout.continuations import Continuations, monte_carlo_values
+from asyppo.rollout.environments import Factory, Tool, environment_of, playing_of
 from asyppo.rollout.samplers import (
     ON_THE_MODEL,
     DividedSampler,
@@ -97,7 +100,9 @@ class AsyPPOTrainer:
     a ``DataFrame``, a stream (``asyppo/data/given.py``); every column reaches the reward functions, which are names of
     built-in ones, functions in TRL's signature, or sequence classifiers, one or a list;
     ``reward_processing_classes`` are the classifiers' tokenizers where they do not lie beside the weights.
-    ``callbacks`` are transformers'.
+    ``callbacks`` are transformers'. ``tools`` and ``environment_factory``, as TRL's, are in place of those that
+    ``config.environment`` names: functions that the policy may call, and what makes an environment, or of several each
+    by the name that a row's column ``environment`` has.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class AsyPPOTrainer:
         policy: Policy | PreTrainedModel | str | Any,
         critics: Critics | str | Sequence[str] | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        reward_funcs: RewardFuncs,
+        reward_funcs: RewardFuncs = (),
         reward_processing_classes: Any = None,
         train_dataset: Any,
         eval_dataset: Any = None,
@@ -114,9 +119,12 @@ class AsyPPOTrainer:
         sampler: Sampler | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         mesh: DeviceMesh | None = None,
+        tools: Sequence[Tool] = (),
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
     ):
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
+        environment = environment_of(config, environment_factory, tools)
         self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
         self.own_values = values_of(config)
         self.reward_funcs: Sequence[RewardFunction] = resolve_reward_funcs(
@@ -162,8 +170,19 @@ class AsyPPOTrainer:
         self.device = policy.device
         for func in self.reward_funcs:
             func.to(self.device)
+        playing = playing_of(
+            environment, tokenizer, config, eos_token_ids(policy.model, tokenizer), longest_sequence(config, policy)
+        )
+        if not self.reward_funcs and (playing is None or not playing.reward_names):
+            raise ConfigError("reward_funcs: got none, needs one, or an environment that gives rewards")
         self.rollout = Rollout(
-            self.sampler, tokenizer, self.reward_funcs, self.train_dataset, config, device=self.device
+            self.sampler,
+            tokenizer,
+            self.reward_funcs,
+            self.train_dataset,
+            config,
+            device=self.device,
+            playing=playing,
         )
         self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
         self.critic_optimizer = None
@@ -282,7 +301,7 @@ class AsyPPOTrainer:
             # 4 and 5. Advantage on the mean value; masks from the disagreement.
             with timer.phase("adv"):
                 parts = batch.reward, batch.mask, batch.learned, batch.group, values, share, seed
-                outcome = Outcome(*parts, monte_carlo=monte_carlo)
+                outcome = Outcome(*parts, monte_carlo=monte_carlo, turns=batch.turns)
                 signal = self.advantage(outcome, AdvantageOptions.of(config))
             metrics |= self._diagnose(step, batch, signal, old_logprob, timer)
 
@@ -296,7 +315,8 @@ class AsyPPOTrainer:
                 if old is None:
                     old, known = update.old, update.known
         assert old is not None
-        record = StepRecord(step, batch, sampled.rewards, old, known, signal, log_ratio)
+        found = step, batch, sampled.rewards, old, known, signal, log_ratio
+        record = StepRecord(*found, turns=sampled.turns, gamma=config.gamma)
         if len(signal.values):
             metrics |= critic_diagnostics(signal, batch.mask, old.entropy, known)
             metrics |= mask_diagnostics(signal, batch.learned, old.entropy, known)
@@ -352,7 +372,7 @@ class AsyPPOTrainer:
         if self.critics is None or not self.critics.policy_inputs:
             return batch
         assert old is not None  # reads_old_logprobs
-        return replace(batch, policy_inputs=policy_inputs(old, batch.mask, self.critics.policy_inputs))
+        return replace(batch, policy_inputs=policy_inputs(old, batch.value_mask, self.critics.policy_inputs))
 
     def _with_penalties(self, batch: Batch) -> Batch:
         return self.observe(batch)[0] if self.config.use_kl_in_reward else self.shape_rewards(batch, None, None)[0]
@@ -395,13 +415,13 @@ class AsyPPOTrainer:
         own = [everything if share is None else everything[share == m] for m in range(len(self.critics))]
         returns, old_value = self._critic_targets(batch, own)
         if config.loss == "bce":
-            self._check_probabilities(returns[:, batch.learned])
+            self._check_probabilities(returns[:, batch.valued])
         # All chance before the first update, critic by critic.
         parts = [list(minibatches(rows, config.num_iterations, config.num_mini_batches, generator)) for rows in own]
         updates = CriticUpdates(len(own))
         # Where a critic has fewer rows than minibatches are asked for, it sits out the last.
         for rows_of in zip_longest(*parts, fillvalue=own[0][:0]):
-            weight = [token_weights(batch.learned, rows.to(self.device), "token-mean") for rows in rows_of]
+            weight = [token_weights(batch.valued, rows.to(self.device), "token-mean") for rows in rows_of]
 
             def loss(m: int, micro: MicroBatch, output: Tensor, weight: Sequence[Tensor] = weight) -> Tensor:
                 old, target, own_weight = (x[m][micro.grid] for x in (old_value, returns, weight))
@@ -535,7 +555,8 @@ class AsyPPOTrainer:
         gae = self.critics.ops.ensemble_gae(
             value.flatten(0, 1)[None], reward, mask, gamma=self.config.gamma, value_lam=config.value_lambda
         )
-        return gae.returns.view_as(value), value
+        returns = gae.returns.view_as(value)
+        return returns if batch.turns is None else returns_after_turns(returns, batch.reward, batch.turns), value
 
     def _check_probabilities(self, returns: Tensor) -> None:
         """Raise ConfigError unless all ``returns`` are in [0, 1], up to rounding."""

@@ -35,6 +35,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "models",
         "rewards",
         "data run",
+        "environments",
         "distributed",
         "config",
         "algorithm",

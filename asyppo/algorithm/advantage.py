@@ -13,6 +13,7 @@ from asyppo.algorithm.masked import masked_mean, masked_moments
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import AdvantageOptions
 from asyppo.algorithm.signal import LearningSignal, Outcome
+from asyppo.algorithm.turns import returns_after_turns, reward_without_luck
 from asyppo_kernels import ensemble_gae
 
 
@@ -22,7 +23,8 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FU
     With ``cross_fit`` a response's mean value leaves out the critic that learned from it (as in arXiv 1608.00060); σ is
     over all critics. Only tokens that losses count are whitened and ranked. σ is ranked as ``coarse`` has it.
     (AsyPPO, arXiv 2510.01656; GAE, arXiv 1506.02438.) With ``monte_carlo`` the advantage is that of
-    ``monte_carlo_advantage``. Raises ValueError without critics.
+    ``monte_carlo_advantage``. Where an environment answers, its tokens are skipped, and with ``environment_credit``
+    ``drop`` what its answers brought beyond V is left out. Raises ValueError without critics.
     """
     if outcome.values is None:
         raise ValueError("values: got None, needs the values [M, B, T] of critics")
@@ -36,14 +38,21 @@ def critics_advantage(outcome: Outcome, options: AdvantageOptions, ops: Ops = FU
         lam = length_adaptive_lambda(mask.sum(dim=1), options.length_adaptive_alpha)
     gae = ops.ensemble_gae(fitted, outcome.reward, mask, gamma=options.gamma, lam=lam, value_lam=options.value_lambda)
     std = gae.std if trained_by is None else torch.where(mask, values.std(dim=0, correction=0), 0.0)
+    advantage, returns, mean = gae.advantage, gae.returns, gae.mean
+    if (turns := outcome.turns) is not None:
+        mean = torch.where(mask | turns.after, fitted.mean(dim=0), 0.0)
+        returns = returns_after_turns(returns, outcome.reward, turns)
+        if options.environment_credit == "drop":
+            reward = reward_without_luck(outcome.reward, mean, mask, turns, options.gamma)
+            advantage = ops.ensemble_gae(fitted, reward, mask, gamma=options.gamma, lam=lam).advantage
     advantage_keep, entropy_keep, low, high = disagreement_masks(std, learned, options, ops, outcome.seed)
     return LearningSignal(
-        advantage=whiten(gae.advantage, learned, outcome.group, options.whiten),
+        advantage=whiten(advantage, learned, outcome.group, options.whiten),
         advantage_keep=advantage_keep,
         entropy_keep=entropy_keep,
-        raw_advantage=gae.advantage,
-        returns=gae.returns,
-        value=gae.mean,
+        raw_advantage=advantage,
+        returns=returns,
+        value=mean,
         values=values,
         std=std,
         low=low,
@@ -66,7 +75,7 @@ def disagreement_masks(
     if options.advantage_mask != "random" and options.advantage_mask_skip == 0:
         return _masks_in_scope(sigma, learned, k, options, ops)
     _, entropy_keep, low, high = _masks_in_scope(sigma, learned, 0.0, options, ops)
-    ranked = learned & (torch.arange(learned.shape[1], device=learned.device) >= options.advantage_mask_skip)
+    ranked = learned & (learned.cumsum(dim=1) > options.advantage_mask_skip)
     if options.advantage_mask == "random":
         generator = torch.Generator().manual_seed(seed)
         sigma = torch.rand(std.shape, generator=generator).to(std.device)

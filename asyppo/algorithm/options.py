@@ -26,6 +26,7 @@ class AdvantageOptions:
     advantage_mask_skip: int = 0
     entropy_filter_fraction: float = 0.2
     quantile_scope: Literal["batch", "sequence", "position"] = "batch"
+    environment_credit: Literal["keep", "drop"] = "keep"
 
     @classmethod
     def of(cls, config: Any) -> AdvantageOptions:

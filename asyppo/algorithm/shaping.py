@@ -20,7 +20,8 @@ def shape_rewards(
         limit = options.max_completion_length - options.overlong_buffer_len
         length = mask.sum(dim=1)
         penalty = options.overlong_penalty_factor * overlong_fraction(length, limit, options.overlong_buffer_len)
-        reward[torch.arange(len(reward), device=reward.device), length - 1] -= penalty
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)
+        reward[torch.arange(len(reward), device=reward.device), last] -= penalty
         everyone = torch.ones_like(length, dtype=torch.bool)
         metrics["critic/overlong_penalty/mean"] = float(masked_mean(penalty, everyone))
     if options.use_kl_in_reward:

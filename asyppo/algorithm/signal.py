@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from asyppo.algorithm.options import AdvantageOptions
+from asyppo.algorithm.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Outcome:
     reward: Tensor
     """float32 [B, T]: a response's score at its last token, rewards and penalties of tokens at their own."""
     mask: Tensor
-    """bool [B, T]: the response tokens."""
+    """bool [B, T]: the response tokens, but for those of an environment."""
     learned: Tensor
     """bool [B, T]: those among them that losses count."""
     group: Tensor
@@ -41,6 +42,8 @@ class Outcome:
     every rank and in a resumed run."""
     monte_carlo: StateValues | None = None
     """Values from continuations, where ``advantage_values`` or the algorithm asks for them."""
+    turns: Turns | None = None
+    """Where an environment answered; None: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class LearningSignal:
     returns: Tensor
     """float32 [B, T]: the λ-return that critics learn; of the mean value where λ < 1."""
     value: Tensor
-    """float32 [B, T]: V̄, the mean over critics."""
+    """float32 [B, T]: V̄, the mean over critics; also in the states after turns, at the first token of an answer."""
     values: Tensor
     """float32 [M, B, T]: each critic's own; M = 0 without critics."""
     std: Tensor

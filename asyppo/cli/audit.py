@@ -56,6 +56,11 @@ def audit(namespace: Namespace) -> int:
     if not namespace.gradients and (namespace.arm or namespace.arms):
         raise ConfigError("--arm: got one, needs --gradients: values have no arms")
     config = config_of_checkpoint(checkpoint, nested(namespace.set, "--set"))
+    if config.environment.given:
+        raise ConfigError(
+            f"environment: got {config.environment.name or 'tools'}, needs none for an audit, which goes on from "
+            "states of responses: an environment's cannot be gone back to"
+        )
     with processes(config.distributed):
         trainer = trainer_of_checkpoint(checkpoint, config)
         head = {"kind": kind, "step": step, "checkpoint": str(checkpoint.resolve().name)}

@@ -22,8 +22,10 @@ from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loop import trial_prompts
 from asyppo.metrics.introduction import introduction_of_evaluation
 from asyppo.models import warm_start
-from asyppo.models.loading import choose_device, critic_configs, fit_of, policy_of, tokenizer_of
+from asyppo.models.loading import choose_device, critic_configs, fit_of, longest_sequence, policy_of, tokenizer_of
+from asyppo.models.tokenizer import eos_token_ids
 from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
+from asyppo.rollout.environments import environment_of, playing_of
 from asyppo.rollout.samplers import make_sampler, sampler_factory, sends_weights, settle
 from asyppo.run import durable
 from asyppo.run.directory import run_path
@@ -49,7 +51,7 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         data = replace(config.data, dataset_name=None)
         rows = train_rows if config.data.dataset_name is None else load_train_rows(data, eval_rows)
         shapes = config.warm_start
-        made = from_main(lambda: warm_start.build(shapes, data, rows, device))
+        made = from_main(lambda: warm_start.build(shapes, data, rows, device, config.environment))
         policy_path = str(made[0])
         if critic_path is None and not as_policy:
             critic_path = str(made[1])
@@ -119,7 +121,7 @@ def _checked(
     run_path(config)
     check_writers(config)
     reward_funcs = resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
-    advantage_of(config), surrogate_of(config), sampler_factory(config)
+    advantage_of(config), surrogate_of(config), sampler_factory(config), environment_of(config)
     device = choose_device(config)
     needs = [func.need for func in reward_funcs]
     tokenizer, checks = None, Checks(config.data, needs=needs)
@@ -156,6 +158,8 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     engine = make_sampler(policy, tokenizer, config)
     sampler = sends_weights(engine, engine, policy)
     settle(sampler, engine, policy, prompts[:32], config)
+    ends, longest = eos_token_ids(policy.model, tokenizer), longest_sequence(config, policy)
+    playing = playing_of(environment_of(config), tokenizer, config, ends, longest)
     say(*introduction_of_evaluation(config, policy, rows))
     try:
         out.mkdir(parents=True)
@@ -170,6 +174,7 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
             reward_funcs,
             config,
             progress=lambda count: progress.advance(count=count),
+            playing=playing,
         )
     with open(out / "samples.jsonl", "w") as file:
         file.writelines(json.dumps({"split": "eval", **sample}) + "\n" for sample in evaluation.samples)

@@ -117,7 +117,8 @@ class TaskConfig:
     """One reasoning-gym task."""
 
     name: str = "chain_sum"
-    """Name of the task, such as ``chain_sum``."""
+    """Name of the task, such as ``chain_sum``; or ``grid_world`` or ``word_guessing``, which are for the
+    ``environment`` of that name."""
     params: dict[str, Any] = field(default_factory=dict)
     """Parameters of the task's generator, such as ``{min_terms: 3}``."""
     weight: float = setting(1.0, above=0, below=float("inf"))
@@ -198,7 +199,7 @@ class WarmStartConfig:
     """A small policy and a smaller critic made on the spot: a Qwen3 from a config, a tokenizer of its own, and
     supervised steps on worked solutions with mistakes in them, so that it knows the format and starts out fallible.
     The result is cached, and loaded by ``from_pretrained`` like any other model. For the tasks ``chain_sum`` and
-    ``gcd``."""
+    ``gcd``; beside an ``environment`` that ships, from episodes with it."""
 
     policy: ModelShape = field(default_factory=ModelShape)
     """Shape of the policy."""
@@ -299,6 +300,39 @@ class MonteCarloConfig:
 
 
 @dataclass
+class EnvironmentConfig:
+    """What answers the policy's turns, so that a response has several: an environment, or tools. See
+    ``docs/environments.md``."""
+
+    name: str | None = setting(None, elsewhere=("environment_factory",))
+    """``calculator``, ``grid_world``, ``word_guessing`` or ``second_try``, which ship; or one's own, ``module:name`` or
+    ``path.py:name`` of a class, or of a function that makes one: of the text protocol (``reset`` and ``step``), or in
+    TRL's form (``reset``, public methods as tools, and perhaps ``get_reward``). None: there is none, and a response is
+    one turn."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments it is made with, such as ``{slip: 0.2}``."""
+    tools: list[str] = field(default_factory=list)
+    """Functions that the policy may call, ``module:function`` or ``path.py:function``, with type hints and docstrings
+    that say what they do, as TRL's ``tools``."""
+    max_turns: int = setting(8, at_least=1, elsewhere=("max_tool_calling_iterations", "max_assistant_turns"))
+    """Turns of the policy; an episode that has not ended by then is cut off, after the last answer."""
+    max_turn_length: int | None = setting(None, at_least=1)
+    """Longest turn, in tokens; one that is cut off is not answered, and ends its episode. None: what
+    ``max_completion_length``, which counts the tokens of both sides, leaves."""
+    timeout: float | None = setting(60.0, above=0, noun="number of seconds")
+    """Seconds that an answer may take. Instead of one that takes longer the policy sees an error, and
+    ``environment/timeouts`` counts it; an environment, unlike a tool, is not called again, so its episode ends.
+    None: no limit."""
+    max_parallel: int = setting(16, at_least=1)
+    """Answers that are made at once, each in a thread. 1, with no ``timeout``: one after another, in the trainer's."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is an environment or a tool."""
+        return self.name is not None or bool(self.tools)
+
+
+@dataclass
 class DistributedConfig:
     """Several processes, one a GPU, started by ``torchrun``; weights are sharded over them with FSDP2."""
 
@@ -370,10 +404,13 @@ class AsyPPOConfig:
     """The critics."""
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts."""
-    reward_funcs: list[str] = setting(factory=lambda: ["reasoning_gym"], not_empty=True)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """An environment or tools, for responses of several turns."""
+    reward_funcs: list[str] = setting(factory=lambda: ["reasoning_gym"])
     """Reward functions: ``reasoning_gym``, ``exact_match``, ``math_verify``, one's own as ``module:function`` or
     ``path.py:function``, in TRL's signature, or a sequence classifier by directory or hub name. Right, for the
-    accuracy, is what gets a 1 from the first of them that has a reward for it (None is none)."""
+    accuracy, is what gets a 1 from the first of them that has a reward for it (None is none). What an ``environment``
+    gives is added, with weight 1, as if by a last function; beside it there may be no other, ``[]``."""
     reward_weights: list[float] | None = None
     """Weight of each function in the sum of rewards. None: 1 each."""
     reward_timeout: float | None = setting(None, above=0, noun="number of seconds")
@@ -524,6 +561,13 @@ class AsyPPOConfig:
     of continuations (``monte_carlo``), at the cost of sampling them; masks still come from the critics' σ."""
     monte_carlo: MonteCarloConfig = field(default_factory=MonteCarloConfig)
     """Values from continuations."""
+    environment_credit: Literal["keep", "drop"] = "keep"
+    """What becomes of the luck that an ``environment`` brings. ``keep``: GAE across its tokens, which are skipped; a
+    turn's reward is that of the turn's last token. ``drop``: the difference across an answer, its reward plus the value
+    after it less the value before it, is left out of the advantages of the turns before. Where critics are right its
+    expectation is 0 whatever the policy did, so that only variance goes (a control variate, as in AIVAT, arXiv
+    1612.06915). But a turn's reward then counts only as far as the values around it tell, so that critics' errors no
+    longer vanish at ``lam`` 1. Ours."""
     advantage_mask: Literal["sigma", "random", "none"] = "sigma"
     """Tokens whose advantage is masked. ``sigma``: those where critics agree most (the paper's). ``random``: as many,
     whichever, by the seed and the step: the control of a claim about the mask. ``none``: none."""
@@ -671,6 +715,20 @@ class AsyPPOConfig:
         )
         self._validate_data()
         need(
+            self.environment_credit == "keep" or self.num_critics > 0,
+            "environment_credit",
+            self.environment_credit,
+            f"a critic, algorithm {self.algorithm} has none that knows what was to be expected",
+        )
+        need(
+            bool(self.reward_funcs) or self.environment.given,
+            "reward_funcs",
+            self.reward_funcs,
+            "at least one, or an environment that gives rewards",
+        )
+        if self.environment.given:
+            self.check_environment()
+        need(
             self.num_generations >= self.num_critics or self.critic.share == "all",
             "num_generations",
             self.num_generations,
@@ -711,6 +769,27 @@ class AsyPPOConfig:
             "data.eval_size",
             self.data.eval_size,
             "at least 1 held-out prompt for eval.min_gain",
+        )
+
+    def check_environment(self) -> None:
+        """Raise ConfigError where a setting cannot work beside an environment."""
+        need(
+            self.async_generation == 0,
+            "async_generation",
+            self.async_generation,
+            "0 with an environment, whose answers come between the turns",
+        )
+        need(
+            not self.monte_carlo_values,
+            "advantage_values" if self.advantage_values == "monte_carlo" else "algorithm",
+            self.advantage_values if self.advantage_values == "monte_carlo" else self.algorithm,
+            "values of critics or of groups with an environment: its state cannot be gone back to for continuations",
+        )
+        need(
+            self.max_completion_length >= 3,
+            "max_completion_length",
+            self.max_completion_length,
+            "at least 3 with an environment: a token of a turn, one of an answer and one of the next turn",
         )
 
     def _validate_data(self) -> None:

@@ -2,10 +2,10 @@
 
 Two layouts meet here. Models see sequences: prompt and response of one sample side by side, padded on the right.
 Everything of reinforcement learning (log-probs, values, rewards, masks) lives on the *response grid* [B, T]: entry
-[b, t] belongs to token t of response b, and is False in ``mask`` past its end. What a model computes for token t is
-read at the position that predicts it, one to the left. Lengths, not token ids, say what is padding, so a padding
-token equal to the end-of-sequence token is no problem. Or sequences are packed: one behind the other in one row,
-without padding.
+[b, t] belongs to token t of response b, and is False in ``mask`` past its end, and where an environment wrote it. What
+a model computes for token t is read at the position that predicts it, one to the left. Lengths, not token ids, say what
+is padding, so a padding token equal to the end-of-sequence token is no problem. Or sequences are packed: one behind the
+other in one row, without padding.
 
 Micro-batches are cut on the host, which knows the lengths: nothing is read back from the device.
 """
@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from asyppo.algorithm.turns import Turns
 from asyppo.distributed.processes import divide_rows, rank
 
 T = TypeVar("T")
@@ -52,10 +53,16 @@ class Batch:
     """float32 [B, T, F]: what critics read beside the tokens, at the position that predicts each; None: nothing."""
     known_lengths: tuple[list[int], list[int]] | None = None
     """``prompt_length`` and ``response_length`` on the host; None: to be read from the device once they are needed."""
+    policy_tokens: Tensor | None = None
+    """bool [B, T]: the response tokens that the policy drew, where an environment wrote others; None: it drew all."""
+    turns: Turns | None = None
+    """Where an environment answered; None: nowhere."""
 
     @property
     def mask(self) -> Tensor:
-        """bool [B, T]: True on response tokens."""
+        """bool [B, T]: True on response tokens, but for those of an environment."""
+        if self.policy_tokens is not None:
+            return self.policy_tokens
         steps = torch.arange(self.reward.shape[1], device=self.tokens.device)
         return steps < self.response_length[:, None]
 
@@ -63,6 +70,17 @@ class Batch:
     def learned(self) -> Tensor:
         """bool [B, T]: the response tokens that losses count."""
         return self.mask & ~self.ignored[:, None]
+
+    @property
+    def value_mask(self) -> Tensor:
+        """bool [B, T]: where critics have a value: ``mask``, and the first token of each answer of an environment,
+        whose value is that of the state after the policy's turn."""
+        return self.mask if self.turns is None else self.mask | self.turns.after
+
+    @property
+    def valued(self) -> Tensor:
+        """bool [B, T]: those among them that losses count."""
+        return self.value_mask & ~self.ignored[:, None]
 
     @property
     def length(self) -> Tensor:
@@ -96,10 +114,13 @@ def make_batch(
     *,
     pad_token_id: int,
     device: torch.device,
+    policy_tokens: Sequence[Tensor] | None = None,
 ) -> Batch:
     """Lay B prompts and responses (int64 [length] each) out as a Batch on ``device``.
 
-    A response's score is a number, or a reward for each of its tokens (float32 [length]).
+    A response's score is a number, or a reward for each of its tokens (float32 [length]). ``policy_tokens`` (bool
+    [length] each, beginning with True) says which tokens are not of an environment; the reward of one of these is that
+    of the last policy token before it.
     """
     sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     response_length = torch.tensor([len(r) for r in responses])
@@ -109,6 +130,15 @@ def make_batch(
             reward[row, :length] = score
         else:
             reward[row, length - 1] = score
+    drawn, turns = None, None
+    if policy_tokens is not None:
+        drawn = _pad(policy_tokens, False)
+        place = torch.arange(drawn.shape[1])
+        last = torch.where(drawn, place, 0).cummax(dim=1).values
+        reward = torch.zeros_like(reward).scatter_add_(1, last, reward)
+        following = torch.nn.functional.pad(drawn[:, 1:], (0, 1))
+        answered = drawn & ~following & (place + 1 < response_length[:, None])
+        turns = Turns(answered.to(device), torch.where(answered, reward, 0.0).to(device))
     return Batch(
         tokens=_pad(sequences, pad_token_id).to(device),
         prompt_length=torch.tensor([len(p) for p in prompts]).to(device),
@@ -120,6 +150,8 @@ def make_batch(
         score=reward.sum(dim=1).to(device),
         ignored=torch.zeros(len(responses), dtype=torch.bool, device=device),
         known_lengths=([len(p) for p in prompts], response_length.tolist()),
+        policy_tokens=None if drawn is None else drawn.to(device),
+        turns=turns,
     )
 
 
@@ -161,6 +193,8 @@ class MicroBatch:
     """Tokens of the longest sequence."""
     packing: Packing | None = None
     """None: padded."""
+    drawn: Tensor | None = None
+    """bool [N]: the response tokens that the policy drew; None: all."""
 
     @property
     def attention_mask(self) -> Tensor:
@@ -171,9 +205,10 @@ class MicroBatch:
 
     @property
     def targets(self) -> Tensor:
-        """int64 [N]: the response tokens."""
+        """int64 [N]: the response tokens that the policy drew; -100 for others, of which it says nothing."""
         row, column = self.predicts
-        return self.input_ids[row, column + 1]
+        tokens = self.input_ids[row, column + 1]
+        return tokens if self.drawn is None else tokens.where(self.drawn, -100)
 
     @property
     def flat_predicts(self) -> Tensor:
@@ -204,9 +239,10 @@ def micro_batch(
     response, position = _ragged(of_response, sum(responses))
     grid, column, total = (own[response], position), prompt[response] - 1 + position, sum(lengths)
     longest = max(lengths, default=0)
+    drawn = None if batch.policy_tokens is None else batch.policy_tokens[grid]
     if not packed:
         ids = batch.tokens[own, : longest if width is None else width]
-        return MicroBatch(own, ids, length, grid, (response, column), response, total, longest)
+        return MicroBatch(own, ids, length, grid, (response, column), response, total, longest, drawn=drawn)
     sequence, place = _ragged(length, total)
     starts = torch.nn.functional.pad(length.cumsum(0), (1, 0))
     return MicroBatch(
@@ -219,6 +255,7 @@ def micro_batch(
         tokens=total,
         longest=longest,
         packing=Packing(place[None], sequence[None], starts.int()),
+        drawn=drawn,
     )
 
 

@@ -1,12 +1,14 @@
-"""Rows that reasoning-gym generates."""
+"""Rows that are generated: by reasoning-gym, or for an environment that ships."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from typing import Any
 
 from asyppo.config import ConfigError, DataConfig, TaskConfig
 from asyppo.data.prompts import prompt_key
 from asyppo.data.rows import Row
+from asyppo.environments import TASKS
 
 
 def generate_rows(config: DataConfig, size: int, seed: int, exclude: Set[str]) -> list[Row]:
@@ -30,12 +32,9 @@ def _shares(weights: Sequence[float], size: int) -> list[int]:
     return shares
 
 
-def _rows_of_task(
-    field: str, task: TaskConfig, suffix: str | None, size: int, seed: int, exclude: Set[str]
-) -> list[Row]:
-    """First ``size`` generated rows in order whose prompts are new: neither repeated nor in ``exclude``."""
-    if not size:
-        return []
+def _dataset(field: str, task: TaskConfig, size: int, seed: int) -> Any:
+    if task.name in TASKS:
+        return TASKS[task.name](size=size, seed=seed, **task.params)
     try:
         import reasoning_gym  # here, since it takes most of a second
     except ModuleNotFoundError as error:
@@ -45,8 +44,17 @@ def _rows_of_task(
             f"{field}: got {task.name!r}, needs reasoning-gym, which is not installed: pip install 'asyppo[tasks]', or "
             "set data.dataset_name"
         ) from error
+    return reasoning_gym.create_dataset(task.name, size=size, seed=seed, **task.params)
+
+
+def _rows_of_task(
+    field: str, task: TaskConfig, suffix: str | None, size: int, seed: int, exclude: Set[str]
+) -> list[Row]:
+    """First ``size`` generated rows in order whose prompts are new: neither repeated nor in ``exclude``."""
+    if not size:
+        return []
     try:
-        dataset = reasoning_gym.create_dataset(task.name, size=20 * size, seed=seed, **task.params)
+        dataset = _dataset(field, task, 20 * size, seed)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"{field}: got {task.name!r} with {task.params}, but {error}") from error
     rows: list[Row] = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from asyppo.algorithm.signal import LearningSignal
 from asyppo.data.batch import Batch
+from asyppo.environments.turn import Turn
 from asyppo.models.policy import TokenStats
 from asyppo.rewards.computing import Rewards
 
@@ -30,3 +32,7 @@ class StepRecord:
     signal: LearningSignal
     log_ratio: Tensor
     """float32 [B, T]: log π/π_old of each token at its last visit; zeros where the policy was not updated."""
+    turns: Sequence[Sequence[Turn]] = ()
+    """Of each response, its turns; none without an environment."""
+    gamma: float = 1.0
+    """Discount of a step."""

@@ -56,9 +56,27 @@ def sample_rows(
                 "tokens": pieces(tokenizer, response),
                 **{name: [rounded(x) for x in grid[b, :length].tolist()] for name, grid in columns.items()},
                 "values": [[rounded(x) for x in grid[b, :length].tolist()] for grid in signal.values],
+                **(_turns(record, b, length) if record.turns else {}),
             }
         )
     return rows
+
+
+def _turns(record: StepRecord, b: int, length: int) -> dict[str, Any]:
+    """Return which tokens of response ``b`` are the policy's, and its turns: with V̄ before an answer and after it, and
+    what the answer brought beyond what was expected, where there are critics."""
+    value = record.signal.value[b].tolist() if len(record.signal.values) else None
+    rows = []
+    for number, turn in enumerate(record.turns[b]):
+        row = {**vars(turn), "reward": rounded(turn.reward)}
+        if value is not None and turn.until > turn.end:
+            goes_on = number + 1 < len(record.turns[b])
+            before, after = value[turn.end], value[turn.until] if goes_on else 0.0
+            gained = float(record.batch.turns.reward[b, turn.end - 1]) if record.batch.turns is not None else 0.0
+            luck = gained + record.gamma * after - before
+            row |= {"value_before": rounded(before), "value_after": rounded(after), "luck": rounded(luck)}
+        rows.append(row)
+    return {"policy_tokens": record.batch.mask[b, :length].tolist(), "turns": rows}
 
 
 LONGEST_TEXT = 400

@@ -25,7 +25,7 @@ def batch_metrics(record: StepRecord) -> Row:
     """Metrics of the sampled batch and of what the critics say of it."""
     batch, signal, old, known = record.batch, record.signal, record.old, record.known
     mask, everyone = batch.mask, torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
-    length = batch.response_length.float()
+    length = mask.sum(dim=1).float()
     gap = (old.logprob - batch.sampler_logprob).abs()
     row: dict[str, Any] = {
         "response_length/clip_ratio": masked_mean(batch.truncated, everyone),

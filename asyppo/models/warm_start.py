@@ -24,9 +24,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from asyppo.config import ConfigError, DataConfig, ModelShape, WarmStartConfig
+from asyppo.config import ConfigError, DataConfig, EnvironmentConfig, ModelShape, WarmStartConfig
 from asyppo.data.rows import Row
 from asyppo.distributed.processes import forked_rng
+from asyppo.environments import DEMONSTRATIONS, ENVIRONMENTS, TASKS_OF
+from asyppo.environments.protocol import reset, step
 from asyppo.run import durable
 from asyppo.run.progress import ProgressDisplay
 
@@ -90,15 +92,58 @@ def worked_solution(row: Row, noise: float, guess: float, rng: random.Random, wr
     return SOLUTIONS[metadata["source_dataset"]](metadata, noise, guess, rng, **rule)
 
 
+def demonstration(row: Row, config: WarmStartConfig, environment: EnvironmentConfig, rng: random.Random) -> list[str]:
+    """Return an episode with an environment that ships, with mistakes: a turn, its answer, a turn, its answer, …"""
+    assert environment.name is not None
+    made = ENVIRONMENTS[environment.name](**environment.params)
+    reset(made, row, rng.getrandbits(31))
+    parts: list[str] = []
+    for _ in range(environment.max_turns):
+        if environment.name in DEMONSTRATIONS:
+            action = DEMONSTRATIONS[environment.name](made, config.noise, config.guess, rng)
+        else:
+            action = worked_solution(row, config.noise, config.guess, rng, config.wrong_rule)
+        answer = step(made, action)
+        parts += [action, answer.observation]
+        if answer.done:
+            break
+    return parts
+
+
+Solve = Callable[[Row, random.Random], list[str]]
+"""What is learned of a row: turns and, between them and at the end, answers of an environment."""
+
+
+def solutions(config: WarmStartConfig, environment: EnvironmentConfig | None = None) -> Solve:
+    """Return what makes solutions of rows, or, beside an environment, episodes with it."""
+    if environment is not None and environment.name is not None:
+        return lambda row, rng: demonstration(row, config, environment, rng)
+    return lambda row, rng: [worked_solution(row, config.noise, config.guess, rng, config.wrong_rule)]
+
+
 def build(
-    config: WarmStartConfig, data: DataConfig, train_rows: Sequence[Row], device: torch.device
+    config: WarmStartConfig,
+    data: DataConfig,
+    train_rows: Sequence[Row],
+    device: torch.device,
+    environment: EnvironmentConfig | None = None,
 ) -> tuple[Path, Path]:
     """Return the directories of the policy and of the checkpoint of the critics, making them if they are not cached.
 
-    Only ``train_rows`` are learned from, so held-out prompts stay unseen. Raises WriteError.
+    Only ``train_rows`` are learned from, so held-out prompts stay unseen; beside an ``environment``, episodes with it.
+    Raises WriteError.
     """
+    played = None if environment is None else environment.name
+    if played is not None and played not in ENVIRONMENTS:
+        raise ConfigError(
+            f"environment.name: got {played!r}, needs one of {', '.join(ENVIRONMENTS)} beside a warm_start, which has "
+            "episodes of those"
+        )
     for name in (task.name for task in data.tasks or [data.task]):
-        if name not in SOLUTIONS:
+        if played is not None and (tasks := TASKS_OF.get(played)) is not None:
+            if name not in tasks:
+                raise ConfigError(f"data.task.name: got {name!r}, needs {tasks[0]} with environment.name {played!r}")
+        elif name not in SOLUTIONS:
             raise ConfigError(
                 f"data.task.name: got {name!r}, needs one of {', '.join(SOLUTIONS)}, which warm_start has solutions of"
             )
@@ -111,6 +156,8 @@ def build(
     if not config.wrong_rule:
         del made_by["wrong_rule"]  # without one the models are those of versions that had none, under their name
     settings = {"warm_start": made_by, "data": asdict(data), "format": 1}
+    if environment is not None and played is not None:
+        settings["environment"] = {"name": played, "params": environment.params, "max_turns": environment.max_turns}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
@@ -121,9 +168,12 @@ def build(
                     shutil.rmtree(left)
             partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            tokenizer = _make_tokenizer(train_rows)
+            tokenizer = _make_tokenizer(
+                train_rows, solutions(replace(config, noise=0.0, guess=0.0, wrong_rule=0.0), environment)
+            )
+            solve = solutions(config, environment)
             for name, shape in (("policy", config.policy), ("critic", config.critic)):
-                model = _teach(name, shape, tokenizer, train_rows, config, device)
+                model = _teach(name, shape, tokenizer, train_rows, solve, config, device)
                 with durable.writing(directory / name):
                     model.save_pretrained(partial / name)
                     tokenizer.save_pretrained(partial / name)
@@ -139,7 +189,7 @@ def build(
     return directory / "policy", directory / "critic"
 
 
-def _make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
+def _make_tokenizer(rows: Sequence[Row], solve: Solve) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -156,10 +206,10 @@ def _make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(0)
-    solutions = [worked_solution(row, 0.0, 0.0, rng) for row in rows[:2000]]
+    known = ["".join(solve(row, rng)) for row in rows[:2000]]
     texts = [
         row["prompt"] + text.replace("<answer>", "").replace("</answer>", "")
-        for row, text in zip(rows[:2000], solutions, strict=True)
+        for row, text in zip(rows[:2000], known, strict=True)
     ]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(["<answer>", "</answer>"])
@@ -171,10 +221,12 @@ def _teach(
     shape: ModelShape,
     tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[Row],
+    solve: Solve,
     config: WarmStartConfig,
     device: torch.device,
 ) -> Qwen3ForCausalLM:
-    """Return a model of this shape after ``config.steps`` supervised steps on the responses, not on the prompts."""
+    """Return a model of this shape after ``config.steps`` supervised steps on the responses, not on the prompts, nor on
+    what an environment answers."""
     rng = random.Random(config.seed)
     with forked_rng():
         torch.manual_seed(config.seed)
@@ -202,12 +254,11 @@ def _teach(
     with ProgressDisplay(f"teach the {name}", config.steps, every=50) as progress:
         for _ in range(config.steps):
             chosen = [rng.randrange(len(rows)) for _ in range(config.batch_size)]
-            mistakes = config.noise, config.guess, rng, config.wrong_rule
-            texts = [worked_solution(rows[i], *mistakes) for i in chosen]
-            solutions = tokenizer(texts)["input_ids"]
-            responses = [[*s, tokenizer.eos_token_id] for s in solutions]
-            tokens = [torch.tensor(prompts[i] + r) for i, r in zip(chosen, responses, strict=True)]
-            labels = [torch.tensor([-100] * len(prompts[i]) + r) for i, r in zip(chosen, responses, strict=True)]
+            responses = _encoded(tokenizer, [solve(rows[i], rng) for i in chosen])
+            tokens = [torch.tensor(prompts[i] + ids) for i, (ids, _) in zip(chosen, responses, strict=True)]
+            labels = [
+                torch.tensor([-100] * len(prompts[i]) + own) for i, (_, own) in zip(chosen, responses, strict=True)
+            ]
             pad = torch.nn.utils.rnn.pad_sequence
             loss = model(
                 # Padding on the right is behind every token of a causal model, so no attention mask is needed.
@@ -221,3 +272,24 @@ def _teach(
             schedule.step()
             progress.advance(f"loss {loss.item():.3f}")
     return model
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, episodes: Sequence[Sequence[str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of each episode, and its labels: a turn ends with an end-of-sequence token, and an answer is not learned;
+    where it is empty, it is that token."""
+    end = tokenizer.eos_token_id
+    ids = iter(tokenizer([part for parts in episodes for part in parts])["input_ids"])
+    encoded = []
+    for parts in episodes:
+        tokens: list[int] = []
+        labels: list[int] = []
+        for number in range(len(parts)):
+            own = next(ids)
+            turn = number % 2 == 0
+            own = [*own, end] if turn else own or [end]
+            tokens += own
+            labels += own if turn else [-100] * len(own)
+        encoded.append((tokens, labels))
+    return encoded

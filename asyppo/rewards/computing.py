@@ -3,7 +3,8 @@
 A function gets keyword arguments, each a list with one item a sample: ``prompts`` and ``completions``, every other
 column of the data, and ``completion_ids``, the tokens of each response. As in TRL, a completion is text where the
 prompt is text, and ``[{"role": "assistant", "content": …}]`` where the prompt is chat messages. It also gets
-``trainer_state``, transformers' ``TrainerState`` (``global_step`` counts the steps that are done),
+``trainer_state``, transformers' ``TrainerState`` (``global_step`` counts the steps that are done), with an environment
+``environments``, the objects that the episodes were played with, and
 ``log_metric(name, value)``, whose mean over the step is reported, and ``log_extra(column, values)``, which writes one
 value a sample to ``samples.jsonl``. Without ``**columns`` it gets what it names. It may be a coroutine function.
 
@@ -76,15 +77,17 @@ class Rewards:
 def compute_rewards(
     funcs: Sequence[RewardFunc | RewardFunction],
     rows: Sequence[Row],
-    completions: Sequence[str],
+    completions: Sequence[str | list[dict[str, Any]]],
     completion_ids: Sequence[Sequence[int]],
     *,
     weights: Sequence[float] | None = None,
     step: int | None = None,
     trainer_state: TrainerState | None = None,
+    environments: Sequence[Any] | None = None,
 ) -> Rewards:
     """Return the rewards of each row's completion. ``step`` is for messages; None: it is an evaluation. Functions see
-    ``trainer_state`` (None: of before the first step). Each rank calls the functions on its own prompts.
+    ``trainer_state`` (None: of before the first step), and ``environments``, one a completion. Each rank calls the
+    functions on its own prompts. A completion is text, or chat messages.
 
     Raises RewardError for a function that raises, and for a wrong number of rewards, a reward that is no finite number,
     or a wrong number of rewards of tokens. A sample that no function has a reward for gets 0, with a warning.
@@ -95,7 +98,8 @@ def compute_rewards(
     def own(part: slice) -> list[Rewards]:
         first = part.start
         given = rows[part], completions[part], completion_ids[part]
-        return [_rewards(functions, *given, weights, step, trainer_state, first)]
+        shared = None if environments is None else environments[part]
+        return [_rewards(functions, *given, weights, step, trainer_state, first, shared)]
 
     parts = divided(own, [id(row) for row in rows])
     return Rewards(
@@ -120,23 +124,28 @@ def _joined(parts: Sequence[Rewards]) -> Logged:
 def _rewards(
     funcs: Sequence[RewardFunction],
     rows: Sequence[Row],
-    completions: Sequence[str],
+    completions: Sequence[str | list[dict[str, Any]]],
     completion_ids: Sequence[Sequence[int]],
     weights: Sequence[float] | None,
     step: int | None,
     trainer_state: TrainerState,
     first: int,
+    environments: Sequence[Any] | None,
 ) -> Rewards:
     """Rewards of a part of the samples, the first of which is number ``first``."""
     columns = dict.fromkeys(name for row in rows for name in row if name != "prompt")
     arguments: Arguments = {name: [row.get(name) for row in rows] for name in columns} | {
         "prompts": [row["prompt"] for row in rows],
         "completions": [
-            completion if isinstance(row["prompt"], str) else [{"role": "assistant", "content": completion}]
+            completion
+            if isinstance(row["prompt"], str) or not isinstance(completion, str)
+            else [{"role": "assistant", "content": completion}]
             for row, completion in zip(rows, completions, strict=True)
         ],
         "completion_ids": [list(ids) for ids in completion_ids],
     }
+    if environments is not None:
+        arguments["environments"] = list(environments)
     when = "evaluation" if step is None else f"step {step}"
     by_function: dict[str, list[Reward]] = {}
     timeouts: dict[str, int] = {}

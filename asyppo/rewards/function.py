@@ -32,7 +32,7 @@ from asyppo.rewards.worker import (
 Arguments = dict[str, list[Any]]
 
 LOGS = ("log_extra", "log_metric")
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", *LOGS)
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "environments", *LOGS)
 """What a function is given besides the columns of the data."""
 
 
@@ -78,6 +78,8 @@ class RewardFunction:
         for all of them side by side. ``logged`` gets what it logs. Raises ``SampleFailure``.
         """
         count = len(next(iter(arguments.values())))
+        if self.process is not None:  # an environment stays where it is
+            arguments = {name: values for name, values in arguments.items() if name != "environments"}
         arguments = self.takes(arguments)
         if self.timeout is None:
             return self._at_once(arguments, count, trainer_state, logged), []

@@ -16,10 +16,12 @@ from asyppo.data.prompts import Prompt, prompt_tokens
 from asyppo.data.rows import Row
 from asyppo.data.schedule import PromptSchedule
 from asyppo.distributed.processes import forked_rng
+from asyppo.environments.turn import Turn
 from asyppo.models.tokenizer import pad_token_id
 from asyppo.rewards.computing import Rewards, compute_rewards
 from asyppo.rewards.function import RewardFunction
 from asyppo.rewards.logged import Logged
+from asyppo.rollout.environments import Episode, Playing, episode_metrics, episode_rewards
 from asyppo.rollout.samplers import Response, Sampler, SentWeights
 from asyppo.run.progress import Timer
 
@@ -32,8 +34,8 @@ class Sample:
     prompt: Tensor
     """int64 [length]."""
     response: Response
-    completion: str
-    """The response's text, without special tokens."""
+    completion: str | list[dict[str, Any]]
+    """The response's text, without special tokens; of an episode that answers chat messages, those of both sides."""
     rewards: dict[str, float | None]
     """By reward function."""
     total: float | Tensor
@@ -56,6 +58,8 @@ class Sampled:
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     """Of each response, the row of the data that it answers."""
+    turns: list[list[Turn]] = field(default_factory=list)
+    """Of each response, its turns; empty without an environment."""
 
 
 Group = list[Sample]
@@ -108,8 +112,10 @@ class Rollout:
         dataset: Sequence[Row],
         config: AsyPPOConfig,
         device: torch.device,
+        playing: Playing | None = None,
     ):
-        self.sampler, self.tokenizer, self.reward_funcs = sampler, tokenizer, reward_funcs
+        """``playing``: what plays episodes with an environment; None: a response is one turn."""
+        self.sampler, self.tokenizer, self.reward_funcs, self.playing = sampler, tokenizer, reward_funcs, playing
         self.dataset, self.config, self.device = dataset, config, device
         self.trainer_state = TrainerState(max_steps=config.max_steps)
         """What reward functions see of the run; the training loop puts its own here."""
@@ -139,6 +145,9 @@ class Rollout:
         if config.async_generation:
             metrics["sampling/age"] = float(self.age)
         samples = [sample for group in groups for sample in group]
+        episodes = [s.response for s in samples if isinstance(s.response, Episode)]
+        if episodes:
+            metrics |= episode_metrics(episodes)
         batch = make_batch(
             [s.prompt for s in samples],
             [s.response.tokens for s in samples],
@@ -148,12 +157,14 @@ class Rollout:
             [prompt for prompt in range(config.prompts_per_step) for _ in range(config.num_generations)],
             pad_token_id=pad_token_id(self.tokenizer),
             device=self.device,
+            policy_tokens=[one.policy for one in episodes] or None,
         )
         by_function = {name: [s.rewards[name] for s in samples] for name in samples[0].rewards}
         columns = dict.fromkeys(name for s in samples for name in s.extra)
         extra = {name: [s.extra.get(name) for s in samples] for name in columns}
         rewards = Rewards(by_function, [s.total for s in samples], timeouts, Logged(logged, extra))
-        return Sampled(batch, rewards, rewards.logged.means() | metrics, [s.row for s in samples])
+        rows, turns = [s.row for s in samples], [one.turns for one in episodes]
+        return Sampled(batch, rewards, rewards.logged.means() | metrics, rows, turns)
 
     def _rows_of_batch(self, step: int, batch: int) -> list[int]:
         """Rows of the step's own prompts, and of further batches of them, each a function of the seed and the step."""
@@ -168,23 +179,31 @@ class Rollout:
         """Sample and reward G responses to each of these rows of the training data."""
         config = self.config
         rows = [self.dataset[i] for i in indices for _ in range(config.num_generations)]
-        with timer.phase("gen"):
-            prompts = self.tokenize([row["prompt"] for row in rows])
-            responses = self._responses(step, prompts)
-            if config.async_generation and step < config.max_steps:
-                self.begin(step + 1)
-        with timer.phase("reward"):
-            completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
-            ids = [response.tokens.tolist() for response in responses]
-            rewards = compute_rewards(
-                self.reward_funcs,
-                rows,
-                completions,
-                ids,
-                weights=config.reward_weights,
-                step=step,
-                trainer_state=self.trainer_state,
-            )
+        known: dict[str, Any] = {
+            "weights": config.reward_weights,
+            "step": step,
+            "trainer_state": self.trainer_state,
+        }
+        prompts: Sequence[Tensor]
+        responses: Sequence[Response]
+        completions: Sequence[str | list[dict[str, Any]]]
+        if self.playing is not None:
+            with timer.phase("gen"):
+                played = self.playing(self.sampler, rows, config.temperature)
+                prompts, responses = [one.prompt for one in played], [one.response for one in played]
+                completions = [one.completion for one in played]
+            with timer.phase("reward"):
+                rewards = episode_rewards(self.reward_funcs, rows, played, self.playing.reward_names, **known)
+        else:
+            with timer.phase("gen"):
+                prompts = self.tokenize([row["prompt"] for row in rows])
+                responses = self._responses(step, prompts)
+                if config.async_generation and step < config.max_steps:
+                    self.begin(step + 1)
+            with timer.phase("reward"):
+                completions = self.tokenizer.batch_decode([r.tokens for r in responses], skip_special_tokens=True)
+                ids = [response.tokens.tolist() for response in responses]
+                rewards = compute_rewards(self.reward_funcs, rows, completions, ids, **known)
         for name, count in rewards.timeouts.items():
             timeouts[name] = timeouts.get(name, 0) + count
         for name, values in rewards.logged.metrics.items():

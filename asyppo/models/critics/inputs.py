@@ -32,7 +32,7 @@ class Stats(Protocol):
 def policy_inputs(stats: Stats, mask: Tensor, names: Sequence[str]) -> Tensor:
     """Return float32 [B, T, F], on the response grid: what critics read at the position that predicts each token.
 
-    ``logprob``: of the token before, 0 where that is of the prompt; ``entropy``: of the distribution of the token.
+    ``logprob``: of the token before, 0 where that is not the policy's; ``entropy``: of the distribution of the token.
     """
     before = nn.functional.pad(stats.logprob[:, :-1], (1, 0))
     kinds = {"logprob": before * mask, "entropy": stats.entropy}
