@@ -27,7 +27,7 @@ def table() -> str:
 def _row(field: Field) -> str:
     default = "null" if field.branch else show(field.default)
     mark = " ↻" if stands_in(field.path, may_change(AsyPPOConfig)) else ""
-    narrow = field.values.startswith("one of") or field.facts.bounded or field.facts.not_empty
+    narrow = field.values.startswith("one of") or field.facts.bounded
     values = f" ({_markdown(field.values)})" if narrow else ""
     return f"| `{field.path}`{mark} | `{default}` | {_markdown(field.doc)}{values} |"
 

@@ -32,8 +32,6 @@ class Facts:
     """Upper bound of a number, itself not allowed."""
     noun: str = "number"
     """What errors call a number that is no integer: ``fraction``, ``number of seconds``."""
-    not_empty: bool = False
-    """Whether a list needs an entry."""
     may_change: bool = False
     """Whether a resumed run may change it; of a branch: all that lies below it, too."""
     elsewhere: tuple[str, ...] = ()
@@ -65,13 +63,12 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     noun: str = "number",
-    not_empty: bool = False,
     may_change: bool = False,
     elsewhere: tuple[str, ...] = (),
     renamed_from: tuple[str, ...] = (),
 ) -> Any:
     """Declare a field of the configuration with a ``default``, or with what ``factory()`` makes, and its ``Facts``."""
-    facts = Facts(at_least, above, at_most, below, noun, not_empty, may_change, elsewhere, renamed_from)
+    facts = Facts(at_least, above, at_most, below, noun, may_change, elsewhere, renamed_from)
     if default is MISSING:
         return field(default_factory=factory, metadata={"facts": facts})
     return field(default=default, metadata={"facts": facts})
@@ -99,8 +96,7 @@ def _one_in_words(annotation: Any, facts: Facts) -> str:
     if origin is Literal:
         return "one of " + ", ".join("null" if a is None else str(a) for a in arguments)
     if origin in (list, tuple):
-        entries = in_words(arguments[0], Facts())
-        return f"a list of {entries}, not empty" if facts.not_empty else f"a list of {entries}"
+        return f"a list of {in_words(arguments[0], Facts())}"
     if annotation is int:
         return _bounded("an", "integer", facts)
     if annotation is float:
@@ -166,7 +162,5 @@ def _allowed(value: Any, annotation: Any, facts: Facts) -> bool:
         return True
     if facts.bounded:
         return isinstance(value, int | float) and facts.allows(value)
-    if facts.not_empty:
-        return len(value) > 0
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     return not choices or value in choices or (bool in kinds and isinstance(value, bool))

@@ -74,6 +74,7 @@ def build_page(runs: Sequence[Run]) -> str:
         samples=[as_json(tokens.pack(sample)) for _, sample in chosen],
         view=as_json({"index": tokens.index(chosen), "scales": tokens.scales(chosen), "runs": names}),
         audited=any(run.audits for run in runs),
+        environments=any(sample.policy is not None for _, sample in chosen),
         shown=len(chosen),
         written=sum(run.samples_written + sum(s.split == "audit" for s in run.samples) for run in runs),
         policy=f"default-src 'none'; script-src {_hash(script)} {_hash(plotly)}; style-src 'unsafe-inline'; "

@@ -527,4 +527,6 @@ def _columns(samples: Iterable[Sample]) -> list[tuple[float, list[Sample]]]:
 
 def dropped(sample: Sample, flag: str) -> np.ndarray | None:
     keep = sample.flags.get(flag)
-    return None if keep is None else (~keep).astype(float)
+    if keep is None:
+        return None
+    return np.where(True if sample.policy is None else sample.policy, (~keep).astype(float), math.nan)

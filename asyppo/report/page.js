@@ -196,15 +196,16 @@
       const { background, text } = shade(stops, Math.min(1, Math.max(0, (x - low) / (high - low))) || 0);
       token.style.backgroundColor = unknown ? "" : background;
       token.style.color = unknown ? "" : text;
-      const marks = [masked(t) && "advantage masked", filtered(t) && "entropy filtered"].filter(Boolean);
+      const marks = [masked(t) && "advantage masked", filtered(t) && "entropy filtered", answered(t) && "the environment's"].filter(Boolean);
       const said = [`token ${t + 1}: ${sample.tokens[t]}`, `${quantity.label} ${format(x)}`, ...marks];
       token.setAttribute("aria-label", said.join(", "));
     });
     document.querySelectorAll("#colour input").forEach((input) => (input.checked = input.value === quantity.name));
   }
 
-  const masked = (t) => sample.flags.advantage_keep?.[t] === "0";
-  const filtered = (t) => sample.flags.entropy_keep?.[t] === "0";
+  const answered = (t) => sample.flags.policy?.[t] === "0"; // an environment's token
+  const masked = (t) => sample.flags.advantage_keep?.[t] === "0" && !answered(t);
+  const filtered = (t) => sample.flags.entropy_keep?.[t] === "0" && !answered(t);
 
   function show(i, token = 0) {
     current = i;
@@ -239,6 +240,7 @@
         span.className = "token";
         span.classList.toggle("masked", masked(t));
         span.classList.toggle("filtered", filtered(t));
+        span.classList.toggle("answered", answered(t));
         span.setAttribute("role", "option");
         span.tabIndex = -1;
         spell(span, text);
@@ -293,6 +295,23 @@
     ["log_ratio", "log-ratio"],
   ];
 
+  /** What is known of the turn of token t: who wrote it, what was called, and what the answer brought. */
+  function ofTurn(t) {
+    const number = sample.turns.findIndex((turn) => t < turn.until);
+    if (number < 0) return [];
+    const turn = sample.turns[number];
+    const rows = [["turn", `${number + 1} of ${sample.turns.length}, ${answered(t) ? "the environment's" : "the policy's"}`]];
+    for (const call of turn.calls ?? []) rows.push(["calls", `${call.name}(${JSON.stringify(call.arguments)})`]);
+    if (typeof turn.observation === "string") rows.push(["observation", JSON.stringify(turn.observation)]);
+    if (turn.reward) rows.push(["reward of the answer", format(turn.reward)]);
+    if (turn.failures) rows.push(["failures", String(turn.failures)]);
+    if (turn.timed_out) rows.push(["no answer in time", "1"]);
+    if (turn.luck !== undefined) {
+      rows.push(["V̄ before the answer", format(turn.value_before)], ["V̄ after it", format(turn.value_after)], ["its luck", format(turn.luck)]);
+    }
+    return rows;
+  }
+
   function describe(t) {
     const box = element("token");
     box.replaceChildren();
@@ -304,6 +323,7 @@
     text.className = "token-text";
     text.textContent = JSON.stringify(sample.tokens[t]);
     const rows = [["position", `${t + 1} of ${sample.tokens.length}`]];
+    if (sample.turns) rows.push(...ofTurn(t));
     for (const [name, label] of ROWS) {
       if (sample.columns[name]) rows.push([label, format(sample.columns[name][t])]);
       if (name === "value") {
@@ -313,8 +333,8 @@
       }
     }
     if (sample.columns.log_ratio) rows.push(["ratio", format(Math.exp(sample.columns.log_ratio[t]))]);
-    if (sample.flags.advantage_keep) rows.push(["in the policy loss", masked(t) ? "masked" : "kept"]);
-    if (sample.flags.entropy_keep) rows.push(["in the entropy bonus", filtered(t) ? "filtered" : "kept"]);
+    if (sample.flags.advantage_keep && !answered(t)) rows.push(["in the policy loss", masked(t) ? "masked" : "kept"]);
+    if (sample.flags.entropy_keep && !answered(t)) rows.push(["in the entropy bonus", filtered(t) ? "filtered" : "kept"]);
     const body = box.appendChild(document.createElement("table")).appendChild(document.createElement("tbody"));
     for (const [label, value] of rows) {
       const row = body.appendChild(document.createElement("tr"));

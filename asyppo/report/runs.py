@@ -54,6 +54,16 @@ class Sample:
     """Those of ``NUMBERS`` that are there, and ``value_0``, ``value_1``, … for the critics."""
     flags: dict[str, np.ndarray] = field(default_factory=dict)
     """Those of ``FLAGS`` that are there, bool [n]."""
+    policy: np.ndarray | None = None
+    """bool [n]: the tokens that are the policy's, where an environment wrote others, which have no numbers; but for
+    ``value`` and ``returns`` of the first of an answer, which are of the state after the policy's turn. None: all."""
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    """With an environment, its turns."""
+
+    @property
+    def length(self) -> int | None:
+        """The policy's tokens; None where none were written."""
+        return None if self.tokens is None else len(self.tokens) if self.policy is None else int(self.policy.sum())
 
     @property
     def critics(self) -> int:
@@ -274,6 +284,15 @@ def _sample(row: dict[str, Any]) -> Sample:
             sample.flags[name] = np.array([value is not False for value in column], dtype=bool)
         else:
             sample.columns[name] = np.array([_number(value) for value in column], dtype=np.float32)
+    policy = row.get("policy_tokens")
+    if isinstance(policy, list) and len(policy) == len(tokens):
+        sample.policy = np.array([own is not False for own in policy], dtype=bool)
+        after = ~sample.policy & np.concatenate([[False], sample.policy[:-1]])
+        for name, numbers in sample.columns.items():
+            states = after if name.startswith("value") or name == "returns" else False
+            numbers[~(sample.policy | states)] = math.nan
+    turns = row.get("turns")
+    sample.turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     return sample
 
 

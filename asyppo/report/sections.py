@@ -84,9 +84,7 @@ def learning(runs: Sequence[Run], names: Sequence[str]) -> Section:
     )
     section.add(
         "No responses with tokens: the distribution of lengths is not shown.",
-        bands(
-            "Response length", "tokens", runs, names, lambda s: None if s.tokens is None else np.array([len(s.tokens)])
-        ),
+        bands("Response length", "tokens", runs, names, lambda s: None if s.length is None else np.array([s.length])),
     )
     section.add(
         "No KL was recorded.",

@@ -40,12 +40,13 @@ def index(chosen: Sequence[tuple[int, Sample]]) -> dict[str, list[Any]]:
         "split": [s.split for s in samples],
         "step": [s.step for s in samples],
         "reward": plain([s.reward for s in samples]),
-        "length": [None if s.tokens is None else len(s.tokens) for s in samples],
+        "length": [s.length for s in samples],
     }
 
 
 def pack(sample: Sample) -> dict[str, Any]:
     """Return one response for the page: columns as base64 of little-endian floats, flags as a string of 0 and 1."""
+    flags = sample.flags | ({} if sample.policy is None else {"policy": sample.policy})
     return {
         "prompt": sample.prompt,
         "completion": sample.completion,
@@ -54,7 +55,8 @@ def pack(sample: Sample) -> dict[str, Any]:
         "group": sample.group,
         "tokens": sample.tokens,
         "columns": {name: _floats(column) for name, column in sample.columns.items()},
-        "flags": {name: (flags.astype(np.uint8) + ord("0")).tobytes().decode() for name, flags in sample.flags.items()},
+        "flags": {name: (flags.astype(np.uint8) + ord("0")).tobytes().decode() for name, flags in flags.items()},
+        **({"turns": sample.turns} if sample.turns else {}),
     }
 
 

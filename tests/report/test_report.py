@@ -411,3 +411,31 @@ def test_a_large_run_is_thinned(make_run: Make, monkeypatch: pytest.MonkeyPatch)
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert figures.number(value) == text
+
+
+def with_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """The sample as an episode of two turns, the first of which was answered by tokens 4 and 5."""
+    count = len(row["tokens"])
+    known = {"calls": [], "reward": 0.0, "failures": 0, "timed_out": False}
+    first = known | {"start": 0, "end": 4, "until": 6, "action": "a", "observation": "b", "value_before": 0.25}
+    first |= {"value_after": 0.75, "luck": 0.5}
+    second = known | {"start": 6, "end": count, "until": count, "action": "c", "observation": None}
+    return row | {"policy_tokens": [t not in (4, 5) for t in range(count)], "turns": [first, second]}
+
+
+def test_an_environments_tokens_have_no_numbers_but_the_value_after_a_turn(make_run: Make) -> None:
+    run = make_run(change=with_turns)
+    [read, *_] = read_run(run).trained
+    assert read.policy is not None
+    assert read.length == 12
+    missing = {name: np.flatnonzero(np.isnan(column)).tolist() for name, column in read.columns.items()}
+    assert missing == {name: [5] if "value" in name or name == "returns" else [4, 5] for name in missing}
+    shares = figures.dropped(read, "advantage_keep")
+    assert shares is not None
+    assert np.flatnonzero(np.isnan(shares)).tolist() == [4, 5]
+    page = Blocks(write_report([run]).read_text())
+    packed = page.json("sample-0")
+    assert packed["flags"]["policy"] == "11110011111111"
+    assert packed["turns"][0]["luck"] == 0.5
+    assert set(page.json("view")["index"]["length"]) == {12, None}
+    assert "the environment's</span>" in (run / "report.html").read_text()

@@ -354,7 +354,7 @@ class Chance:
         return self.rng.choice("abcd"), self.rng.random(), self.left == 0
 
 
-@pytest.mark.parametrize("algorithm", ["asyppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["asyppo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_training_with_an_environment_is_resumed_to_the_bit(
     algorithm: str, tiny_trainer: Callable[..., AsyPPOTrainer], tiny_config: Callable[..., AsyPPOConfig], prompts: Any
 ) -> None:

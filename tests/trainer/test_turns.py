@@ -178,10 +178,10 @@ def test_dropped_luck_changes_no_expectation() -> None:
         )
 
     def after_token(turn: int, heard: int, a: int) -> float:
-        return sum(float(policy(turn, heard, a, b).exp()) * after_turn(turn, a, b) for b in (0, 1))
+        return sum(float(policy(turn, heard, a, b).detach().exp()) * after_turn(turn, a, b) for b in (0, 1))
 
     def before_turn(turn: int, heard: int) -> float:
-        return sum(float(policy(turn, heard, None, a).exp()) * after_token(turn, heard, a) for a in (0, 1))
+        return sum(float(policy(turn, heard, None, a).detach().exp()) * after_token(turn, heard, a) for a in (0, 1))
 
     drawn = torch.tensor([[1, 1, 0, 1, 1, 0]]).bool()
     after = torch.tensor([[0, 1, 0, 0, 1, 0]]).bool()
@@ -197,7 +197,7 @@ def test_dropped_luck_changes_no_expectation() -> None:
         reward = torch.tensor([[0, gains[0], 0, 0, gains[1], 0]])
         turns = Turns(after, reward * after)
         outcome = Outcome(reward, drawn, drawn, torch.zeros(1).long(), torch.tensor([[value]]), turns=turns)
-        probability = float(torch.stack(logprobs).sum().exp()) * luck
+        probability = float(torch.stack(logprobs).detach().sum().exp()) * luck
         for credit, lam in product(("keep", "drop"), (1.0, 0.6)):
             options: Any = AdvantageOptions(lam=lam, whiten="none", environment_credit=credit)
             advantage = critics_advantage(outcome, options).raw_advantage[0][drawn[0]].double()
