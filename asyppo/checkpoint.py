@@ -4,7 +4,7 @@
 
     checkpoint-100/
         policy/                 AutoModelForCausalLM, with the tokenizer
-        critic_0/, critic_1/    AutoModelForTokenClassification, or an adapter for peft
+        critic_0/, critic_1/    AutoModelForTokenClassification, or an adapter for peft, or a side critic
         state/                  torch.distributed.checkpoint: weights and optimizers, on any number of ranks
         trainer_state.json      the step, and what else the loop remembers
         rng.json                where the random number generators are

@@ -46,7 +46,7 @@ from asyppo.metrics.step import (
     reward_metrics,
     time_metrics,
 )
-from asyppo.models.critics import CriticOptimizer, Critics, check_tokens, policy_inputs
+from asyppo.models.critics import CriticOptimizer, Critics, SideCritics, check_tokens, policy_inputs
 from asyppo.models.loading import (
     critics_of,
     fit_of,
@@ -94,7 +94,8 @@ class AsyPPOTrainer:
     """Trains ``policy`` with ``critics`` (None for GRPO) on the prompts of ``train_dataset``.
 
     ``policy`` is a causal language model, also in a PeftModel, or where to load one from, a directory or a hub name;
-    ``critics`` is where all critics start from, or a list of where each does; either is made as ``config`` says.
+    ``critics`` is where all critics start from, or a list of where each does; either is made as ``config`` says. With
+    ``critic.kind`` ``side`` None is new ones.
     ``tokenizer`` None is the one beside the policy's weights.
     ``train_dataset`` and ``eval_dataset`` are rows with a column ``prompt``, text or chat messages: a list, a data set,
     a ``DataFrame``, a stream (``asyppo/data/given.py``); every column reaches the reward functions, which are names of
@@ -151,6 +152,10 @@ class AsyPPOTrainer:
             raise ConfigError(
                 f"critic.loss: got {config.critic.loss!r}, needs {critics.loss!r}, by which the critics are trained"
             )
+        if critics is not None and isinstance(critics, SideCritics) != (config.critic.kind == "side"):
+            raise ConfigError(
+                f"critic.kind: got {config.critic.kind!r}, needs what the given critics are, {type(critics).__name__}"
+            )
         if critics is not None and critics.policy_inputs != tuple(config.critic.policy_inputs):
             raise ConfigError(
                 f"critic.policy_inputs: got {config.critic.policy_inputs}, needs {list(critics.policy_inputs)}, which "
@@ -159,7 +164,7 @@ class AsyPPOTrainer:
         if policy.temperature != config.temperature:
             raise ConfigError(f"temperature: got {config.temperature}, needs the policy's {policy.temperature}")
         self.config, self.policy, self.critics, self.tokenizer = config, policy, critics, tokenizer
-        if critics is not None:
+        if critics is not None and not critics.read_layers:
             self._check_tokens(critics)
         self.callbacks = callbacks
         self.reference = policy.reference() if config.beta > 0 else None
@@ -272,7 +277,7 @@ class AsyPPOTrainer:
             sampled = sampled or self.rollout(step, timer)
             self.rest()
             metrics |= sampled.metrics | metrics  # the step stays the first, by which rows are cut off on resuming
-            batch = sampled.batch
+            batch = self._with_hidden_states(sampled.batch)
 
             # Log-probs of the policy that sampled, as the trainer computes them, and of the reference.
             old, old_logprob = self.old_logprobs(batch, timer, updates=step > self.policy_warmup)
@@ -288,6 +293,7 @@ class AsyPPOTrainer:
             values, share = None, None
             if self.critics is not None:
                 values, share, critic_metrics = self.learn_values(self.critics, batch, generator, timer)
+                batch = replace(batch, hidden=None)
                 metrics |= critic_metrics
             elif self.own_values is not None:
                 with timer.phase("values"):
@@ -332,7 +338,7 @@ class AsyPPOTrainer:
         if source != "policy":
             return None, batch.sampler_logprob if source == "sampler" else None
         with timer.phase("old_log_prob"):
-            old = self.policy.logprobs(batch, self._micro_batches(batch))
+            old = self.policy.logprobs(batch, self._micro_batches(batch), batch.hidden)
         return old, old.logprob
 
     def shape_rewards(
@@ -361,7 +367,8 @@ class AsyPPOTrainer:
 
     def observe(self, batch: Batch) -> tuple[Batch, TokenStats]:
         """Return a sampled ``batch`` as a step sees it before anything learns, and what the policy says of it."""
-        old, ref_logprob = self.policy.logprobs(batch, self._micro_batches(batch)), None
+        batch = self._with_hidden_states(batch)
+        old, ref_logprob = self.policy.logprobs(batch, self._micro_batches(batch), batch.hidden), None
         if self.config.use_kl_in_reward:
             assert self.reference is not None
             ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
@@ -373,6 +380,15 @@ class AsyPPOTrainer:
             return batch
         assert old is not None  # reads_old_logprobs
         return replace(batch, policy_inputs=policy_inputs(old, batch.value_mask, self.critics.policy_inputs))
+
+    def _with_hidden_states(self, batch: Batch) -> Batch:
+        """``batch`` with the policy's hidden states, if critics read them; ``Policy.logprobs`` keeps them."""
+        critics = self.critics
+        if critics is None or not critics.read_layers:
+            return batch
+        keep_bytes = self.config.critic.side.keep_bytes
+        hidden = self.policy.states_of(batch, critics.read_layers, critics.states_size, keep_bytes)
+        return replace(batch, hidden=hidden)
 
     def _with_penalties(self, batch: Batch) -> Batch:
         return self.observe(batch)[0] if self.config.use_kl_in_reward else self.shape_rewards(batch, None, None)[0]

@@ -87,5 +87,6 @@ def signal_of(trainer: AsyPPOTrainer, sampled: Sampled, values: Values, seed: in
 def judged(trainer: AsyPPOTrainer, sampled: Sampled, *, fit: bool, seed: int) -> Judged:
     """Return a batch as a step would see it, and what the algorithm makes of it; ``fit`` as in ``values_of``."""
     batch, old = trainer.observe(sampled.batch)
-    sampled = replace(sampled, batch=batch)
-    return Judged(sampled, old, signal_of(trainer, sampled, values_of(trainer, batch, fit=fit, seed=seed), seed))
+    values = values_of(trainer, batch, fit=fit, seed=seed)
+    sampled = replace(sampled, batch=replace(batch, hidden=None))
+    return Judged(sampled, old, signal_of(trainer, sampled, values, seed))

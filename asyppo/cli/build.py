@@ -53,15 +53,17 @@ def build_trainer(config: AsyPPOConfig) -> AsyPPOTrainer:
         shapes = config.warm_start
         made = from_main(lambda: warm_start.build(shapes, data, rows, device, config.environment))
         policy_path = str(made[0])
-        if critic_path is None and not as_policy:
+        if critic_path is None and not as_policy and config.critic.kind == "mini":
             critic_path = str(made[1])
     assert policy_path is not None
+    if config.critic.kind == "mini":
+        critic_path = critic_path or policy_path
     mesh = make_mesh(config.distributed, device)
 
     def make() -> AsyPPOTrainer:
         return AsyPPOTrainer(
             policy=policy_path,
-            critics=(critic_path or policy_path) if config.num_critics else None,
+            critics=critic_path if config.num_critics else None,
             tokenizer=tokenizer,
             reward_funcs=reward_funcs,
             train_dataset=train_rows,

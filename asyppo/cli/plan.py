@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from asyppo.config import AsyPPOConfig, ConfigError, ModelShape
 from asyppo.models.critics.loading import BackboneWithValueHead, value_head
+from asyppo.models.critics.side import SideCritic, SideShape
+from asyppo.models.layers import numbered, size_of
 from asyppo.models.loading import room_for_prompts
 from asyppo.models.policy import compute_dtype, weights_of_products
 from asyppo_kernels._policy_head import GPU_WORKSPACE_BYTES
@@ -158,8 +160,14 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     dtype = compute_dtype(config.policy.dtype, torch.device("cuda"))
     element = dtype.itemsize
     policy = describe(*_policy_config(config), config=config)
-    critic = describe(*_critic_config(config), config=config, is_critic=True) if config.num_critics else None
+    side = config.num_critics > 0 and config.critic.kind == "side"
+    critic = (
+        describe(*_critic_config(config), config=config, is_critic=True) if config.num_critics and not side else None
+    )
     room = room_for_prompts(config, [m.config for m in (policy, critic) if m is not None])
+    shape = side_shape(policy, config) if side else None
+    if shape is not None:
+        critic = describe_side(shape, config)
     prompt = min(config.data.max_prompt_length or prompt_length, room)
     width = prompt + config.max_completion_length
     plan = Plan([policy, *([critic] if critic else [])], gpus=gpus)
@@ -210,23 +218,30 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
     policy_activations = activations(policy, rows, width, dtype, config.policy.gradient_checkpointing)
     tokens = min(rows, responses) * config.max_completion_length
     head = _head(policy, tokens, element)
+    states = _kept_states(shape, config, everyones * config.max_completion_length, element)
     plan.phases["log-probs"] = always | {
+        **states,
         "weights as computed with": _in_use(policy, policy_activations, element, gpus),
         "within a layer": policy_activations.layer,
         **{k: v for k, v in head.items() if "gradient" not in k},
     }
     if critic is not None:
         rows = max(config.num_critics, config.max_tokens_per_micro_batch // width)
-        critic_activations = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
+        if shape is None:
+            critic_activations = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
+        else:
+            critic_activations = side_activations(shape, rows, config.max_completion_length, dtype)
         # A frozen backbone is there once, and in the precision of the pass already.
         in_use = 0 if config.critic.lora_r else config.num_critics * _in_use(critic, critic_activations, element, gpus)
         plan.phases["critic update"] = always | {
+            **states,
             "gradients": 4 * config.num_critics * critic.trainable // shards,
             "weights as computed with": in_use,
             "activations": critic_activations.kept,
             "within a layer": critic_activations.layer,
         }
         plan.phases["values"] = always | {
+            **states,
             "weights as computed with": in_use,
             "within a layer": critic_activations.layer,
         }
@@ -242,6 +257,12 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
 
 # Per response token: eight float32 (rewards, log-probs and their like), four of the advantages, masks.
 _BATCH_BYTES = 4 * 16
+
+
+def _kept_states(shape: SideShape | None, config: AsyPPOConfig, tokens: int, element: int) -> dict[str, int]:
+    """Hidden states of all response tokens that side critics of this ``shape`` read, where they are kept."""
+    size = 0 if shape is None else tokens * shape.states_size * element
+    return {"hidden states that critics read": size} if 0 < size <= config.critic.side.keep_bytes else {}
 
 
 def _resident(name: str, model: Model, element: int, shards: int, count: int = 1) -> dict[str, int]:
@@ -368,6 +389,23 @@ def describe(
     return Model(name, source, model_config, parameters, trainable, largest, is_critic, products)
 
 
+def side_shape(policy: Model, config: AsyPPOConfig) -> SideShape:
+    """Return the shape of side critics that read this policy. Raises ConfigError."""
+    with torch.device("meta"):
+        made = _from_config(policy.config, is_critic=False)
+    layers = numbered(made, config.critic.side.layers)
+    return SideShape.of(config.critic, layers, size_of(made, layers))
+
+
+def describe_side(shape: SideShape, config: AsyPPOConfig) -> Model:
+    """Count a side critic's parameters on the meta device."""
+    with torch.device("meta"):
+        made = SideCritic(shape)
+    parameters, layer = (sum(p.numel() for p in part.parameters()) for part in (made, made.layers[0]))
+    label = f"each of {config.num_critics} side critics" if config.num_critics > 1 else "side critic"
+    return Model(label, "critic.side", made.config, parameters, parameters, layer, True, parameters)
+
+
 def _adapter_parameters(model: Any, rank: int, ends: list[str] | None) -> int:
     """Elements of LoRA adapters on the linear layers of the body whose names end so; None: on all of them."""
     linear = [(name, m) for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear)]
@@ -426,6 +464,18 @@ def _counted(model: Model, rows: int, width: int, dtype: torch.dtype, checkpoint
     if checkpointing:
         kept += sum(min(0, inputs - size) for size in count.by_layer)
     return Activations(kept, largest, count.casts)
+
+
+def side_activations(shape: SideShape, rows: int, width: int, dtype: torch.dtype) -> Activations:
+    """As ``activations``, of a side critic that reads ``width`` states of each of ``rows`` responses."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = SideCritic(shape)
+        with _counting(made) as count:
+            states = torch.zeros(rows, width, shape.states_size, dtype=dtype)
+            inputs = torch.zeros(rows, width, len(shape.policy_inputs)) if shape.policy_inputs else None
+            with torch.autocast("cpu", dtype=torch.bfloat16) if dtype != torch.float32 else nullcontext():
+                made(states, inputs)
+    return Activations(count.total, max(count.by_layer, default=0), count.casts)
 
 
 class _GroupedProducts(TorchFunctionMode):

@@ -14,6 +14,7 @@ def reads_old_logprobs(config: AsyPPOConfig) -> list[str]:
         "use_kl_in_reward": config.use_kl_in_reward,  # log π_old - log π_ref
         "importance_sampling_clip_max": config.rollout_weight_max is not None,  # π_old / π_sampler
         "critic.policy_inputs": config.num_critics > 0 and bool(config.critic.policy_inputs),  # what critics read
+        "critic.kind": config.num_critics > 0 and config.critic.kind == "side",  # the hidden states of that pass
         "mask_truncated_completions": config.mask_truncated_completions,  # metrics of responses that no loss reads
     }
     return [name for name, reads in readers.items() if reads]

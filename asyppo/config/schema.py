@@ -56,16 +56,39 @@ class PolicyConfig:
 
 
 @dataclass
+class SideConfig:
+    """``critic.kind: side``: small networks on hidden states that the policy makes anyway. Ours."""
+
+    network: Literal["transformer", "mlp"] = "transformer"
+    """``transformer``: one layer, in which a state sees those before it in its response. ``mlp``: the same layer
+    without attention."""
+    width: int = setting(96, at_least=32)
+    """Of the network: a multiple of 32."""
+    layers: list[int] = field(default_factory=lambda: [-1])
+    """Layers of the policy whose output is read, counted from 1 or, from the last one back, from -1; of several, side
+    by side. Of the last one it is what the head reads, behind the final norm."""
+    keep_bytes: int = setting(4 * 2**30, at_least=0, may_change=True)
+    """Bytes that a step may keep of the hidden states of its responses, on each process, until the critics are done.
+    Those of a batch that would take more are made again where critics read them, by passes of the policy's layers.
+    Memory and time only."""
+
+
+@dataclass
 class CriticConfig:
     """The mini-critics. They share the policy's tokenizer and dtype; run one after another, its attention
     implementation, too."""
 
+    kind: Literal["mini", "side"] = "mini"
+    """``mini``: language models, much smaller than the policy, that read its tokens (the paper's). ``side``: the small
+    networks of ``critic.side``, which read its hidden states. No gradient goes from them to the policy. Ours."""
+    side: SideConfig = field(default_factory=SideConfig)
+    """Side critics."""
     model_name_or_path: str | list[str] | None = None
     """Directory or hub name of the checkpoint that every critic starts from (the paper's: one checkpoint, new value
     heads): a causal model of any family, made for the policy's tokenizer, which is checked on prompts; its embeddings
     may be padded to another size. Or a list of ``num_critics``, one for each, such as ``critic_0`` and ``critic_1`` of
     an earlier run's checkpoint. None takes the policy's, which is what ``algorithm: ppo`` always does, or those that a
-    ``warm_start`` makes."""
+    ``warm_start`` makes. Side critics start from side critics of an earlier run, or with None as new ones."""
     num_critics: int = setting(2, at_least=1)
     """M. The paper's sweet spot is 2. ``algorithm: ppo`` always has 1, ``grpo`` none."""
     share: Literal["disjoint", "all"] = "disjoint"
@@ -96,9 +119,10 @@ class CriticConfig:
     warmup_steps: int = setting(0, at_least=0)
     """First steps that train the critics only, with the policy frozen. Our choice."""
     policy_inputs: list[Literal["logprob", "entropy"]] = field(default_factory=list)
-    """What critics read beside the tokens, by a projection at the embedding that starts at zero: at the position that
-    predicts a token, the policy's ``logprob`` of the token before (0 where that is of the prompt) and its ``entropy``
-    there, both of the pass that gives the old log-probs. Ours; empty, critics read tokens alone, the paper's."""
+    """What critics read beside tokens or hidden states, by a projection at their input that starts at zero: at the
+    position that predicts a token, the policy's ``logprob`` of the token before (0 where that is of the prompt) and its
+    ``entropy`` there, both of the pass that gives the old log-probs. Ours; empty, mini-critics read tokens alone, the
+    paper's."""
     stacked: bool = True
     """Compute the critics as one model with stacked weights, in the launches of one. False runs them one after
     another, which is also what happens, with a warning, to models that are not Llama, Mistral, Qwen2 or Qwen3."""
@@ -492,7 +516,8 @@ class AsyPPOConfig:
     before: in float32, hardly in bfloat16. Then metrics of the entropy and ``sampling/sampling_logp_difference`` are of
     the responses of the first optimizer step alone, and ``samples.jsonl`` has, of the others, the sampler's log-prob
     and the entropy at their first update. ``use_kl_in_reward``, ``importance_sampling_clip_max``,
-    ``critic.policy_inputs``, ``mask_truncated_completions`` and the steps of ``critic.warmup_steps`` need the pass."""
+    ``critic.policy_inputs``, ``critic.kind: side``, ``mask_truncated_completions`` and the steps of
+    ``critic.warmup_steps`` need the pass."""
     max_tokens_per_micro_batch: int = setting(
         16_384, at_least=1, may_change=True, elsewhere=("ppo_max_token_len_per_gpu",)
     )
@@ -627,6 +652,7 @@ class AsyPPOConfig:
             self.critic.lora_r,
             "0 with critic.stacked False: adapters share a backbone, which is computed for all of them at once",
         )
+        self._validate_side_critics()
         need(
             self.critic.cliprange_value is None or self.critic.loss == "mse",
             "critic.cliprange_value",
@@ -790,6 +816,37 @@ class AsyPPOConfig:
             "max_completion_length",
             self.max_completion_length,
             "at least 3 with an environment: a token of a turn, one of an answer and one of the next turn",
+        )
+
+    def _validate_side_critics(self) -> None:
+        critic = self.critic
+        need(
+            critic.side.width % 32 == 0,
+            "critic.side.width",
+            critic.side.width,
+            "a multiple of 32: it has four heads, and attention on GPUs takes multiples of 8 in each",
+        )
+        need(len(critic.side.layers) > 0, "critic.side.layers", critic.side.layers, "a list of at least one layer")
+        if critic.kind == "mini":
+            return
+        algorithm = self.resolved_algorithm.critics
+        need(
+            algorithm != "policy",
+            "critic.kind",
+            critic.kind,
+            f"'mini' for algorithm {self.algorithm}, whose critic is of the policy's size",
+        )
+        need(
+            critic.lora_r == 0,
+            "critic.lora_r",
+            critic.lora_r,
+            "0 with critic.kind 'side': such critics are small themselves",
+        )
+        need(
+            critic.stacked,
+            "critic.stacked",
+            critic.stacked,
+            "True with critic.kind 'side': such critics are computed together",
         )
 
     def _validate_data(self) -> None:

@@ -16,13 +16,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from asyppo.algorithm.turns import Turns
 from asyppo.distributed.processes import divide_rows, rank
+
+if TYPE_CHECKING:
+    from asyppo.data.hidden import HiddenStates
 
 T = TypeVar("T")
 
@@ -51,6 +54,8 @@ class Batch:
     """bool [B]: no loss counts it."""
     policy_inputs: Tensor | None = None
     """float32 [B, T, F]: what critics read beside the tokens, at the position that predicts each; None: nothing."""
+    hidden: HiddenStates | None = None
+    """The policy's hidden states, where critics read them."""
     known_lengths: tuple[list[int], list[int]] | None = None
     """``prompt_length`` and ``response_length`` on the host; None: to be read from the device once they are needed."""
     policy_tokens: Tensor | None = None
@@ -191,6 +196,8 @@ class MicroBatch:
     """Of all sequences, without padding."""
     longest: int
     """Tokens of the longest sequence."""
+    longest_response: int
+    """Tokens of the longest response."""
     packing: Packing | None = None
     """None: padded."""
     drawn: Tensor | None = None
@@ -242,7 +249,8 @@ def micro_batch(
     drawn = None if batch.policy_tokens is None else batch.policy_tokens[grid]
     if not packed:
         ids = batch.tokens[own, : longest if width is None else width]
-        return MicroBatch(own, ids, length, grid, (response, column), response, total, longest, drawn=drawn)
+        where = grid, (response, column), response
+        return MicroBatch(own, ids, length, *where, total, longest, max(responses, default=0), drawn=drawn)
     sequence, place = _ragged(length, total)
     starts = torch.nn.functional.pad(length.cumsum(0), (1, 0))
     return MicroBatch(
@@ -254,6 +262,7 @@ def micro_batch(
         response=response,
         tokens=total,
         longest=longest,
+        longest_response=max(responses, default=0),
         packing=Packing(place[None], sequence[None], starts.int()),
         drawn=drawn,
     )
@@ -281,7 +290,7 @@ def empty_micro_batch(batch: Batch, *, packed: bool = False) -> MicroBatch:
     none = batch.tokens.new_zeros(0)
     token = batch.tokens.new_zeros(1, 1)
     packing = Packing(token, token, torch.arange(2, dtype=torch.int32, device=token.device)) if packed else None
-    return MicroBatch(none, token, token.new_ones(1), (none, none), (none, none), none, 1, 1, packing)
+    return MicroBatch(none, token, token.new_ones(1), (none, none), (none, none), none, 1, 1, 1, packing)
 
 
 def micro_batches(

@@ -124,10 +124,11 @@ def make_mesh(config: DistributedConfig, device: torch.device) -> DeviceMesh | N
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """Return ``value`` summed over all ranks; the same on each. With one process it is ``value`` itself."""
+def sum_over_ranks(value: Tensor, *, in_place: bool = False) -> Tensor:
+    """Return ``value`` summed over all ranks; the same on each. With one process, or ``in_place``, it is ``value``
+    itself."""
     if world_size() > 1:
-        value = value.clone()
+        value = value if in_place else value.clone()
         dist.all_reduce(value)
     return value
 

@@ -69,11 +69,11 @@ def between_replicas_once(module: nn.Module, passes: Iterable[T]) -> Iterator[T]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a Hugging Face model: the modules that it says are not to be split."""
+    """Return the layers of a Hugging Face model, sharded or not: the modules that it says are not to be split."""
     names: set[str] = set()
     for part in model.modules():
         names.update(getattr(part, "_no_split_modules", None) or ())
-    return [part for part in model.modules() if type(part).__name__ in names]
+    return [part for part in model.modules() if type(part).__name__.removeprefix("FSDP") in names]
 
 
 def placement_of_stacked(mesh: DeviceMesh) -> Callable[[Tensor], Shard | None]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from asyppo.config import AsyPPOConfig
-from asyppo.models.critics import Critics, LoraCritics, OneByOneCritics
+from asyppo.models.critics import Critics, LoraCritics, OneByOneCritics, SideCritics
 from asyppo.models.policy import Policy
 
 
@@ -61,6 +61,10 @@ def _critics(critics: Critics) -> str:
     if isinstance(critics, LoraCritics):
         frozen, own = (_size(p for p in parameters if p.requires_grad is trained) for trained in (False, True))
         return f"{count} × adapters of rank {critics.r} over {called}, {own} parameters in all over its {frozen}"
+    if isinstance(critics, SideCritics):
+        shape = critics.shape
+        layers = f"layer{'s' * (len(shape.layers) > 1)} {' and '.join(map(str, shape.layers))}"
+        called = f"{shape.network} of width {shape.width} on hidden states of the policy's {layers}"
     how = "one after another" if isinstance(critics, OneByOneCritics) else "together"
     return f"{count} × {called}, {_size(parameters, count)} parameters each" + (
         f", computed {how}" if count > 1 else ""

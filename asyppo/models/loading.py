@@ -15,9 +15,10 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.checks import Fit
 from asyppo.distributed.processes import forked_rng, world_size
 from asyppo.models.adapters import without_peft
-from asyppo.models.critics import Critics, load_critics, make_critics
+from asyppo.models.critics import Critics, SideShape, load_critics, load_side_critics, make_critics
 from asyppo.models.critics.loading import load_value_models
 from asyppo.models.hub import check_finite, load_config, remember_dtype
+from asyppo.models.layers import numbered, size_of
 from asyppo.models.policy import Policy, compute_dtype
 from asyppo.models.tokenizer import load_tokenizer
 
@@ -87,14 +88,27 @@ def given_critics(critics: Any, config: AsyPPOConfig) -> Critics | str | list[st
 
 def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, policy: Policy) -> Critics | None:
     """Return the critics that ``config`` asks for, of a checkpoint by directory or hub name, or each of its own; new
-    value heads follow from ``config.seed``. Critics stay themselves, and so does None. Raises ConfigError."""
-    if not isinstance(critics, str | list):
+    value heads follow from ``config.seed``. Critics stay themselves, and so does None, but for new side critics in its
+    place. Raises ConfigError."""
+    side = config.critic.kind == "side" and config.num_critics > 0
+    if not isinstance(critics, str | list) and not (critics is None and side):
         return critics
     if not config.num_critics:
         raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
     with forked_rng():
         torch.manual_seed(config.seed)
         options = _shared(config) | {"device": policy.device}
+        if side:
+            layers = numbered(policy.model, config.critic.side.layers)
+            return load_side_critics(
+                critics,
+                config.num_critics,
+                SideShape.of(config.critic, layers, size_of(policy.model, layers)),
+                dtype=options["dtype"],
+                device=policy.device,
+                gradient_checkpointing=config.critic.gradient_checkpointing,
+            )
+        assert critics is not None
         if isinstance(critics, str):
             return load_critics(critics, config.num_critics, config.critic, **options)
         if config.critic.lora_r:
@@ -140,9 +154,9 @@ def fit_of(
 
 
 def critic_configs(critics: Critics | str | list[str] | None, config: AsyPPOConfig) -> list[PreTrainedConfig]:
-    """Return the configurations of ``critics``, models or names, which are not loaded; none for an algorithm without.
-    Raises ConfigError."""
-    if critics is None or not config.num_critics:
+    """Return the configurations of ``critics``, models or names, which are not loaded; none for an algorithm without,
+    nor of side critics, which read no tokens. Raises ConfigError."""
+    if critics is None or not config.num_critics or config.critic.kind == "side":
         return []
     several = critics if isinstance(critics, list) else [critics]
     return [_config_of(one, config, "critic.model_name_or_path") for one in several]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
@@ -20,6 +21,7 @@ from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyLoss, PolicyLossResult, PolicyTargets, policy_loss, result_of_fused
 from asyppo.data.batch import Batch, MicroBatch
+from asyppo.data.hidden import HiddenStates
 from asyppo.data.padding import PaddingCount
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
@@ -27,6 +29,7 @@ from asyppo.models.adapters import add_lora, has_adapters, merged
 from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.head import any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
+from asyppo.models.layers import of_size_one, outputs_of
 from asyppo.models.packing import known_sequences, packed_inputs, why_not_packed
 from asyppo_kernels import LinearLogprob
 
@@ -142,22 +145,21 @@ class Policy(nn.Module):
         if mesh.device_type == "cuda" and self.device.type == "cpu":
             use_liger_kernels(self.model)
         shard(self, decoder_layers(self.model), mesh, self.dtype)
+        register_fsdp_forward_method(self, "hidden_states")
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the model computes in ``dtype``."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
 
-    def forward(self, micro: MicroBatch, objective: Objective | None = None) -> LinearLogprob | PolicyLossResult:
+    def forward(
+        self, micro: MicroBatch, objective: Objective | None = None, keep: HiddenStates | None = None
+    ) -> LinearLogprob | PolicyLossResult:
         """Return what is known of the N response tokens of ``micro``: log-prob and entropy, or, given an ``objective``,
         its loss and statistics. Both in one method, so that a sharded root module gathers the head's weight around
-        either."""
-        self._padding.add(micro.tokens, micro.input_ids.numel())
-        packing = micro.packing
-        inputs = {} if packing is None else packed_inputs(self.model, packing, micro.longest)
-        with self.autocast(), known_sequences(None if packing is None else packing.sequence):
-            # Padding is on the right, where causal attention does not look: no mask is made of it.
-            hidden = self.model.get_decoder()(input_ids=micro.input_ids, use_cache=False, **inputs).last_hidden_state
-        hidden = micro.select(hidden)
+        either. Hidden states, as ``hidden_states`` gives them, are added to ``keep``."""
+        hidden, read = self._body(micro, () if keep is None else keep.layers)
+        if keep is not None:
+            keep.add(micro, read)
         output = self.model.get_output_embeddings()
         weight = output.weight
         head: dict[str, Any] = {
@@ -195,6 +197,38 @@ class Policy(nn.Module):
         )
         return result_of_fused(fused, targets, options)
 
+    def _body(self, micro: MicroBatch, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the hidden states that predict the response tokens of ``micro``: [N, H], as the head takes them, and
+        [N, D], as ``hidden_states`` gives them."""
+        self._padding.add(micro.tokens, micro.input_ids.numel())
+        packing = micro.packing
+        inputs = {} if packing is None else packed_inputs(self.model, packing, micro.longest)
+        sequences = known_sequences(None if packing is None else packing.sequence)
+        with self.autocast(), sequences, outputs_of(self.model, layers) as found:
+            # Padding is on the right, where causal attention does not look: no mask is made of it.
+            last = self.model.get_decoder()(input_ids=micro.input_ids, use_cache=False, **inputs).last_hidden_state
+        hidden = micro.select(last)
+        inner = {number: micro.select(output) for number, output in found.items()}
+        read = [of_size_one(inner.get(number, hidden).detach(), self.dtype) for number in layers]
+        return hidden, torch.cat(read, dim=1) if len(read) > 1 else next(iter(read), hidden[:, :0])
+
+    @torch.no_grad()
+    def hidden_states(self, micro: MicroBatch, layers: Sequence[int]) -> Tensor:
+        """Return the hidden states that come out of ``layers``, counted from 1, at the positions that predict the N
+        response tokens of ``micro``: [N, D] in ``dtype``, side by side, each divided by its root mean square."""
+        return self._body(micro, layers)[1]
+
+    def states_of(self, batch: Batch, layers: Sequence[int], size: int, max_bytes: int) -> HiddenStates:
+        """Return the hidden states of ``batch``, still to be kept by ``logprobs`` where that takes at most
+        ``max_bytes``; ``size`` is D."""
+
+        def make(micro: MicroBatch) -> Tensor:
+            states = self.hidden_states(micro, layers)
+            release(self)
+            return states
+
+        return HiddenStates(batch, layers, size, self.dtype, make, max_bytes)
+
     @property
     def rounds(self) -> bool:
         """Whether it computes in less than float32 and can in float32, too: all weights are in it, and whole."""
@@ -212,12 +246,16 @@ class Policy(nn.Module):
             self.dtype = own
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch]) -> TokenStats:
-        """Return log-prob and entropy of the response tokens; 0 on padding."""
+    def logprobs(self, batch: Batch, micros: Iterable[MicroBatch], hidden: HiddenStates | None = None) -> TokenStats:
+        """Return log-prob and entropy of the response tokens; 0 on padding. Where ``hidden`` states are to be kept they
+        are."""
         logprob, entropy = torch.zeros_like(batch.reward), torch.zeros_like(batch.reward)
+        keep = hidden if hidden is not None and hidden.are_kept else None
         for micro in micros:
-            result = self(micro)
+            result = self(micro, keep=keep)
             logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
+        if keep is not None:
+            keep.finish()
         release(self)
         logprob, entropy = sum_over_ranks(torch.stack([logprob, entropy])).unbind()
         return TokenStats(logprob, entropy)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.trainers import __main__ as command
+from bench.trainers import critics
 from bench.trainers.cases import CASES, OURS, OURS_GRPO, PEER, QUICK, endings, rows_of
 from bench.trainers.table import case_table, summary
 
@@ -74,3 +75,16 @@ def test_all_three_take_steps_with_all_their_tokens(tmp_path: Path, monkeypatch:
         assert step["tokens"] == tokens
         assert all(0 < step[phase] < step["whole"] for phase in phases)
         assert case["rows"][name]["peak_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_critics_of_each_kind_take_their_turns(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["critics", "--case", QUICK.name, "--steps", "2", "--no_peak"])
+    assert critics.main() == 0
+    table, _, data = capsys.readouterr().out.rpartition("\n{")
+    assert [row.split(" | ")[:2] for row in table.splitlines()[4:9]] == [
+        [f"| {arm}", against or "–"] for arm, (against, *_) in critics.ARMS.items()
+    ]
+    assert {arm: len(seconds) for arm, seconds in json.loads("{" + data)["seconds"].items()} == dict.fromkeys(
+        critics.ARMS, 2
+    )

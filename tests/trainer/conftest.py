@@ -168,9 +168,10 @@ def tiny_trainer(
 
     def make(config: AsyPPOConfig, reward: Callable[..., Any], *, dtype: torch.dtype = torch.float32, **kw: Any) -> Any:
         critics = [tiny_critic(seed=10 + m) for m in range(config.num_critics)]
+        kind = kw.pop("critics", config.critic.kind)  # side critics are the trainer's to make
         return AsyPPOTrainer(
             policy=kw.pop("policy", None) or Policy(tiny_lm(), temperature=config.temperature, dtype=dtype),
-            critics=make_critics(critics, config.critic, dtype=dtype) if critics else None,
+            critics=make_critics(critics, config.critic, dtype=dtype) if kind == "mini" and critics else None,
             tokenizer=tokenizer,
             reward_funcs=[reward],
             train_dataset=kw.pop("train_dataset", prompts),

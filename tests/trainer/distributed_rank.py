@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 import asyppo.trainer
 from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
-from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig, MonteCarloConfig, PolicyConfig
+from asyppo.config import AsyPPOConfig, CriticConfig, DistributedConfig, MonteCarloConfig, PolicyConfig, SideConfig
 from asyppo.distributed.processes import leave, make_mesh, processes, rank
 from asyppo.loop import TrainingLoop
 from asyppo.models.adapters import add_lora
@@ -146,7 +146,7 @@ def make_config(**fields: Any) -> AsyPPOConfig:
 
 
 def make_critics_of(config: AsyPPOConfig, dtype: torch.dtype) -> Critics | None:
-    if not config.num_critics:
+    if not config.num_critics or config.critic.kind == "side":  # those are the trainer's to make
         return None
     models = [critic(10 + m) for m in range(config.num_critics)]
     rank = config.critic.lora_r
@@ -295,6 +295,10 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
         "monte_carlo": lambda: train(
             make_config(advantage_values="monte_carlo", monte_carlo=MonteCarloConfig(num_continuations=3, every=2)),
             mesh,
+        ),
+        "side": lambda: train(make_config(critic=reading | {"kind": "side", "side": SideConfig(width=32)}), mesh),
+        "side_made_again": lambda: train(
+            make_config(critic={"kind": "side", "side": SideConfig("mlp", 32, [1, -1], keep_bytes=0)}, beta=0.1), mesh
         ),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
         "checkpointing": lambda: train(

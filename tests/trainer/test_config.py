@@ -253,6 +253,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "eval",
         "policy.attn_implementation",
         "policy.packing",
+        "critic.side.keep_bytes",
         "warm_start.cache_dir",
         "max_tokens_per_micro_batch",
         "gradient_accumulation_steps",

@@ -29,6 +29,7 @@ Make = Callable[..., Any]
         ({"beta": 0.1, "use_kl_in_reward": True}, ["use_kl_in_reward"]),
         ({"critic": {"policy_inputs": ["entropy"]}}, ["critic.policy_inputs"]),
         ({"critic": {"policy_inputs": ["entropy"]}, "algorithm": "grpo"}, []),
+        ({"critic": {"kind": "side"}}, ["critic.kind"]),
         (
             {"importance_sampling_clip_max": 2.0, "mask_truncated_completions": True},
             ["importance_sampling_clip_max", "mask_truncated_completions"],

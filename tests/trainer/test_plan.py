@@ -73,14 +73,19 @@ def tiny_run(
     return make
 
 
-@pytest.mark.parametrize("lora_r", [0, 3])
+@pytest.mark.parametrize("critic", [{}, {"lora_r": 3}, {"kind": "side", "policy_inputs": ["entropy"]}])
 def test_weights_gradients_and_moments_are_those_of_a_step(
-    tiny_run: Callable[..., AsyPPOConfig], tmp_path: Path, lora_r: int
+    tiny_run: Callable[..., AsyPPOConfig], tmp_path: Path, critic: dict[str, Any]
 ) -> None:
-    config = tiny_run(beta=0.1, critic={"lora_r": lora_r})
+    config = tiny_run(beta=0.1, critic=critic)
+    if "kind" in critic:
+        config.critic.model_name_or_path = None
     config.data.dataset_name = str(tmp_path / "rows.jsonl")
     Path(config.data.dataset_name).write_text('{"prompt": "ab", "answer": "a"}\n{"prompt": "c", "answer": "d"}\n')
     phases = make_plan(config).phases
+    kept = [phase.get("hidden states that critics read", 0) for phase in phases.values()]
+    states = 4 * 16 * config.prompts_per_step * config.num_generations * config.max_completion_length
+    assert kept == [0, *[states * ("kind" in critic)] * 3, 0]  # not while sampling, nor in the policy's update
     trainer = build_trainer(config)
     assert trainer.critics is not None
     assert trainer.critic_optimizer is not None

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from asyppo.cli.main import parse
 from asyppo.cli.plan import known_shape
-from asyppo.config import AsyPPOConfig
+from asyppo.config import AsyPPOConfig, SideConfig
 from asyppo.models.critics import make_critics
 from asyppo.models.policy import Policy
 from asyppo.trainer import AsyPPOTrainer
@@ -52,7 +52,15 @@ def steps(config: AsyPPOConfig, policy: Any, critics: list[Any], budgets: list[i
     return found
 
 
-@pytest.mark.parametrize(("stacked", "packing"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("critic", "packing"),
+    [
+        ({}, True),
+        ({"stacked": False}, False),
+        pytest.param({"kind": "side", "policy_inputs": ["entropy"]}, True, marks=pytest.mark.slow),
+        pytest.param({"kind": "side", "side": SideConfig("mlp", keep_bytes=0)}, False, marks=pytest.mark.slow),
+    ],
+)
 def test_no_micro_batch_makes_the_host_wait(
     tiny_config: Make,
     tiny_lm: Make,
@@ -61,15 +69,15 @@ def test_no_micro_batch_makes_the_host_wait(
     make_responses: Make,
     prompts: list,
     tokenizer: PreTrainedTokenizerFast,
-    stacked: bool,
+    critic: dict[str, Any],
     packing: bool,
 ) -> None:
-    config = tiny_config(critic={"stacked": stacked}, prompts_per_step=2, max_completion_length=12)
+    config = tiny_config(critic=critic, prompts_per_step=2, max_completion_length=12)
     config.policy.packing = packing
     few, many = steps(
         config,
         partial(tiny_lm, num_hidden_layers=1),
-        [tiny_critic, tiny_critic],
+        [] if "kind" in critic else [tiny_critic, tiny_critic],
         [10_000, 50],
         tokenizer=tokenizer,
         sampler=scripted_sampler(make_responses(12, 12)),

@@ -64,8 +64,9 @@ def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) ->
     """Assert that two runs had the same metrics, masks, signals and weights, up to ``tolerance``, absolute and of the
     largest of a tensor; masks exactly.
 
-    One weight of a tensor may be off by a hundredth of an update: Adam divides by the size of the gradient, so that of
-    one that is almost 0 the rounding, which depends on which rows a micro-batch has, is a share of a whole update.
+    One weight of a tensor, or of each thousand in a large one, may be off by a hundredth of an update: Adam divides by
+    the size of the gradient, so that of one that is almost 0 the rounding, which depends on which rows a micro-batch
+    has, is a share of a whole update.
     """
     for step, (a, b) in enumerate(zip(one["rows"], other["rows"], strict=True)):
         names = {name for name in a if not name.startswith(NOT_COMPARED)}
@@ -83,7 +84,7 @@ def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) ->
     for name, value in one["weights"].items():
         difference = (other["weights"][name] - value).abs()
         off = difference > tolerance * (value.abs() + value.abs().max())
-        assert off.sum() <= 1, name
+        assert off.sum() <= max(1, value.numel() // 1000), name
         assert difference.max() <= 0.01 * LEARNING_RATE, (name, difference.max())
 
 
@@ -106,7 +107,7 @@ def test_a_mesh_of_one_computes_the_same_bits(alone: dict[str, Any], tmp_path: P
     config = DistributedConfig(shard_single=True)
     with processes(config):
         cases = rank_script.cases(make_mesh(config, torch.device("cpu")))
-        for name in ("asyppo", "grpo", "options"):
+        for name in ("asyppo", "grpo", "options", "side"):
             got = cases[name]()["weights"]
             assert all(torch.equal(got[key], value) for key, value in alone[name]["weights"].items())
 

@@ -20,7 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from asyppo.config import AsyPPOConfig, ConfigError, MonteCarloConfig, WarmStartConfig
+from asyppo.config import AsyPPOConfig, ConfigError, MonteCarloConfig, SideConfig, WarmStartConfig
 from asyppo.run.directory import RunDirectory, read_jsonl
 from asyppo.trainer import TrainingError
 
@@ -138,6 +138,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "critic": {"value_lambda": 0.9, "num_iterations": 2, "num_mini_batches": 2},
     },
     "random rewards": {"reward": noisy},
+    "side critics": {"critic": {"kind": "side", "side": SideConfig(width=32)}},
     "continuations": {"algorithm": "vineppo", "monte_carlo": MonteCarloConfig(num_continuations=2, every=2)},
 }
 

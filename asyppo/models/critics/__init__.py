@@ -1,4 +1,4 @@
-"""The mini-critics: M value models behind one interface, computed together or one after another."""
+"""The critics: M value models behind one interface, computed together or one after another."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from asyppo.models.critics.loading import load_value_models, minimise
 from asyppo.models.critics.lora import LoraCritics
 from asyppo.models.critics.one_by_one import OneByOneCritics
 from asyppo.models.critics.optimizer import CriticOptimizer
+from asyppo.models.critics.side import SideCritics, SideShape, load_side_critics
 from asyppo.models.critics.stacked import StackedCritics
 from asyppo.models.critics.tokens import check_tokens
 from asyppo.models.families import why_unknown
@@ -24,9 +25,12 @@ __all__ = [
     "Critics",
     "LoraCritics",
     "OneByOneCritics",
+    "SideCritics",
+    "SideShape",
     "StackedCritics",
     "check_tokens",
     "load_critics",
+    "load_side_critics",
     "make_critics",
     "policy_inputs",
 ]

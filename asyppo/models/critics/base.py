@@ -32,6 +32,10 @@ class Critics(nn.Module, ABC):
     ops: Ops = FUSED
     policy_inputs: tuple[str, ...] = ()
     """What they read beside the tokens, of ``asyppo/models/critics/inputs.py``."""
+    read_layers: tuple[int, ...] = ()
+    """Layers of the policy, counted from 1, whose hidden states they read in place of tokens; empty: tokens."""
+    states_size: int = 0
+    """Numbers of these hidden states, of all layers together."""
     loss: str = "mse"
     """What they minimise, ``critic.loss``: with ``bce`` a value is the sigmoid of what the head gives."""
     last_token: int | None = None

@@ -171,7 +171,8 @@ class StackedMLP(nn.Module):
 
 
 class StackedLayer(nn.Module):
-    """M decoder layers. The last sum of a layer is left to the next norm, which adds and normalises in one launch."""
+    """M decoder layers, with attention or without. The last sum of a layer is left to the next norm, which adds and
+    normalises in one launch."""
 
     def __init__(
         self,
@@ -181,8 +182,10 @@ class StackedLayer(nn.Module):
         linear: MakeLinear = StackedLinear,
     ):
         super().__init__()
-        self.input_layernorm = StackedNorm([module.input_layernorm for module in modules])
-        self.self_attn = StackedAttention([module.self_attn for module in modules], window, linear)
+        self.attends = hasattr(modules[0], "self_attn")
+        if self.attends:
+            self.input_layernorm = StackedNorm([module.input_layernorm for module in modules])
+            self.self_attn = StackedAttention([module.self_attn for module in modules], window, linear)
         self.post_attention_layernorm = StackedNorm([module.post_attention_layernorm for module in modules])
         self.mlp = StackedMLP([module.mlp for module in modules], linear)
         self.gradient_checkpointing = gradient_checkpointing
@@ -200,8 +203,10 @@ class StackedLayer(nn.Module):
     def _layer(
         self, hidden: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        x, hidden = self.input_layernorm(hidden, update)
-        x, hidden = self.post_attention_layernorm(hidden, self.self_attn(x, cos, sin, attend))
+        if self.attends:
+            x, hidden = self.input_layernorm(hidden, update)
+            update = self.self_attn(x, cos, sin, attend)
+        x, hidden = self.post_attention_layernorm(hidden, update)
         return hidden, self.mlp(x)
 
     def _summed(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:

@@ -63,8 +63,8 @@ class Stacked(Critics):
         """Stack the layers of ``bodies``, the M ``heads`` and the M projections of ``inputs``, if there are any. Passes
         run in ``dtype``."""
         self.dtype, self.config = dtype, bodies[0].config
-        window = FAMILIES[type(bodies[0])]
-        self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
+        window = FAMILIES.get(type(bodies[0]), lambda *_: None)  # side critics have none
+        self.build_input(bodies)
         if inputs:
             self.policy_inputs = inputs[0].names
             self.project = StackedPolicyInputs(inputs)
@@ -79,6 +79,10 @@ class Stacked(Critics):
         self.mesh: DeviceMesh | None = None
         self.varlen: VarlenAttention | None = None
         self._choose_attention(self.score.weight.device.type)
+
+    def build_input(self, bodies: Sequence[Any]) -> None:
+        """Stack what makes the first layer's input of what is read."""
+        self.embed_tokens = StackedEmbedding([body.embed_tokens for body in bodies])
 
     def _choose_attention(self, device_type: str) -> None:
         if self.dtype in (torch.bfloat16, torch.float16) and device_type == "cuda":
@@ -127,6 +131,7 @@ class Stacked(Critics):
         positions: Tensor | None = None,
         known: Extent | None = None,
         inputs: Tensor | None = None,
+        states: Tensor | None = None,
         *,
         outputs: bool = False,
     ) -> Tensor:
@@ -142,6 +147,7 @@ class Stacked(Critics):
             known: what the host knows of ``attention_mask``; None: it is read from the device.
             inputs: float32 [B, T, F] or [M, B, T, F], as ``input_ids``: what critics with ``policy_inputs`` read beside
                 the tokens.
+            states: [S, D], for side critics alone: hidden states, whose rows ``input_ids`` are.
             outputs: what the heads give, of which ``value_of`` makes values.
 
         Returns:
@@ -168,16 +174,18 @@ class Stacked(Critics):
         if wanted is None:
             everything = torch.arange(mask[0].numel(), device=mask.device)
             wanted = everything.expand(count, -1) if len(mask) > 1 else everything
-        found = self._outputs(layout, layout.index(wanted), beside)
+        found = self._outputs(self._read(layout, beside, states), layout, layout.index(wanted))
         found = found if outputs else self.value_of(found)
         return found.view(count, *own.shape[1:]) if positions is None else found
 
-    def _outputs(self, layout: Layout, index: Tensor, beside: Tensor | None) -> Tensor:
-        """What the heads give [M, n] at the tokens ``index``, [n] or [M, n]; ``beside`` [K, N, F] is read, too."""
+    def _read(self, layout: Layout, beside: Tensor | None, states: Tensor | None) -> Tensor:
+        """The first layer's input [M, N, H], of tokens and of what is ``beside`` them, [K, N, F]."""
         if beside is None:
-            hidden = self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
-        else:
-            hidden = self.embed_tokens.beside(layout.tokens, beside, self.project.weight, self.dtype)
+            return self.embed_tokens(layout.tokens).to(self.dtype).expand(len(self), -1, -1)
+        return self.embed_tokens.beside(layout.tokens, beside, self.project.weight, self.dtype)
+
+    def _outputs(self, hidden: Tensor, layout: Layout, index: Tensor) -> Tensor:
+        """What the heads give [M, n] at the tokens ``index``, [n] or [M, n], of the first layer's input."""
         update = None
         cos, sin = layout.rotary(self.rotary_emb)
         for layer in self.layers:
@@ -192,6 +200,10 @@ class Stacked(Critics):
         bias = None if self.score.bias is None else self.score.bias[:, 0]
         return self.ops.ensemble_value(hidden, self.score.weight[:, 0], bias).value
 
+    def seen(self, batch: Batch, micros: Sequence[MicroBatch]) -> tuple[Tensor | None, Sequence[MicroBatch]]:
+        """Return what is read in place of tokens, if anything is, and ``micros`` as they are read."""
+        return None, micros
+
     @torch.no_grad()
     def values(self, batch: Batch, max_tokens: int) -> Tensor:
         """See Critics."""
@@ -199,9 +211,10 @@ class Stacked(Critics):
         everything = torch.arange(len(batch), device=batch.tokens.device)
         for micro in micro_batches(batch, everything, max(1, max_tokens // len(self))):
             row, position = micro.grid
-            known = Extent(micro.longest, micro.tokens, micro.tokens)
-            read = self.read(batch, micro)
-            value[:, row, position] = self(micro.input_ids, micro.attention_mask, micro.flat_predicts, known, read)
+            states, [seen] = self.seen(batch, [micro])
+            known = Extent(seen.longest, seen.tokens, seen.tokens)
+            read = self.read(batch, seen)
+            value[:, row, position] = self(seen.input_ids, seen.attention_mask, seen.flat_predicts, known, read, states)
         release(self)
         return sum_over_ranks(value)
 
@@ -230,6 +243,7 @@ class Stacked(Critics):
         """What the head of critic m gives [N_m] at the response tokens of its own micro-batch, for all m in one
         pass."""
         pad = nn.utils.rnn.pad_sequence
+        states, micros = self.seen(batch, micros)
         ids = pad([m.input_ids for m in micros], batch_first=True)
         mask = pad([m.attention_mask for m in micros], batch_first=True)
         # What pads the positions is never read: it may be anything that is there.
@@ -238,7 +252,7 @@ class Stacked(Critics):
         read = [own for m in micros if (own := self.read(batch, m)) is not None]
         inputs = pad(read, batch_first=True) if read else None
         extent = Extent(max(m.longest for m in micros), max(tokens), min(tokens))
-        output = self(ids, mask, positions, extent, inputs, outputs=True)
+        output = self(ids, mask, positions, extent, inputs, states, outputs=True)
         return [own[: len(m.flat_predicts)] for own, m in zip(output, micros, strict=True)]
 
     def collect_gradients(self) -> None:
