@@ -117,6 +117,13 @@ def test_report_says_why_others_are_ahead_on_a_cpu(result: results.Result) -> No
     assert "Ahead of ours" not in report.case_table(case, "cuda")
 
 
+def test_committed_results_of_cpus_say_why_others_are_ahead() -> None:
+    for path in report.newest(results.RESULTS):
+        shown = results.load(path)
+        for case in shown["cases"] if shown["device"]["type"] == "cpu" else []:
+            assert not [line for line in behind.lines(case) if "not known" in line], (path.name, case["name"])
+
+
 def test_compare_exits_non_zero_past_the_ratio(files: tuple[Path, Path]) -> None:
     """Ours only, unless all are asked for; devices that differ by multiples of their floors."""
     old, new = (str(path) for path in files)
