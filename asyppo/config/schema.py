@@ -286,6 +286,13 @@ class VLLMConfig:
     seeded: bool = True
     """Give each request a seed, so that a batch that is drawn again is the same. False leaves chance to the engine,
     which is quicker with many responses at once."""
+    weight_transfer: Literal["directory", "nccl"] = "directory"
+    """How weights get to servers: by a ``directory`` in shared memory, or over ``nccl`` by vLLM's own weight transfer,
+    for which the trainer's environment has vLLM, too, and servers are started with ``--weight-transfer-config
+    '{"backend": "nccl"}'``."""
+    weight_transfer_address: str | None = None
+    """Address of this machine at which servers find the trainer with ``nccl``. None: the one from which it reaches the
+    first of them."""
     weights_dir: str | None = None
     """Where directories of weights are made on their way to the engine; servers on other machines need one that they
     share. None: ``/dev/shm``."""

@@ -40,7 +40,7 @@ from types import SimpleNamespace as Bag
 
 RequestOutput = None
 ENDS = {"dies": lambda: os._exit(7), "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
-        "hangs": lambda: time.sleep(60), "fails": lambda: 1 / 0}
+        "hangs": lambda: time.sleep(60), "fails": lambda: 1 / 0, "answers to nobody": lambda: time.sleep(0.2)}
 SamplingParams = Bag
 
 class LLM:
@@ -142,9 +142,10 @@ def test_an_engine_without_vllm_says_so(tmp_path: Path) -> None:
         EngineProcess({}, python="/nowhere/python").load(tmp_path)
 
 
-def test_nothing_is_left_of_a_trainer_that_was_killed(tmp_path: Path, engine: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["hangs", "answers to nobody"])
+def test_nothing_is_left_of_a_trainer_that_was_killed(tmp_path: Path, engine: pytest.MonkeyPatch, end: str) -> None:
     path = tmp_path / "asyppo-weights-killed"
-    engine.setenv("ENGINE_ENDS", "hangs in call 1")
+    engine.setenv("ENGINE_ENDS", f"{end} in call 1")
     reading, writing = os.pipe()
     trainer = os.fork()
     if trainer == 0:
@@ -277,8 +278,8 @@ def test_adapters_are_sent_merged_and_only_what_they_change_after_the_first_time
         torch.testing.assert_close(plain(ids).logits, model(ids).logits)
     layer = {name for name in everything if name.startswith("model.layers.1.")}
     assert [set(load) for load in engine.loads] == [everything, layer]
-    assert sampler.engine.directory.path.exists()
-    assert not list(sampler.engine.directory.path.glob("*.safetensors"))  # they take memory
+    assert sampler.engine.channel.path.exists()
+    assert not list(sampler.engine.channel.path.glob("*.safetensors"))  # they take memory
 
 
 def test_requests_are_groups_with_seeds_that_follow_from_torchs(tiny_lm: Make, tmp_path: Path) -> None:
@@ -321,6 +322,7 @@ def test_settings_that_cannot_work_are_refused(tiny_config: Make, tiny_lm: Make,
     for settings, said in (
         (VLLMConfig(sleep_level=1), r"^vllm\.sleep_level: got 1, needs 0 with a CPU, where vLLM does not sleep$"),
         (VLLMConfig(sleep_level=2, url=["http://a"]), r"^vllm\.sleep_level: got 2, needs 0 with servers, which have"),
+        (VLLMConfig(weight_transfer="nccl"), r"^vllm\.weight_transfer: got nccl, needs a policy on a GPU; directory"),
     ):
         with pytest.raises(ConfigError, match=said):
             make_sampler(policy, tokenizer, tiny_config(sampler="vllm", vllm=settings))

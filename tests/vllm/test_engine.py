@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -15,17 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from asyppo.config import AsyPPOConfig, ConfigError, VLLMConfig
 from asyppo.models.adapters import add_lora
 from asyppo.models.policy import Policy
 from asyppo.rollout.samplers import EngineError, SentWeights, agreement, make_sampler, sends_weights, settle
-from asyppo.rollout.samplers.vllm import worker
+from asyppo.rollout.samplers.vllm import weights, worker
+from asyppo.rollout.samplers.vllm.server import Servers
+from asyppo.rollout.samplers.vllm.transfer import NCCLTransfer
+from tests.vllm.training import ENGINE, children, model, running, tokenizer, training_command
 
 PROMPTS = [torch.tensor(p) for p in ([3, 4, 5, 6, 7, 8, 9, 10, 11], [9], [10, 11])]
-ENGINE = {"kv_cache_memory_bytes": 2**26, "max_num_seqs": 64}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,35 +35,6 @@ def outside_the_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character: <pad> 0, <eos> 1, then a to p."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnop"])}
-    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def model(tied: bool) -> Qwen3ForCausalLM:
-    """A small model with weights large enough for distributions far from uniform."""
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=96,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            intermediate_size=96,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-            pad_token_id=0,
-            eos_token_id=1,
-            tie_word_embeddings=tied,
-        )
-    ).eval()
 
 
 def config(**settings: Any) -> AsyPPOConfig:
@@ -148,35 +120,8 @@ def test_log_probs_are_the_policys_after_each_update(
     assert engine.engine.connection is None
 
 
-TRAINING = {
-    "sampler": "vllm",
-    "algorithm": "grpo",
-    "max_steps": 200,
-    "prompts_per_step": 4,
-    "num_generations": 2,
-    "max_completion_length": 8,
-    "save_steps": 1,
-    "save_total_limit": 2,
-    "report_to": [],
-    "eval": {"num_generations": 1},
-    "reward_funcs": ["exact_match"],
-}
-
-
 def test_a_trainer_that_is_killed_takes_the_engine_along_and_goes_on(tmp_path: Path) -> None:
-    model(tied=True).save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": c, "answer": "a"}) + "\n" for c in "abcdefgh"))
-    settings = TRAINING | {
-        "output_dir": str(tmp_path / "runs"),
-        "run_name": "run",
-        "resume": True,
-        "policy": {"model_name_or_path": str(tmp_path / "model")},
-        "data": {"dataset_name": str(tmp_path / "rows.jsonl"), "eval_size": 0},
-        "vllm": {"engine_args": ENGINE},
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "asyppo", "train", "--config", str(tmp_path / "config.yaml")]
+    command = training_command(tmp_path)
     with open(tmp_path / "output", "w") as output:
         trainer = subprocess.Popen(command, stdout=output, stderr=output)
     end = time.monotonic() + 300
@@ -199,24 +144,11 @@ def test_a_trainer_that_is_killed_takes_the_engine_along_and_goes_on(tmp_path: P
     assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-4
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    return [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if path.exists() and path.read_text().rpartition(")")[2].split()[1] == str(pid)
-    ]
+def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importlib.import_module("tests.vllm.gloo")  # which changes vLLM in this process
 
-
-def running(pid: int) -> bool:
-    """Whether a process is there, and no zombie."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(tmp_path: Path) -> None:
     policy = Policy(model(tied=True), temperature=1.0)
     policy.model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
@@ -224,7 +156,14 @@ def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(tm
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "model")]
     command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
     command += ["--generation-config", "vllm", "--kv-cache-memory-bytes", str(2**26), "--max-num-seqs", "64"]
+    command += [
+        "--weight-transfer-config",
+        '{"backend": "nccl"}',
+        "--worker-extension-cls",
+        "tests.vllm.gloo.Extension",
+    ]
     environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
@@ -238,6 +177,14 @@ def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(tm
         sampler = sends_weights(engine, engine, policy)
         assert isinstance(sampler, SentWeights)
         for _ in range(2):
+            assert agreement(sampler, policy, PROMPTS, settings).gap < 1e-4
+            perturb(policy.parameters(), 0.05)
+            sampler.stale = True
+        # vLLM's own transfer, in pieces of a layer; in the place of NCCL is gloo.
+        monkeypatch.setattr(weights, "PIECE_BYTES", 1)
+        assert isinstance(engine.engine, Servers)
+        engine.channel, engine.loaded = NCCLTransfer(engine.engine, policy.device, torch.float32), False
+        for _ in range(3):
             assert agreement(sampler, policy, PROMPTS, settings).gap < 1e-4
             perturb(policy.parameters(), 0.05)
             sampler.stale = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from asyppo.rollout.samplers.base import EngineError, NamedWeights, Response
 from asyppo.rollout.samplers.draw import NOT_FINITE
 from asyppo.rollout.samplers.vllm.process import EngineProcess
 from asyppo.rollout.samplers.vllm.server import Servers
+from asyppo.rollout.samplers.vllm.transfer import NCCLTransfer
 from asyppo.rollout.samplers.vllm.weights import WeightDirectory, changing, path_of, together
 from asyppo.rollout.samplers.vllm.worker import Drawn
 
@@ -52,6 +53,22 @@ class Engine(Protocol):
         ...
 
 
+class Channel(Protocol):
+    """The way that weights take to the engine. Each method raises EngineError."""
+
+    def write(self, weights: Iterator[tuple[str, Tensor]], wanted: Callable[[str], bool]) -> None:
+        """Send those of ``weights`` that are ``wanted`` by name; each is only good until the next."""
+        ...
+
+    def load(self, load: Callable[[Path], None]) -> None:
+        """Let an engine's ``load`` take them, if it has not yet."""
+        ...
+
+    def clear(self) -> None:
+        """Give the memory back that they take on the way."""
+        ...
+
+
 class VLLMSampler:
     """``Sampler`` on vLLM, which gets token ids and returns them, with their log-probs under the tempered distribution.
 
@@ -63,7 +80,7 @@ class VLLMSampler:
     def __init__(
         self,
         engine: Engine,
-        directory: WeightDirectory,
+        channel: Channel,
         *,
         eos_token_ids: Sequence[int],
         changing: frozenset[str],
@@ -72,9 +89,9 @@ class VLLMSampler:
         sleep_level: int = 0,
         seeded: bool = True,
     ):
-        """Of several ranks one a machine ``writes`` the ``directory`` of weights, and one an engine lets that load it.
-        ``changing``: see ``weights.changing``."""
-        self.engine, self.directory, self.eos_token_ids = engine, directory, list(eos_token_ids)
+        """Of several ranks one a machine (one in all, with servers) ``writes`` weights into the ``channel``, and one an
+        engine lets that load them. ``changing``: see ``weights.changing``."""
+        self.engine, self.channel, self.eos_token_ids = engine, channel, list(eos_token_ids)
         self.changing, self.writes, self.loads = changing, writes, loads
         self.sleep_level, self.seeded = sleep_level, seeded
         self.loaded = False
@@ -89,7 +106,7 @@ class VLLMSampler:
         def write() -> None:
             try:
                 if self.writes:
-                    self.directory.write(stream, lambda name: everything or together(name) in self.changing)
+                    self.channel.write(stream, lambda name: everything or together(name) in self.changing)
             finally:
                 for _ in stream:  # all ranks gather them
                     pass
@@ -97,12 +114,12 @@ class VLLMSampler:
         def load() -> None:
             if self.loads:
                 self._wake("weights")
-                self.engine.load(self.directory.path)
+                self.channel.load(self.engine.load)
 
         agreed(write)
         agreed(load)
         if self.writes:
-            self.directory.clear()
+            self.channel.clear()
         self.loaded = True
 
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
@@ -206,6 +223,9 @@ def make_vllm_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config
     if settings.sleep_level and (settings.url or on_cpu):
         why = "servers, which have GPUs of their own" if settings.url else "a CPU, where vLLM does not sleep"
         raise ConfigError(f"vllm.sleep_level: got {settings.sleep_level}, needs 0 with {why}")
+    if settings.weight_transfer == "nccl" and (not settings.url or on_cpu):
+        why = "a policy on a GPU" if on_cpu else "vllm.url, servers with GPUs of their own"
+        raise ConfigError(f"vllm.weight_transfer: got nccl, needs {why}; directory works everywhere")
     if settings.tensor_parallel_size > 1 and world_size() > 1 and not settings.url:
         raise ConfigError(
             f"vllm.tensor_parallel_size: got {settings.tensor_parallel_size}, needs 1 with several processes, each of "
@@ -225,9 +245,14 @@ def make_vllm_sampler(policy: Policy, tokenizer: PreTrainedTokenizerBase, config
             timeout=settings.timeout,
         )
     shared = bool(settings.url)
+    channel: Channel
+    if isinstance(engine, Servers) and settings.weight_transfer == "nccl":
+        channel = NCCLTransfer(engine, policy.device, policy.dtype, settings.weight_transfer_address)
+    else:
+        channel = WeightDirectory(path_of(name, settings.weights_dir), model.config, type(model).__name__, policy.dtype)
     return VLLMSampler(
         engine,
-        WeightDirectory(path_of(name, settings.weights_dir), model.config, type(model).__name__, policy.dtype),
+        channel,
         eos_token_ids=eos_token_ids(model, tokenizer),
         changing=changing(model),
         writes=(rank() if shared else local_rank()) == 0,

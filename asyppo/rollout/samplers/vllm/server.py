@@ -9,8 +9,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,33 @@ class Servers:
 
     def load(self, directory: Path) -> None:
         """Let all servers take the weights that lie in ``directory``. Raises EngineError."""
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}, "timeout": self.timeout}
+        with self.paused():
+            self.everywhere("/collective_rpc", call)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Wait until all servers are up, and let them do nothing while they get weights. Raises EngineError."""
         if not self.reached:
-            self._everywhere(self._wait_for)
+            self.each(self._wait_for)
             self.reached = True
-        self._everywhere(lambda url: self._reload(url, directory))
+        self.everywhere("/pause?mode=wait")
+        yield
+        self.each(self._forget)
+        self.everywhere("/resume")
+
+    def everywhere(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """Send all servers the same, and wait for their answers. Raises EngineError."""
+        self.each(lambda url: self.call(url, path, body))
+
+    def within_timeout(self, work: Callable[[], Any]) -> None:
+        """Do what may wait for a server that does not answer. Raises EngineError."""
+        try:
+            self._submit(work).result(self.timeout)
+        except TimeoutError as error:
+            raise EngineError(
+                f"vLLM servers {', '.join(self.urls)} did not take weights within vllm.timeout = {self.timeout:g} s"
+            ) from error
 
     def begin(self, prompts: list[list[int]], samplings: list[dict[str, Any]]) -> None:
         """Let them draw responses; ``finish`` waits for these."""
@@ -70,19 +94,17 @@ class Servers:
 
     def _draw(self, url: str, prompt: list[int], sampling: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
         request = {"prompt": prompt, "return_token_ids": True, **sampling}
-        answer = self._post(url, "/v1/completions", request)
+        answer = self.call(url, "/v1/completions", request)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
 
-    def _reload(self, url: str, directory: Path) -> None:
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}, "timeout": self.timeout}
-        self._post(url, "/pause?mode=wait")
-        self._post(url, "/collective_rpc", call)
-        if not self._post(url, "/reset_prefix_cache")["success"]:
+    def _forget(self, url: str) -> None:
+        """Let a server drop the prefixes that it computed with other weights."""
+        if not self.call(url, "/reset_prefix_cache")["success"]:
             raise EngineError(f"vLLM server {url} did not reset its prefix cache: others use it, too")
-        self._post(url, "/resume")
 
-    def _everywhere(self, work: Callable[[str], Any]) -> None:
+    def each(self, work: Callable[[str], Any]) -> None:
+        """Do something with all servers at once, and wait. Raises EngineError."""
         for done in [self._submit(work, url) for url in self.urls]:
             done.result()
 
@@ -111,11 +133,12 @@ class Servers:
                     ) from error
             time.sleep(1)
 
-    def _post(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def call(self, url: str, path: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        """Return a server's answer to ``path``. Raises EngineError."""
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        data = json.dumps(body or {}).encode()
-        request = urllib.request.Request(url + path, data, headers, method="POST")
+        data = json.dumps(body or {}).encode() if method == "POST" else None
+        request = urllib.request.Request(url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 text = answer.read()

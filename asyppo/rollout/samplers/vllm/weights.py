@@ -46,6 +46,25 @@ def changing(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(together(plain[name]) for name, parameter in parameters if parameter.requires_grad)
 
 
+def pieces(
+    weights: Iterator[tuple[str, Tensor]], wanted: Callable[[str], bool], device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Tensor]]:
+    """Copy those of ``weights`` that are ``wanted`` by name, each of which is only good until the next, to a device:
+    ``PIECE_BYTES`` at a time, and what has to be sent together in one piece."""
+    piece: dict[str, Tensor] = {}
+    last = ""
+    for name, weight in weights:
+        if not wanted(name):
+            continue
+        if sum(w.nbytes for w in piece.values()) >= PIECE_BYTES and together(name) != last:
+            yield piece
+            piece = {}
+        last = together(name)
+        piece[name] = weight.detach().to(device, dtype, copy=True).contiguous()
+    if piece:
+        yield piece
+
+
 class WeightDirectory:
     """A directory that vLLM can start on and take weights from, gone with this process.
 
@@ -76,20 +95,12 @@ class WeightDirectory:
         if not self.made:
             self._make()
         self.clear()
-        piece: dict[str, Tensor] = {}
-        size = pieces = 0
-        for name, weight in weights:
-            if wanted(name):
-                piece[name] = weight.detach().to("cpu", self.dtype, copy=True).contiguous()
-                size += piece[name].nbytes
-            if size >= PIECE_BYTES:
-                self._save(piece, pieces)
-                piece, size, pieces = {}, 0, pieces + 1
-        if piece:
-            self._save(piece, pieces)
+        for number, piece in enumerate(pieces(weights, wanted, torch.device("cpu"), self.dtype)):
+            save_file(piece, self.path / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
 
-    def _save(self, piece: dict[str, Tensor], number: int) -> None:
-        save_file(piece, self.path / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+    def load(self, load: Callable[[Path], None]) -> None:
+        """Let an engine's ``load`` take what was written. Raises EngineError."""
+        load(self.path)
 
     def clear(self) -> None:
         """Delete the weights, whose memory they take."""

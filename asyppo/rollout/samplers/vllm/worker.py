@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -81,7 +82,8 @@ def serve(connection: Connection) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-        connection.send((False, " ".join(f"{type(error).__name__}: {error}".split())))
+        with suppress(OSError):  # it may be because nobody listens any more
+            connection.send((False, " ".join(f"{type(error).__name__}: {error}".split())))
         _leave(directory, 1)
 
 
