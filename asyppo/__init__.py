@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyppo.config import AsyPPOConfig, ConfigError, load_config
+    from asyppo.publish import push_to_hub
     from asyppo.trainer import AsyPPOTrainer
 
     __version__: str
@@ -21,9 +22,10 @@ _HOMES = {
     "ConfigError": "asyppo.config",
     "__version__": "asyppo.version",
     "load_config": "asyppo.config",
+    "push_to_hub": "asyppo.publish",
 }
 
-__all__ = ["AsyPPOConfig", "AsyPPOTrainer", "ConfigError", "__version__", "load_config"]
+__all__ = ["AsyPPOConfig", "AsyPPOTrainer", "ConfigError", "__version__", "load_config", "push_to_hub"]
 
 
 def __getattr__(name: str) -> Any:

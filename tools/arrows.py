@@ -29,6 +29,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "cli",
         "compare",
         "audit",
+        "publish",
         "trainer loop evaluate checkpoint",
         "report",  # the loop ends with one
         "metrics rollout",

@@ -221,6 +221,31 @@ def _plan(namespace: Namespace) -> int:
     return 0
 
 
+def _push_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "run", type=str, metavar="RUN", help="A run's directory (its last checkpoint), or a checkpoint."
+    )
+    parser.add_argument("--to", type=str, required=True, metavar="OWNER/NAME", help="The repository; made if need be.")
+    parser.add_argument("--best", action="store_true", help="Take the checkpoint with the highest held-out accuracy.")
+    parser.add_argument("--public", action="store_true", help="Make a new repository public; by default it is private.")
+    parser.add_argument("--folder", type=str, metavar="DIR", help="Write it to this new folder, and upload nothing.")
+
+
+def _push(namespace: Namespace) -> int:
+    _quiet_libraries()
+    from asyppo.publish import push_to_hub, write_repository
+
+    if namespace.folder is not None:
+        folder = Path(namespace.folder).expanduser()
+        if folder.exists():
+            raise ConfigError(f"--folder: {folder} exists, needs a new folder")
+        write_repository(namespace.run, folder, namespace.to, best=namespace.best)
+        print(f"repository: {folder}")
+        return 0
+    print(f"pushed: {push_to_hub(namespace.run, namespace.to, best=namespace.best, private=not namespace.public)}")
+    return 0
+
+
 def _audit_arguments(parser: ArgumentParser) -> None:
     for name, kind, default, text in (
         ("states", int, 512, "States that are held against the truth."),
@@ -304,6 +329,7 @@ COMMANDS: dict[str, Command] = {
         _audit,
         _audit_arguments,
     ),
+    "push": Command("upload a run's policy and critics to the Hugging Face hub, with a card", _push, _push_arguments),
     "plan": Command(
         "estimate the memory of a configuration on each GPU, by phase of a step",
         _plan,
