@@ -66,7 +66,17 @@ def test_importing_the_contenders_imports_no_peer() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("update", "train_step")])  # test_training has these
+SLOW = ("linear_logprob", "linear_ppo_loss", "critics")
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=[pytest.mark.slow] if op in SLOW else [])
+        for op in OPS
+        if op not in ("update", "train_step")  # test_training has these
+    ],
+)
 def test_ours_and_plain_torch_are_right(op: str) -> None:
     """In every case that is benchmarked, on tiny shapes."""
     for case in OPS[op].cases("quick", CPU):

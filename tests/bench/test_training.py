@@ -34,6 +34,7 @@ def measured(request: pytest.FixtureRequest) -> dict:
     return session.run_case(case_of(request.param))
 
 
+@pytest.mark.slow
 def test_every_contender_is_right(measured: dict) -> None:
     """All but the one for a GPU, each with the phases it has and the memory it holds."""
     rows = {row["contender"]: row for row in measured["rows"]}
@@ -168,6 +169,7 @@ def test_oracle_is_near_the_same_formulas_in_float32() -> None:
         assert errors.error(whole[name], value) < 1e-5
 
 
+@pytest.mark.slow
 def test_report_shows_phases_targets_and_what_comes_next(measured: dict, tmp_path) -> None:
     """From the figures alone."""
     case = copy.deepcopy(measured)

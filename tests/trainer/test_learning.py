@@ -31,6 +31,7 @@ def test_a_bandit(tiny_config: Make, tiny_trainer: Make, algorithm: Any) -> None
     assert sum(scores[-5:]) / 5 > 0.8, scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["asyppo", "grpo"])
 def test_a_response_that_depends_on_the_prompt(tiny_config: Make, tiny_trainer: Make, algorithm: Any) -> None:
     config = tiny_config(
