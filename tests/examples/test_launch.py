@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from asyppo.cli.main import parse
+from asyppo_kernels import __version__
 
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
 DEFAULT = Path(__file__).parents[2] / "asyppo" / "config" / "ready" / "default.yaml"
@@ -32,6 +34,7 @@ def lint(*command: str) -> subprocess.CompletedProcess[str]:
         ("shellcheck", "slurm.sh"),
         ("yamllint", "--strict", "-d", YAMLLINT, "kubernetes.yaml"),
         ("kubernetes-validate", "--strict", "kubernetes.yaml"),
+        ("hadolint", "../../Dockerfile"),
     ],
     ids=lambda command: command[0],
 )
@@ -46,13 +49,14 @@ def test_the_linter_finds_nothing(command: tuple[str, ...]) -> None:
         (("shellcheck", "slurm.sh"), ('"$config"', "$config")),
         (("yamllint", "--strict", "-d", YAMLLINT, "kubernetes.yaml"), ("parallelism:", "completions:")),
         (("kubernetes-validate", "--strict", "kubernetes.yaml"), ("parallelism:", "paralelism:")),
+        (("hadolint", "../../Dockerfile"), ("--no-install-recommends ", "")),
     ],
     ids=lambda part: part[0],
 )
 def test_the_linter_finds_a_fault(command: tuple[str, ...], fault: tuple[str, str], tmp_path: Path) -> None:
     text = (LAUNCH / command[-1]).read_text()
     assert fault[0] in text
-    faulty = tmp_path / command[-1]
+    faulty = tmp_path / Path(command[-1]).name
     faulty.write_text(text.replace(*fault))
     assert lint(*command[:-1], str(faulty)).returncode != 0
 
@@ -76,7 +80,7 @@ def test_slurm_starts_the_run(tmp_path: Path) -> None:
 
 
 def test_kubernetes_starts_the_run() -> None:
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    claim, service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     pods = job["spec"]["template"]["spec"]
     [container] = pods["containers"]
     command = container["command"]
@@ -86,6 +90,11 @@ def test_kubernetes_starts_the_run() -> None:
     # The address at which the pods meet is that of the first one.
     assert pods["subdomain"] == service["metadata"]["name"]
     assert f"--rdzv-endpoint={job['metadata']['name']}-0.{service['metadata']['name']}:29500" in command
-    arguments = [a.replace("/shared/CONFIG.yaml", str(DEFAULT)) for a in command[command.index("train") :]]
-    config = parse(arguments)
-    assert (config.run_name, config.resume, config.distributed.replicate) == ("RUN", True, nodes)
+    config = parse(command[command.index("train") :])
+    assert (config.run_name, config.resume, config.distributed.replicate) == ("qwen3-8b", True, nodes)
+    assert pods["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    text = (LAUNCH / "kubernetes.yaml").read_text()
+    used = "\n".join(line.partition("#")[0] for line in text.splitlines())
+    assert not re.search(r"REGISTRY|[A-Z]{3,}-[A-Z]|TAG\b|CLAIM\b", used)  # nothing is left to be filled in
+    [tag] = re.findall(r"^#   docker build --tag (\S+) \.$", (LAUNCH.parents[1] / "Dockerfile").read_text(), re.M)
+    assert container["image"] == tag == f"asyppo:{__version__}"
