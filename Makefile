@@ -37,7 +37,7 @@ $(VLLM)/.ready: tests/vllm/constraints.txt
 # The ops inside verl and OpenRLHF, each in an environment apart, and the tables of docs/integrations.md; not part of CI.
 test-integrations: .cache/verl/.ready .cache/openrlhf/.ready
 	for name in verl openrlhf; do \
-		OMP_NUM_THREADS=1 .cache/$$name/bin/python -m pytest tests/integrations/test_$$name.py \
+		OMP_NUM_THREADS=1 .cache/$$name/bin/python -m pytest tests/integrations -k $$name \
 			&& OMP_NUM_THREADS=1 .cache/$$name/bin/python tests/integrations/measure.py $$name || exit 1; \
 	done
 

@@ -16,7 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "build" / "pages"
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "kernels/README.md", "bench/README.md", "bench/results/README.md")
+OUTSIDE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "kernels/README.md",
+    "bench/README.md",
+    "bench/results/README.md",
+)
 """Pages outside docs/."""
 PICTURES = {".png", ".svg"}
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml", ".css": "css"}
