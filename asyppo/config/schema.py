@@ -354,6 +354,9 @@ class EnvironmentConfig:
     """Seconds that an answer may take. Instead of one that takes longer the policy sees an error, and
     ``environment/timeouts`` counts it; an environment, unlike a tool, is not called again, so its episode ends.
     None: no limit."""
+    waves: int = setting(1, at_least=1)
+    """Parts that the episodes of a step are divided into: while the sampler writes for one, the environments of the
+    others answer. 2 hides answers that take about as long as a turn, and has the sampler write half as many at once."""
     max_parallel: int = setting(16, at_least=1)
     """Answers that are made at once, each in a thread. 1, with no ``timeout``: one after another, in the trainer's."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from asyppo.config import AsyPPOConfig
+from asyppo.config import AsyPPOConfig, EnvironmentConfig
 from asyppo.models.critics import Critics, LoraCritics, OneByOneCritics, SideCritics
 from asyppo.models.policy import Policy
 
@@ -23,6 +23,8 @@ def introduction(
     held_out = f"{len(eval_rows):,} held out to evaluate on" if len(eval_rows) else "none held out"
     rows = f"{len(train_rows):,} of {name} to train on" if (name := _name(train_rows)) else f"{len(train_rows):,}"
     lines["prompts"] = f"{rows}, {held_out} (data.eval_size)"
+    if config.environment.given:
+        lines["environment"] = _environment(config.environment)
     passes = config.max_steps * config.prompts_per_step / len(train_rows)
     lines["training"] = (
         f"{config.max_steps:,} steps of {config.prompts_per_step:,} prompts with {config.num_generations:,} responses "
@@ -69,6 +71,12 @@ def _critics(critics: Critics) -> str:
     return f"{count} × {called}, {_size(parameters, count)} parameters each" + (
         f", computed {how}" if count > 1 else ""
     )
+
+
+def _environment(settings: EnvironmentConfig) -> str:
+    params = ", ".join(f"{name} {value}" for name, value in settings.params.items())
+    named = [settings.name + (f" with {params}" if params else "")] if settings.name is not None else []
+    return f"{', '.join([*named, *settings.tools])}, at most {settings.max_turns} turns"
 
 
 def _called(config: Any) -> str:

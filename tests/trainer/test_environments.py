@@ -24,7 +24,7 @@ from asyppo.environments.protocol import reset, step
 from asyppo.evaluate import evaluate
 from asyppo.models.warm_start import demonstration
 from asyppo.rollout.environments import Played, Playing, environment_of, episode_metrics, playing_of
-from asyppo.rollout.environments.calls import TimedOut, side_by_side
+from asyppo.rollout.environments.calls import Calls, TimedOut
 from asyppo.rollout.samplers import Response
 from asyppo.trainer import AsyPPOTrainer
 
@@ -144,6 +144,32 @@ def test_faults_become_observations_and_are_counted(tokenizer: PreTrainedTokeniz
     assert a.environment in playing.pools[None]
 
 
+def test_environments_answer_while_the_sampler_writes_for_others(tokenizer: PreTrainedTokenizerFast) -> None:
+    scripts = {"a": ["bc", "p"], "b": ["c", "d", "p"], "c": ["p"]}
+    log: list[str] = []
+    written = threading.Event()
+
+    class Slow(Echo):
+        def step(self, action: str) -> Any:
+            assert written.wait(10)
+            log.append(f"answered {action}")
+            return super().step(action)
+
+    class Logs(Says):
+        def sample(self, prompts: Any, **arguments: Any) -> Any:
+            log.append(f"writes for {len(prompts)}")
+            if len(prompts) == 2:
+                written.set()
+            return super().sample(prompts, **arguments)
+
+    sampler = Logs(tokenizer, scripts)
+    playing = plays(tokenizer, Slow, waves=2, max_parallel=2)
+    found = playing(sampler, [{"prompt": name} for name in scripts], 1.0)
+    assert log == ["writes for 1", "writes for 2", "answered bc", *log[3:]]
+    _, plain = play(plays(tokenizer), scripts)
+    assert [told(tokenizer, one) for one in found] == [told(tokenizer, one) for one in plain]
+
+
 def test_limits(tokenizer: PreTrainedTokenizerFast) -> None:
     scripts = {"a": ["bcdef", "p"], "b": ["c", "d", "e"], "c": ["bcdefgh", "abc"], "d": ["bcdefghi", "p"]}
     sampler, played = play(plays(tokenizer, max_turns=2, max_turn_length=9), scripts)
@@ -188,13 +214,13 @@ def test_how_an_episode_begins(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_calls_side_by_side() -> None:
     met = threading.Barrier(3)
-    assert side_by_side([lambda i=i: (met.wait(5), i)[1] for i in range(3)], 3) == [0, 1, 2]  # type: ignore[misc]
+    assert Calls([lambda i=i: (met.wait(5), i)[1] for i in range(3)], 3).outcomes() == [0, 1, 2]  # type: ignore[misc]
 
     def fails() -> None:
         raise KeyError("x")
 
     slow = threading.Event()
-    outcomes = side_by_side([slow.wait, fails, *[lambda: 7] * 5], 1, 0.1)
+    outcomes = Calls([slow.wait, fails, *[lambda: 7] * 5], 1, 0.1).outcomes()
     slow.set()
     assert [type(one) for one in outcomes[:2]] == [TimedOut, KeyError]
     assert outcomes[2:] == [7] * 5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -13,20 +12,41 @@ class TimedOut(Exception):
     """A call was not over in time."""
 
 
-@dataclass
-class _Calls:
-    """Calls under way; everything is read and written under ``changed``."""
+class Calls:
+    """Calls of ``functions``, at most ``workers`` at a time, each in a thread, which begin now; ``outcomes`` waits. With
+    one worker and no ``timeout`` (seconds) they are over before this returns, in the caller's thread."""
 
-    functions: Sequence[Callable[[], Any]]
-    outcomes: list[Any]
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    started: dict[int, float] = field(default_factory=dict)
-    """Of the calls that run: when they began."""
-    waiting: int = 0
-    """The first call that nobody has taken."""
-    over: int = 0
+    def __init__(self, functions: Sequence[Callable[[], Any]], workers: int, timeout: float | None = None):
+        self.functions, self.timeout = functions, timeout
+        self.found: list[Any] = [None] * len(functions)
+        self.changed = threading.Condition()  # everything below is read and written under it
+        self.started: dict[int, float] = {}
+        """Of the calls that run: when they began."""
+        self.waiting = 0
+        """The first call that nobody has taken."""
+        self.over = 0
+        if workers == 1 and timeout is None:
+            self._work()
+        else:
+            self._start(min(workers, len(functions)))
 
-    def work(self) -> None:
+    def outcomes(self) -> list[Any]:
+        """Wait, and return what each call returned or raised, or ``TimedOut`` where it took too long: Python ends no
+        thread, so such a call goes on, on its own."""
+        with self.changed:
+            while self.over < len(self.functions):
+                left = None
+                if self.timeout is not None and self.started:
+                    left = max(0.0, min(self.started.values()) + self.timeout - time.monotonic())
+                self.changed.wait(left)
+                self._start(self._give_up())
+        return self.found
+
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            threading.Thread(target=self._work, daemon=True).start()  # as daemons, they do not hold up the end
+
+    def _work(self) -> None:
         """Do one call after another, until there are no more, or the last was given up."""
         while True:
             with self.changed:
@@ -43,53 +63,20 @@ class _Calls:
             with self.changed:
                 if number not in self.started:
                     return  # somebody else has taken this thread's place
-                self.finish(number, outcome)
+                self._finish(number, outcome)
 
-    def finish(self, number: int, outcome: Any) -> None:
+    def _finish(self, number: int, outcome: Any) -> None:
         del self.started[number]
-        self.outcomes[number] = outcome
+        self.found[number] = outcome
         self.over += 1
         self.changed.notify()
 
-    def give_up(self, timeout: float | None) -> int:
-        """End the calls that take longer, and return how many: their threads go on, and nobody waits for them."""
-        if timeout is None:
+    def _give_up(self) -> int:
+        """End the calls that take too long, and return how many."""
+        if self.timeout is None:
             return 0
         now = time.monotonic()
-        late = [number for number, start in self.started.items() if now - start >= timeout]
+        late = [number for number, start in self.started.items() if now - start >= self.timeout]
         for number in late:
-            self.finish(number, TimedOut(f"not over after {timeout:g} s"))
+            self._finish(number, TimedOut(f"not over after {self.timeout:g} s"))
         return len(late)
-
-    def wait(self, timeout: float | None) -> None:
-        """Wait until a call is over, or one has taken too long."""
-        left = None
-        if timeout is not None and self.started:
-            left = max(0.0, min(self.started.values()) + timeout - time.monotonic())
-        self.changed.wait(left)
-
-
-def side_by_side(functions: Sequence[Callable[[], Any]], workers: int, timeout: float | None = None) -> list[Any]:
-    """Call ``functions``, at most ``workers`` at once, and return what each returned or raised, or ``TimedOut`` where
-    it took longer than ``timeout`` seconds: Python ends no thread, so such a call goes on, on its own."""
-    if workers == 1 and timeout is None:
-        return [_outcome(function) for function in functions]
-    calls = _Calls(functions, [None] * len(functions))
-
-    def start(count: int) -> None:
-        for _ in range(count):
-            threading.Thread(target=calls.work, daemon=True).start()  # as daemons, they do not hold up the end
-
-    start(min(workers, len(functions)))
-    with calls.changed:
-        while calls.over < len(functions):
-            calls.wait(timeout)
-            start(calls.give_up(timeout))
-    return calls.outcomes
-
-
-def _outcome(function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except Exception as error:
-        return error

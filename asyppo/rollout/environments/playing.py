@@ -1,12 +1,14 @@
 """Responses of several turns: the policy writes one, an environment answers, and so on, in one sequence of tokens.
 
 The sequence is built of the tokens that were sampled and of those of the answers; nothing is decoded and encoded again.
-All episodes take their turns together: a turn is one call of the sampler, and its answers are made side by side.
+Episodes take their turns together: a turn is one call of the sampler, and its answers are made side by side, while the
+sampler writes for the next wave of episodes, if there are several.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +23,7 @@ from asyppo.data.prompts import Prompt, prompt_text, prompt_tokens
 from asyppo.data.rows import Row, short
 from asyppo.distributed.processes import divided
 from asyppo.environments.turn import Turn
-from asyppo.rollout.environments.calls import TimedOut, side_by_side
+from asyppo.rollout.environments.calls import Calls, TimedOut
 from asyppo.rollout.environments.chat import AnswerTokens, Message, parsed_turn
 from asyppo.rollout.environments.sessions import Answer, Session, Tool, session
 from asyppo.rollout.samplers import Response, Sampler
@@ -91,6 +93,15 @@ class _Open:
     def stop(self) -> None:
         """End it before its time."""
         self.truncated = self.over = True
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Answers under way."""
+
+    turns: dict[int, Message]
+    """By episode; of this rank's."""
+    calls: Calls
 
 
 class Playing:
@@ -170,18 +181,22 @@ class Playing:
 
         observations = divided(begin, keys)
         episodes = self._opened(rows, names, observations)
-        going = list(range(len(rows)))
-        while going:
-            self._sample(sampler, [episodes[i] for i in going], temperature)
-            turns = {i: turn for i in going if (turn := self._turn(episodes[i], names[i])) is not None}
-
-            def answers(part: slice, turns: Mapping[int, Message] = turns) -> list[Answer | None]:
-                return self._answers({i: own[i] for i in range(part.start, part.stop)}, turns)
-
-            for i, answer in enumerate(divided(answers, keys)):
-                if answer is not None:
-                    self._add_answer(episodes[i], names[i], answer)
-            going = [i for i in going if not episodes[i].over]
+        ready = deque(self._waves(len(rows)))
+        asked: deque[tuple[list[int], _Asked]] = deque()
+        while ready or asked:
+            if ready:
+                going = ready.popleft()
+            else:
+                going, waited_for = asked.popleft()
+                for i, answer in enumerate(divided(partial(self._answers, own, waited_for), keys)):
+                    if answer is not None:
+                        self._add_answer(episodes[i], names[i], answer)
+                going = [i for i in going if not episodes[i].over]
+            if going:
+                self._sample(sampler, [episodes[i] for i in going], temperature)
+                turns = {i: turn for i in going if (turn := self._turn(episodes[i], names[i])) is not None}
+                here = {i: turn for i, turn in turns.items() if i in own}
+                asked.append((going, _Asked(here, self._calls([partial(own[i].answer, here[i]) for i in here]))))
         given = divided(lambda part: self._rewards([own[i] for i in range(part.start, part.stop)], rows[part]), keys)
         return [
             self._played(episode, own.get(i), reward, names[i])
@@ -212,13 +227,17 @@ class Playing:
             found[i] = session(environment, self.tools)
         return found
 
-    def _side_by_side(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
-        return side_by_side(functions, self.config.environment.max_parallel, self.config.environment.timeout)
+    def _waves(self, count: int) -> list[list[int]]:
+        """Divide episodes evenly, neighbours, such as those of a group, together."""
+        waves = min(self.config.environment.waves, count)
+        return [list(range(count * w // waves, count * (w + 1) // waves)) for w in range(waves)]
+
+    def _calls(self, functions: Sequence[Callable[[], Any]]) -> Calls:
+        return Calls(functions, self.config.environment.max_parallel, self.config.environment.timeout)
 
     def _begun(self, sessions: Sequence[Session], rows: Sequence[Row], seeds: Sequence[int]) -> list[str]:
-        outcomes = self._side_by_side(
-            [partial(one.begin, row, seed) for one, row, seed in zip(sessions, rows, seeds, strict=True)]
-        )
+        begun = [partial(one.begin, row, seed) for one, row, seed in zip(sessions, rows, seeds, strict=True)]
+        outcomes = self._calls(begun).outcomes()
         for one, row, outcome in zip(sessions, rows, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 raise _failure(one, row, "reset", outcome)
@@ -284,20 +303,18 @@ class Playing:
         episode.over = episode.truncated or not (example.text or calls)
         return None if episode.over else turn
 
-    def _answers(self, sessions: Mapping[int, Session], turns: Mapping[int, Message]) -> list[Answer | None]:
-        asked = [i for i in sessions if i in turns]
-        found = self._side_by_side([partial(sessions[i].answer, turns[i]) for i in asked])
+    def _answers(self, own: Mapping[int, Session], asked: _Asked, part: slice) -> list[Answer | None]:
         answers: dict[int, Answer] = {}
-        for i, answer in zip(asked, found, strict=True):
+        for (i, turn), answer in zip(asked.turns.items(), asked.calls.outcomes(), strict=True):
             if isinstance(answer, TimedOut):
-                one = sessions[i]
+                one = own[i]
                 for pool in self.pools.values():  # it may still be at it
                     pool[:] = [other for other in pool if other is not one.environment]
                 assert self.config.environment.timeout is not None
-                answers[i] = one.timed_out(turns[i], self.config.environment.timeout)
+                answers[i] = one.timed_out(turn, self.config.environment.timeout)
             else:
                 answers[i] = answer
-        return [answers.get(i) for i in sessions]
+        return [answers.get(i) for i in range(part.start, part.stop)]
 
     def _add_answer(self, episode: _Open, name: str | None, answer: Answer) -> None:
         turn, config = episode.turns[-1], self.config
@@ -331,7 +348,7 @@ class Playing:
         """What ``get_reward`` gives, where there is one; None, too, where it was not over in time."""
         scored = [i for i, one in enumerate(sessions) if hasattr(one.environment, "get_reward")]
         given: list[Any] = [None] * len(sessions)
-        for i, reward in zip(scored, self._side_by_side([sessions[i].reward for i in scored]), strict=True):
+        for i, reward in zip(scored, self._calls([sessions[i].reward for i in scored]).outcomes(), strict=True):
             if isinstance(reward, TimedOut):
                 continue
             if isinstance(reward, Exception):
