@@ -139,6 +139,11 @@ def build(
             f"environment.name: got {played!r}, needs one of {', '.join(ENVIRONMENTS)} beside a warm_start, which has "
             "episodes of those"
         )
+    if environment is not None and played is not None:
+        try:
+            ENVIRONMENTS[played](**environment.params)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"environment.params: got {environment.params} for {played!r}: {error}") from error
     for name in (task.name for task in data.tasks or [data.task]):
         if played is not None and (tasks := TASKS_OF.get(played)) is not None:
             if name not in tasks:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from asyppo.cli.main import main
 from asyppo.config import AsyPPOConfig, ConfigError, DataConfig, EnvironmentConfig, TaskConfig, WarmStartConfig
 from asyppo.data.tasks import generate_rows
 from asyppo.environments import ENVIRONMENTS
@@ -474,3 +475,18 @@ def test_chance_is_a_parameter() -> None:
     noisy = ENVIRONMENTS["word_guessing"](noise=1.0)
     reset(noisy, row, 0)
     assert len({step(noisy, "zzzz").observation for _ in range(8)}) > 1
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "environments"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(ENVIRONMENTS))
+def test_the_examples_train(name: str, tmp_path: Path) -> None:
+    small = {"warm_start.steps": 2, "warm_start.batch_size": 8, "warm_start.cache_dir": tmp_path / "cache"}
+    small |= {"data.train_size": 20, "data.eval_size": 4, "prompts_per_step": 4, "max_steps": 4, "run_name": "run"}
+    options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    assert main(["train", "--config", str(EXAMPLES / f"{name}.yaml"), "--output_dir", str(tmp_path), *options]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert f"rewards/{name}/mean" in rows[-1]
+    assert rows[-1]["environment/turns/mean"] >= 1

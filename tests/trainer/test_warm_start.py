@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyppo.config import ConfigError, DataConfig, ModelShape, TaskConfig, WarmStartConfig
+from asyppo.config import ConfigError, DataConfig, EnvironmentConfig, ModelShape, TaskConfig, WarmStartConfig
 from asyppo.data.sources import load_train_rows
 from asyppo.models import warm_start
 from asyppo.rewards.built_in import reasoning_gym
@@ -104,3 +104,38 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     config = WarmStartConfig(SHAPE, SHAPE, steps=1, batch_size=4, cache_dir=str(tmp_path / "file"))
     with pytest.raises(WriteError, match=r"cannot write .*file/warm-start-.*: (Not a directory|File exists)"):
         warm_start.build(config, DATA, load_train_rows(DATA, []), CPU)
+
+
+def test_turns_are_learned_and_answers_are_not(tmp_path: Path) -> None:
+    rows = load_train_rows(DATA, [])
+    config = WarmStartConfig(SHAPE, SHAPE, steps=1, batch_size=4, cache_dir=str(tmp_path))
+    environment = EnvironmentConfig(name="calculator", params={"failure": 0.5})
+    plain, _ = warm_start.build(config, DATA, rows, CPU)
+    policy_path, _ = warm_start.build(config, DATA, rows, CPU, environment)
+    assert policy_path != plain
+    assert warm_start.build(config, DATA, rows, CPU, EnvironmentConfig())[0] == plain
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    [(tokens, labels)] = warm_start._encoded(tokenizer, [["4 - 1", "3", "<answer>3</answer>", ""]])
+    assert tokenizer.decode(tokens) == "4 - 1<eos>3<answer>3</answer><eos><eos>"
+    own = [token for token, label in zip(tokens, labels, strict=True) if label == token]
+    assert tokenizer.decode(own) == "4 - 1<eos><answer>3</answer><eos>"
+    assert all(label in (-100, token) for token, label in zip(tokens, labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("environment", "task", "message"),
+    [
+        ({"name": "own.py:Env"}, DATA.task, "environment.name: got 'own.py:Env', needs one of calculator"),
+        ({"name": "grid_world"}, DATA.task, "data.task.name: got 'chain_sum', needs grid_world with environment.name"),
+        (
+            {"name": "grid_world", "params": {"slip": 2}},
+            TaskConfig("grid_world"),
+            "environment.params: got {'slip': 2}",
+        ),
+        ({"name": "second_try"}, TaskConfig("leg_counting"), "data.task.name: got 'leg_counting', needs one of chain_"),
+    ],
+)
+def test_an_environment_without_episodes_to_learn_from(environment: dict, task: TaskConfig, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        warm_start.build(WarmStartConfig(), DataConfig(task=task), [], CPU, EnvironmentConfig(**environment))
+    assert str(error.value).startswith(message)

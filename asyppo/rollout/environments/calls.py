@@ -13,7 +13,7 @@ class TimedOut(Exception):
 
 
 class Calls:
-    """Calls of ``functions``, at most ``workers`` at a time, each in a thread, which begin now; ``outcomes`` waits. With
+    """Calls of ``functions``, at most ``workers`` at a time, each in a thread; they begin now, ``outcomes`` waits. With
     one worker and no ``timeout`` (seconds) they are over before this returns, in the caller's thread."""
 
     def __init__(self, functions: Sequence[Callable[[], Any]], workers: int, timeout: float | None = None):
