@@ -318,15 +318,20 @@ def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
             make_config(advantage_values="monte_carlo", monte_carlo=MonteCarloConfig(num_continuations=3, every=2)),
             mesh,
         ),
-from asyppo.config import (
-    AsyPPOConfig,
-    CriticConfig,
-    DistributedConfig,
-    EnvironmentConfig,
-    MonteCarloConfig,
-    PolicyConfig,
-    SideConfig,
-)
+        "side": lambda: train(make_config(critic=reading | {"kind": "side", "side": SideConfig(width=32)}), mesh),
+        "side_made_again": lambda: train(
+            make_config(critic={"kind": "side", "side": SideConfig("mlp", 32, [1, -1], keep_bytes=0)}, beta=0.1), mesh
+        ),
+        # An environment that answers, and critics that read the policy.
+        "environment": lambda: train(
+            make_config(
+                max_completion_length=24,
+                environment=EnvironmentConfig(max_turn_length=5, waves=2),
+                environment_credit="drop",
+                critic=reading | {"kind": "side", "side": SideConfig(width=32)},
+            ),
+            mesh,
+            environment_factory=Answers,
         ),
         "tied": lambda: train(make_config(), mesh, policy={"tie_word_embeddings": True}),
         "checkpointing": lambda: train(
