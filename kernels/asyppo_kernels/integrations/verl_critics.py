@@ -43,9 +43,9 @@ class CriticsForTokenClassification(PreTrainedModel):
         critic = config.critic_config()
         critic.num_labels = 1
         critic._attn_implementation = config._attn_implementation
-        dtype = torch.get_default_dtype()  # the one that is asked for, which the critic's configuration does not know
-        made = (AutoModelForTokenClassification.from_config(critic, dtype=dtype) for _ in range(config.num_critics))
-        self.critics = nn.ModuleList(made)
+        critic.dtype = torch.get_default_dtype()  # the one that is asked for
+        kind = AutoModelForTokenClassification.from_config
+        self.critics = nn.ModuleList(kind(critic, dtype=critic.dtype) for _ in range(config.num_critics))
         self._no_split_modules = self.critics[0]._no_split_modules
         self.post_init()
 
