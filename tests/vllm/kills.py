@@ -9,6 +9,7 @@ those of a run that nobody disturbed. Half a minute a kill; needs the environmen
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from asyppo.rollout.samplers.vllm.weights import PREFIX, path_of
@@ -94,10 +96,20 @@ def killed(command: list[str], run: Path, moments: random.Random, engine: bool) 
         time.sleep(0.1)
     if alive:
         problems.append(f"left running: {alive}")
-    if left := [p.name for p in path_of("x").parent.glob(f"*{PREFIX}*")]:
+    if left := [path.name for path in path_of("x").parent.glob(f"*{PREFIX}*") if not owned(path)]:
         problems.append(f"weights left in memory: {left}")
     print(f"{moment}, step {before} to {last_step(run)}: {'; '.join(problems) or 'nothing left'}", flush=True)
     return problems
+
+
+def owned(weights: Path) -> bool:
+    """Whether the process that made a directory of weights lives, as that of another run may."""
+    with suppress(FileNotFoundError), open(weights / "lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return not weights.exists()
 
 
 def rows(path: Path) -> list[dict[str, object]]:
