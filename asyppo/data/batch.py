@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CPU_TOKENS = 4096
+"""Most tokens of a model's pass on a CPU, for each of its threads: more are no faster, and where sequences are ragged
+they are padding, and memory."""
+
 
 @dataclass
 class Batch:
@@ -293,12 +297,19 @@ def empty_micro_batch(batch: Batch, *, packed: bool = False) -> MicroBatch:
     return MicroBatch(none, token, token.new_ones(1), (none, none), (none, none), none, 1, 1, 1, packing)
 
 
+def _at_most(max_tokens: int, models: int, device: torch.device) -> int:
+    """Tokens of a pass of so many models side by side."""
+    return min(max_tokens, models * CPU_TOKENS * torch.get_num_threads()) if device.type == "cpu" else max_tokens
+
+
 def micro_batches(
     batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1, *, packed: bool = False
 ) -> Iterator[MicroBatch]:
-    """Cut this rank's part of ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, and at
-    least ``at_least`` of them where there are that many rows. Rows of like length go together, so that padding is
-    small; ``packed``, there is none. Every rank gets the same number, some of them empty if need be."""
+    """Cut this rank's part of ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, on a CPU
+    also of at most ``CPU_TOKENS`` a thread, and at least ``at_least`` of them where there are that many rows. Rows of
+    like length go together, so that padding is small; ``packed``, there is none. Every rank gets the same number, some
+    of them empty if need be."""
+    max_tokens = _at_most(max_tokens, 1, batch.tokens.device)
     parts = divide_rows(rows.cpu(), batch.host_length)
     pieces = [list(_pieces(batch, own, max_tokens, at_least, packed)) for own in parts]
     for own in _in_step(pieces):
@@ -330,8 +341,9 @@ def _pieces(batch: Batch, rows: Tensor, max_tokens: int, at_least: int, packed: 
 
 def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[list[MicroBatch]]:
     """Cut this rank's part of M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a
-    share, that have at most ``max_tokens`` tokens together, padding included. The micro-batch of a share that has run
-    out has no rows. Every rank gets the same number."""
+    share, that have at most ``max_tokens`` tokens together, padding included, on a CPU also at most ``CPU_TOKENS`` each
+    for a thread. The micro-batch of a share that has run out has no rows. Every rank gets the same number."""
+    max_tokens = _at_most(max_tokens, len(shares), batch.tokens.device)
     by_rank = zip(*(divide_rows(rows.cpu(), batch.host_length) for rows in shares), strict=True)
     pieces = [list(_pieces_side_by_side(batch, rank_rows, max_tokens)) for rank_rows in by_rank]
     for own in _in_step(pieces):

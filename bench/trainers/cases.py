@@ -40,7 +40,8 @@ class TrainerCase:
     """One comparison. ``prompts`` of a step, ``generations`` of each, and their greatest lengths in tokens.
 
     ``ragged``: lengths vary, and each library has its own defaults; otherwise all are of the greatest length, which no
-    end-of-sequence token cuts, and both do the same work: one update, one micro-batch, no checkpointing of layers.
+    end-of-sequence token cuts, and both do the same work: one update, no checkpointing of layers. TRL's is one
+    micro-batch; ours are what a CPU takes at once (``asyppo.data.batch.CPU_TOKENS``).
     """
 
     name: str

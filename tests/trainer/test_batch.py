@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from asyppo.algorithm.split import split_responses
-from asyppo.data.batch import Batch, make_batch, micro_batch, micro_batches, minibatches
+from asyppo.data import batch as batches
+from asyppo.data.batch import Batch, make_batch, micro_batch, micro_batches, minibatches, share_micro_batches
 
 PAD, EOS = 0, 1
 
@@ -96,6 +97,19 @@ def test_micro_batches_of_fewer_rows_than_asked_for(ragged_batch: Callable[..., 
     batch = ragged_batch()
     assert len(list(micro_batches(batch, torch.tensor([3, 4]), 100, at_least=5))) == 2
     assert list(micro_batches(batch, torch.empty(0, dtype=torch.int64), 100)) == []
+
+
+def test_what_a_cpu_takes_at_once(monkeypatch: pytest.MonkeyPatch, ragged_batch: Callable[..., Batch]) -> None:
+    """A model's tokens in each of its threads."""
+    monkeypatch.setattr(batches, "CPU_TOKENS", 9)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    batch, rows = ragged_batch(5, 3), torch.arange(15)
+    assert [p.rows.tolist() for p in micro_batches(batch, rows, 10_000)] == [
+        p.rows.tolist() for p in micro_batches(batch, rows, 18)
+    ]
+    shares = [rows[::2], rows[1::2]]
+    sizes = [sum(m.input_ids.numel() for m in micros) for micros in share_micro_batches(batch, shares, 10_000)]
+    assert 18 < max(sizes) <= 36
 
 
 def test_a_sequence_above_the_budget_goes_alone(ragged_batch: Callable[..., Batch]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -204,3 +204,20 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@dataclass(eq=False, repr=False)
+class ModelSampler:
+    """What the samplers have that decode with a model of this process."""
+
+    model: PreTrainedModel
+    _: KW_ONLY
+    eos_token_ids: list[int]
+    pad_token_id: int
+    batch_size: int = 512
+    """Most responses under way."""
+    dtype: torch.dtype = torch.float32
+    """Of the weights that it decodes with."""
+
+    def __post_init__(self) -> None:
+        self.weights = WorkingWeights(self.model, self.dtype)

@@ -14,29 +14,17 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from asyppo.distributed.processes import forked_rng
-from asyppo.rollout.samplers.base import Response, WorkingWeights, evaluating
+from asyppo.rollout.samplers.base import ModelSampler, Response, evaluating
 
 
-class ContinuousBatchingSampler:
+class ContinuousBatchingSampler(ModelSampler):
     """``Sampler`` over transformers' continuous batching: a response that ends makes room for the next at once, and
     the responses of one prompt share its key-value cache, which is paged.
 
-    ``batch_size`` bounds the responses under way. On a GPU the cache takes what memory is free, and gives it back; the
+    On a GPU the cache takes what memory is free, and gives it back; the
     attention is the model's, and flash attention is the one worth having here. Randomness comes from torch's global
     generator, the whole softmax is sampled from, and a checkpoint's own sampling settings do not apply.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int,
-        batch_size: int = 512,
-        dtype: torch.dtype = torch.float32,
-    ):
-        self.weights, self.batch_size = WorkingWeights(model, dtype), batch_size
-        self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:

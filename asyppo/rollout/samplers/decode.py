@@ -17,31 +17,22 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from asyppo.rollout.samplers.base import Response, WorkingWeights, cut_at_the_end, evaluating
+from asyppo.rollout.samplers.base import ModelSampler, Response, cut_at_the_end, evaluating
 from asyppo.rollout.samplers.draw import draw
 from asyppo.rollout.samplers.one_token import OneTokenPass, why_not_by_token
 
 
-class DecodingSampler:
+@dataclass(eq=False, repr=False, kw_only=True)
+class DecodingSampler(ModelSampler):
     """``Sampler`` that decodes with the model's key-value cache, as ``generate`` does, but reads each prompt once and
     drops rows that have ended.
 
-    ``batch_size`` bounds the responses under way, ``max_tokens`` the tokens of prompts read at once. Randomness comes
-    from torch's global generator; the whole softmax is sampled from, whatever settings a checkpoint brings along.
+    Randomness comes from torch's global generator; the whole softmax is sampled from, whatever settings a checkpoint
+    brings along.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int,
-        batch_size: int = 512,
-        dtype: torch.dtype = torch.float32,
-        max_tokens: int = 16_384,
-    ):
-        self.weights, self.batch_size, self.max_tokens = WorkingWeights(model, dtype), batch_size, max_tokens
-        self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
+    max_tokens: int = 16_384
+    """Most tokens of prompts that are read at once."""
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from asyppo.rollout.samplers.base import Response, WorkingWeights, cut_at_the_end, evaluating
+from asyppo.rollout.samplers.base import ModelSampler, Response, cut_at_the_end, evaluating
 from asyppo.rollout.samplers.draw import tempered
 
 
-class GenerateSampler:
+@dataclass(eq=False, repr=False, kw_only=True)
+class GenerateSampler(ModelSampler):
     """``Sampler`` over Hugging Face ``generate``, batched with left padding; the whole softmax is sampled from. Without
     ``pads`` a batch has prompts of one length, for models that read padding, too; without ``cache`` each token is drawn
     from a pass over all tokens before it.
@@ -22,20 +24,8 @@ class GenerateSampler:
     repetition penalty, …) do not apply: with them, log-probs of the trainer would be those of another distribution.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int,
-        batch_size: int = 512,
-        dtype: torch.dtype = torch.float32,
-        pads: bool = True,
-        cache: bool = True,
-    ):
-        self.weights, self.batch_size = WorkingWeights(model, dtype), batch_size
-        self.pads, self.cache = pads, cache
-        self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
+    pads: bool = True
+    cache: bool = True
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
