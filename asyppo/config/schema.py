@@ -62,7 +62,7 @@ class SideConfig:
     network: Literal["transformer", "mlp"] = "transformer"
     """``transformer``: one layer, in which a state sees those before it in its response. ``mlp``: the same layer
     without attention."""
-    width: int = setting(96, at_least=32)
+    width: int = setting(64, at_least=32)
     """Of the network: a multiple of 32."""
     layers: list[int] = field(default_factory=lambda: [-1])
     """Layers of the policy whose output is read, counted from 1 or, from the last one back, from -1; of several, side

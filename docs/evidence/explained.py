@@ -1,17 +1,19 @@
 """How much of the oracle's value critics explain on responses that they have not learned from, while the policy stays.
 
-``python docs/evidence/explained.py CONFIG [--steps N] [--held_out N] [--seed N] [--out FILE] [--arm "name: changes"]``,
-from the repository's root, on chain sums alone. The policy never learns: every arm's critics learn the same N batches,
-a step's responses each, as in a step. Held-out batches are those that would come
-next. The oracle's value of a state
-is the mean score of all held-out responses' states that are as far along and free of mistakes, or not: see oracle.py.
-An arm's changes are settings as a mapping, such as ``inputs: {critic: {policy_inputs: [logprob, entropy]}}``.
+``python docs/evidence/explained.py docs/evidence/long.yaml --teach 500``, from the repository's root, on chain sums.
+The policy never learns: every arm's critics learn the same batches, of a step's responses each, as in a step. Held-out
+batches are those that would come next. The oracle's value of a state is the mean score of all held-out responses'
+states that are as far along and free of mistakes, or not: see oracle.py. It is only the truth of a policy whose totals
+follow from those before them, wrong ones too. ``--teach N`` gives a warm start that has not learned this N more steps,
+at more noise, and keeps the result beside it. ``--arm`` takes other arms: settings as a mapping,
+``"inputs: {critic: {policy_inputs: [logprob, entropy]}}"``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from dataclasses import replace
@@ -21,12 +23,15 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracle
 
 from asyppo.cli.build import build_trainer, unnamed
-from asyppo.config import load_config
+from asyppo.config import AsyPPOConfig, load_config
+from asyppo.data.sources import load_eval_rows, load_train_rows
+from asyppo.models import warm_start
 from asyppo.rollout.collecting import Sampled
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
@@ -36,15 +41,65 @@ INPUTS = {"policy_inputs": ["logprob", "entropy"]}
 ARMS: dict[str, dict[str, Any]] = {
     "mini": {},
     "mini, inputs": {"critic": INPUTS},
-    "side transformer": {"critic": {"kind": "side"} | INPUTS},
-    "side MLP": {"critic": {"kind": "side", "side": {"network": "mlp"}} | INPUTS},
+    "side transformer, inputs": {"critic": {"kind": "side"} | INPUTS},
+    "side MLP, inputs": {"critic": {"kind": "side", "side": {"network": "mlp"}} | INPUTS},
 }
 REPORTED = (1, 2, 4, 8, 16, 24)
+NOISE = 0.08
+LEARNING_RATES = 1.2e-3, 3e-4  # of teaching on: linearly from one to the other
 
 
 def explained(value: Tensor, truth: Tensor) -> float:
     """Return the share of the variance of ``truth`` that ``value`` explains."""
     return float(1 - (truth - value).var() / truth.var())
+
+
+def models_of(config: AsyPPOConfig, steps: int) -> AsyPPOConfig:
+    """Return ``config`` with the models of its warm start in place of it, the policy taught ``steps`` more."""
+    start, data = config.warm_start, config.data
+    assert start is not None
+    rows = load_train_rows(data, load_eval_rows(data))
+    policy, critic = warm_start.build(start, data, rows, torch.device("cpu"))
+    if steps:
+        taught = policy.with_name(f"policy-and-{steps}")
+        if not taught.exists():
+            teach(policy, taught, steps, rows, replace(start, noise=NOISE))
+        policy = taught
+    return replace(
+        config,
+        warm_start=None,
+        policy=replace(config.policy, model_name_or_path=str(policy)),
+        critic=replace(config.critic, model_name_or_path=None if config.critic.kind == "side" else str(critic)),
+    )
+
+
+def teach(source: Path, target: Path, steps: int, rows: Any, config: Any) -> None:
+    """Give the policy in ``source`` more of the steps of a warm start, and write it to ``target``."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    rng, pad = random.Random(config.seed + 1), torch.nn.utils.rnn.pad_sequence
+    first, last = LEARNING_RATES
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = (first + (last - first) * step / steps) * min(1.0, (step + 1) / 30)
+        chosen = rng.sample(range(len(rows)), config.batch_size)
+        prompts = tokenizer([rows[i]["prompt"] for i in chosen])["input_ids"]
+        texts = [warm_start.worked_solution(rows[i], config.noise, config.guess, rng) for i in chosen]
+        responses = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+        both = list(zip(prompts, responses, strict=True))
+        ids = pad([torch.tensor(p + r) for p, r in both], batch_first=True, padding_value=tokenizer.pad_token_id)
+        labels = pad([torch.tensor([-100] * len(p) + r) for p, r in both], batch_first=True, padding_value=-100)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 25 == 0:
+            print(f"taught {step + 1} of {steps} steps, loss {loss.item():.3f}", flush=True)
+    partial = target.with_name(f".{target.name}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
 
 
 def sampled(trainer: AsyPPOTrainer, number: int, seed: int) -> Sampled:
@@ -64,7 +119,8 @@ def truth_of(trainer: AsyPPOTrainer, batches: list[Sampled]) -> tuple[Tensor, Te
     for number in to_go.unique():
         for is_right in (True, False):
             alike = (to_go == number) & (right == is_right)
-            value[alike] = score[alike].mean()
+            if alike.any():
+                value[alike] = score[alike].mean()
     return value, score
 
 
@@ -80,11 +136,12 @@ def values(trainer: AsyPPOTrainer, batches: list[Sampled]) -> Tensor:
 
 
 def main() -> None:
-    """Print a row of each arm as it learns, and the table of the last ones."""
+    """Print a row of each arm as it learns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--held_out", type=int, default=8, help="batches")
+    parser.add_argument("--teach", type=int, default=0, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arm", action="append", default=[], help="'name: {settings}' in place of the usual ones")
     parser.add_argument("--out", type=Path, help="a JSON file of all rows")
@@ -95,20 +152,24 @@ def main() -> None:
     for name, changes in arms.items():
         critic = {"warmup_steps": chosen.steps} | changes.get("critic", {})
         run = {"seed": chosen.seed, "max_steps": chosen.steps + 1, "diagnostics_steps": 0, "eval": {"every": 0}}
-        trainers[name] = build_trainer(unnamed(load_config(chosen.config, changes | run | {"critic": critic})))
+        config = load_config(chosen.config, changes | run | {"critic": critic})
+        trainers[name] = build_trainer(unnamed(models_of(config, chosen.teach)))
     first = next(iter(trainers.values()))
     held_out = [sampled(first, chosen.steps + 1 + i, chosen.seed) for i in range(chosen.held_out)]
     truth, score = truth_of(first, held_out)
-    responses = sum(len(one.batch) for one in held_out)
-    print(f"{responses} held-out responses, mean score {float(score.mean()):.3f} over tokens")
-    print(f"the oracle explains {explained(truth, score):.3f} of the scores", flush=True)
+    about = {
+        "held-out responses": sum(len(one.batch) for one in held_out),
+        "mean score": round(float(torch.cat([one.batch.score for one in held_out]).mean()), 3),
+        "scores explained by the oracle": round(explained(truth, score), 3),
+    }
+    print(json.dumps(about), flush=True)
     rows = []
     seconds = dict.fromkeys(trainers, 0.0)
     for step in range(1, chosen.steps + 1):
         batch = sampled(first, step, chosen.seed)
         for name, trainer in trainers.items():
             start = time.process_time()
-            trainer.step(step, replace(batch))
+            trainer.step(step, batch)
             seconds[name] += time.process_time() - start
         if step not in REPORTED and step != chosen.steps:
             continue
@@ -127,7 +188,6 @@ def main() -> None:
             )
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
         if chosen.out:
-            about = {"held-out responses": responses, "oracle of scores": round(explained(truth, score), 3)}
             chosen.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -126,7 +126,7 @@ def test_the_introduction(tiny_config: Make, tiny_trainer: Make) -> None:
     [critic] = [line for line in lines(algorithm="ppo") if line.startswith("critic")]
     assert re.fullmatch(rf"critic: +1 × qwen3, {size} each", critic)
     [critic] = [line for line in lines(critic={"kind": "side"}) if line.startswith("critic")]
-    of_layer = r"transformer of width 96 on hidden states of the policy's layer 2"
+    of_layer = r"transformer of width 64 on hidden states of the policy's layer 2"
     assert re.fullmatch(rf"critics: +2 × {of_layer}, [1-9][\d,]+ parameters each, computed together", critic)
     without = lines(algorithm="grpo")
     assert "3 held out to evaluate on" in without[2]
