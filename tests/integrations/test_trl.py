@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
+import peft  # noqa: E402
 from datasets import Dataset  # noqa: E402  (it comes with trl)
 from trl.trainer import utils  # noqa: E402
 
@@ -61,7 +62,7 @@ def make_trainer(example: ModuleType, tmp_path: Path) -> Callable[..., Any]:
         model.lm_head.weight.mul_(10)  # distributions far from uniform
     model.save_pretrained(tmp_path / "model")
 
-    def make(ours: bool, **settings: Any) -> Any:
+    def make(ours: bool, peft_config: Any = None, **settings: Any) -> Any:
         (integration.enable if ours else integration.disable)()
         settings = {
             "output_dir": str(tmp_path / "out"),
@@ -85,6 +86,7 @@ def make_trainer(example: ModuleType, tmp_path: Path) -> Callable[..., Any]:
             args=trl.GRPOConfig(**settings),
             train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
             processing_class=tokenizer,
+            peft_config=peft_config,
         )
 
     return make
@@ -208,6 +210,21 @@ def test_two_training_steps_are_trls(make_trainer: Callable[..., Any], settings:
         scale = change.abs().max().item()
         assert scale > 0
         torch.testing.assert_close(our_moved[name], change, atol=1e-3 * scale, rtol=0, msg=name)
+
+
+def test_adapters_train_as_trls(make_trainer: Callable[..., Any]) -> None:
+    """The reference is the model without its adapter, which TRL asks through the same head."""
+    results = []
+    for ours in (False, True):
+        torch.manual_seed(3)
+        adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+        trainer = make_trainer(ours, peft_config=adapter, max_steps=2, num_iterations=2, beta=0.05)
+        trainer.train()
+        rows = [[row[name] for name in ("loss", "entropy", "kl", "grad_norm")] for row in trainer.state.log_history[:2]]
+        results.append(rows)
+    assert results[0][1][2] > 0
+    for row, our_row in zip(*results, strict=True):
+        assert our_row == pytest.approx(row, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(

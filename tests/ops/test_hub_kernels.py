@@ -43,6 +43,11 @@ assert ops.agreement_masks(std, std >= 0, backend="triton").advantage_keep.sum()
 gae = ops.ensemble_gae(torch.rand(2, 2, 5), std, std >= 0)
 assert gae.advantage.isfinite().all()
 assert hasattr(getattr(torch.ops, ops.__name__), "linear_ppo_loss") and not hasattr(torch.ops.asyppo, "linear_ppo_loss")
+from kernels._rust import Metadata
+
+for backend in ("cpu", "cuda", "rocm"):
+    metadata = Metadata.read_from_file(Path(sys.argv[1]) / "build" / f"torch-{backend}" / "metadata.json")
+    assert str(metadata.backend.backend_type).lower().endswith(backend)
 print(ops.__name__)
 """
 
