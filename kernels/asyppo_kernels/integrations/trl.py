@@ -1,4 +1,4 @@
-"""TRL 1.16: every trainer with a fused head (GRPO, RLOO, DPO, SFT and others) takes its log-probs from the op.
+"""TRL 1.16: GRPO, RLOO and AsyncGRPO, and the references of DPO and KTO, take their log-probs from the op.
 
 ``add_fused_lm_head`` of TRL calls one autograd function with hidden states and the head's weight, after FSDP2 has
 gathered the weight and outside of what PEFT and mixtures of experts wrap. That function is what is replaced.
