@@ -30,8 +30,11 @@ import oracle
 
 from asyppo.cli.build import build_trainer, unnamed
 from asyppo.config import AsyPPOConfig, load_config
+from asyppo.config.files import merged
 from asyppo.data.sources import load_eval_rows, load_train_rows
 from asyppo.models import warm_start
+from asyppo.models.critics import CriticOptimizer
+from asyppo.models.loading import critics_of
 from asyppo.rollout.collecting import Sampled
 from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
@@ -44,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "side transformer, inputs": {"critic": {"kind": "side"} | INPUTS},
     "side MLP, inputs": {"critic": {"kind": "side", "side": {"network": "mlp"}} | INPUTS},
 }
-REPORTED = (1, 2, 4, 8, 16, 24)
+REPORTED = (4, 8, 16, 24)
 NOISE = 0.08
 LEARNING_RATES = 1.2e-3, 3e-4  # of teaching on: linearly from one to the other
 
@@ -54,8 +57,8 @@ def explained(value: Tensor, truth: Tensor) -> float:
     return float(1 - (truth - value).var() / truth.var())
 
 
-def models_of(config: AsyPPOConfig, steps: int) -> AsyPPOConfig:
-    """Return ``config`` with the models of its warm start in place of it, the policy taught ``steps`` more."""
+def models_of(config: AsyPPOConfig, steps: int) -> tuple[str, str]:
+    """Return where policy and critic of the warm start of ``config`` are, the policy taught ``steps`` more."""
     start, data = config.warm_start, config.data
     assert start is not None
     rows = load_train_rows(data, load_eval_rows(data))
@@ -65,22 +68,35 @@ def models_of(config: AsyPPOConfig, steps: int) -> AsyPPOConfig:
         if not taught.exists():
             teach(policy, taught, steps, rows, replace(start, noise=NOISE))
         policy = taught
-    return replace(
-        config,
-        warm_start=None,
-        policy=replace(config.policy, model_name_or_path=str(policy)),
-        critic=replace(config.critic, model_name_or_path=None if config.critic.kind == "side" else str(critic)),
-    )
+    return str(policy), str(critic)
+
+
+def trainer_with(first: AsyPPOTrainer, config: AsyPPOConfig, critic: str) -> AsyPPOTrainer:
+    """Return a trainer with the policy and the data of ``first`` and critics of its own, mini ones from ``critic``."""
+    made = first.with_settings(config)
+    made.critics = critics_of(critic if config.critic.kind == "mini" else None, config, first.policy)
+    assert made.critics is not None
+    rate, decay = config.critic.learning_rate, config.critic.weight_decay
+    made.critic_optimizer = CriticOptimizer(made.critics, learning_rate=rate, weight_decay=decay)
+    return made
 
 
 def teach(source: Path, target: Path, steps: int, rows: Any, config: Any) -> None:
-    """Give the policy in ``source`` more of the steps of a warm start, and write it to ``target``."""
+    """Give the policy in ``source`` more of the steps of a warm start, and write it to ``target``. Every 25 steps its
+    state is kept beside it, to go on from."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     rng, pad = random.Random(config.seed + 1), torch.nn.utils.rnn.pad_sequence
     first, last = LEARNING_RATES
-    for step in range(steps):
+    kept, done = target.with_suffix(".pt"), 0
+    if kept.exists():
+        state = torch.load(kept, weights_only=False)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rng.setstate(state["rng"])
+        done = state["step"]
+    for step in range(done, steps):
         optimizer.param_groups[0]["lr"] = (first + (last - first) * step / steps) * min(1.0, (step + 1) / 30)
         chosen = rng.sample(range(len(rows)), config.batch_size)
         prompts = tokenizer([rows[i]["prompt"] for i in chosen])["input_ids"]
@@ -96,10 +112,14 @@ def teach(source: Path, target: Path, steps: int, rows: Any, config: Any) -> Non
         optimizer.zero_grad()
         if (step + 1) % 25 == 0:
             print(f"taught {step + 1} of {steps} steps, loss {loss.item():.3f}", flush=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"rng": rng.getstate(), "step": step + 1}, kept.with_suffix(".part"))
+            kept.with_suffix(".part").replace(kept)
     partial = target.with_name(f".{target.name}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(target)
+    kept.unlink(missing_ok=True)
 
 
 def sampled(trainer: AsyPPOTrainer, number: int, seed: int) -> Sampled:
@@ -148,13 +168,15 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     arms = {k: v for text in chosen.arm for k, v in yaml.safe_load(text).items()} or ARMS
-    trainers: dict[str, AsyPPOTrainer] = {}
-    for name, changes in arms.items():
-        critic = {"warmup_steps": chosen.steps} | changes.get("critic", {})
-        run = {"seed": chosen.seed, "max_steps": chosen.steps + 1, "diagnostics_steps": 0, "eval": {"every": 0}}
-        config = load_config(chosen.config, changes | run | {"critic": critic})
-        trainers[name] = build_trainer(unnamed(models_of(config, chosen.teach)))
-    first = next(iter(trainers.values()))
+    run = {"seed": chosen.seed, "max_steps": chosen.steps + 1, "diagnostics_steps": 0, "eval": {"every": 0}}
+    run["critic"] = {"warmup_steps": chosen.steps}
+    policy, critic = models_of(load_config(chosen.config), chosen.teach)
+    base = run | {"warm_start": None, "algorithm": "grpo", "policy": {"model_name_or_path": policy}}
+    first = build_trainer(unnamed(load_config(chosen.config, base)))
+    trainers = {
+        name: trainer_with(first, unnamed(load_config(chosen.config, merged(run, changes))), critic)
+        for name, changes in arms.items()
+    }
     held_out = [sampled(first, chosen.steps + 1 + i, chosen.seed) for i in range(chosen.held_out)]
     truth, score = truth_of(first, held_out)
     about = {
