@@ -15,7 +15,7 @@ import yaml
 from asyppo.algorithm.options import AdvantageOptions
 from asyppo.algorithm.signal import Outcome
 from asyppo.compare.grid import load_grid
-from asyppo.config import DataConfig, TaskConfig
+from asyppo.config import DataConfig, TaskConfig, WarmStartConfig
 from asyppo.data.batch import make_batch
 from asyppo.data.sources import load_train_rows
 from asyppo.models import warm_start
@@ -102,7 +102,9 @@ def test_arms_without_a_common_seed_have_no_effect(tmp_path: Path, effects: Modu
 def test_the_oracle_knows_a_mistake_when_it_is_made() -> None:
     oracle = module("oracle")
     task = TaskConfig("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1})
-    tokenizer = warm_start._make_tokenizer(load_train_rows(DataConfig(task=task, train_size=50), []))
+    rows = load_train_rows(DataConfig(task=task, train_size=50), [])
+    solve = warm_start.solutions(WarmStartConfig(noise=0.0, guess=0.0))
+    tokenizer = warm_start._make_tokenizer(rows, solve)
     prompt = torch.tensor(tokenizer("State the final answer to 4 - 1 + 7 =\n")["input_ids"])
     texts = [f"{total}, <answer>{answer}</answer><eos>" for total, answer in ((3, 10), (3, 11), (4, 11))]
     responses = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
