@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,8 @@ def write_repository(run: str | Path, folder: Path, repo_id: str, *, best: bool 
     if damage := durable.damage(checkpoint):
         raise ConfigError(f"{checkpoint}: {damage}, needs a checkpoint that can be loaded")
     read = read_run(checkpoint.parent)
+    if (own := checkpoint / "config.yaml").exists():  # the run's is that of its last start
+        read = replace(read, config_text=own.read_text())
     shutil.copytree(checkpoint / "policy", folder, dirs_exist_ok=True)
     critics = sorted(path.name for path in checkpoint.glob("critic_*") if path.is_dir())
     for name in critics:

@@ -51,6 +51,9 @@ class Set:
     """What does not work with these versions, an expression for ``pytest -k``, with the reason in a comment."""
 
 
+NOT_THERE = ("peft", "trl", "ruff", "mypy", "twine")
+"""Of the packages for development: the first two are among the sets' versions, the linters say nothing of versions, and
+twine asks for a rich above our lower bound."""
 # Of the ops alone it is 1.26; pyarrow, which datasets needs, has no use for that.
 NUMPY = {"numpy": "numpy==2.0.*"}
 SETS = {
@@ -127,7 +130,7 @@ def environment_of(name: str) -> Path:
     else:
         _call([_interpreter(chosen.python), "-m", "venv", "--without-pip", str(folder)])
         dev = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["dev"]
-        pip += [text for text in dev if Requirement(text).name not in ("peft", "trl", "ruff", "mypy")]
+        pip += [text for text in dev if Requirement(text).name not in NOT_THERE]
     if not chosen.oldest:
         pip += ["--upgrade"]  # of what is named; what that needs goes along where it has to
     _call([*pip, *wanted])

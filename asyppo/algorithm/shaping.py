@@ -18,9 +18,9 @@ def shape_rewards(
     reward, metrics = reward.clone(), {}
     if options.overlong_buffer_len:
         limit = options.max_completion_length - options.overlong_buffer_len
-        length = mask.sum(dim=1)
-        penalty = options.overlong_penalty_factor * overlong_fraction(length, limit, options.overlong_buffer_len)
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)
+        length = last + 1  # what an environment has said in between counts, as for the limit
+        penalty = options.overlong_penalty_factor * overlong_fraction(length, limit, options.overlong_buffer_len)
         reward[torch.arange(len(reward), device=reward.device), last] -= penalty
         everyone = torch.ones_like(length, dtype=torch.bool)
         metrics["critic/overlong_penalty/mean"] = float(masked_mean(penalty, everyone))

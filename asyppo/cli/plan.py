@@ -231,10 +231,18 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
             critic_activations = activations(critic, rows, width, dtype, config.critic.gradient_checkpointing)
         else:
             critic_activations = side_activations(shape, rows, config.max_completion_length, dtype)
+        made_again = {}
+        if shape is not None and not states:
+            made_again = {
+                "policy's weights as computed with": _in_use(policy, policy_activations, element, gpus),
+                "within a layer of the policy": policy_activations.layer,
+                "hidden states that critics read": rows * config.max_completion_length * shape.states_size * element,
+            }
         # A frozen backbone is there once, and in the precision of the pass already.
         in_use = 0 if config.critic.lora_r else config.num_critics * _in_use(critic, critic_activations, element, gpus)
         plan.phases["critic update"] = always | {
             **states,
+            **made_again,
             "gradients": 4 * config.num_critics * critic.trainable // shards,
             "weights as computed with": in_use,
             "activations": critic_activations.kept,
@@ -242,6 +250,7 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024)
         }
         plan.phases["values"] = always | {
             **states,
+            **made_again,
             "weights as computed with": in_use,
             "within a layer": critic_activations.layer,
         }

@@ -15,14 +15,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from asyppo.algorithm.turns import Turns
-from asyppo.distributed.processes import divide_rows, rank
+from asyppo.distributed.processes import divide_rows, from_main, rank
 
 if TYPE_CHECKING:
     from asyppo.data.hidden import HiddenStates
@@ -299,7 +299,13 @@ def empty_micro_batch(batch: Batch, *, packed: bool = False) -> MicroBatch:
 
 def _at_most(max_tokens: int, models: int, device: torch.device) -> int:
     """Tokens of a pass of so many models side by side."""
-    return min(max_tokens, models * CPU_TOKENS * torch.get_num_threads()) if device.type == "cpu" else max_tokens
+    return min(max_tokens, models * CPU_TOKENS * _threads()) if device.type == "cpu" else max_tokens
+
+
+@cache
+def _threads() -> int:
+    """Threads of a rank: the main one's, since all cut the same micro-batches."""
+    return from_main(torch.get_num_threads)
 
 
 def micro_batches(

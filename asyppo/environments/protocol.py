@@ -6,7 +6,10 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 LONGEST_ERROR = 200
 """Characters of an error that the policy gets to see."""
@@ -52,11 +55,19 @@ def step(environment: Any, action: str) -> Step:
     try:
         answer = environment.step(action)
     except Exception as error:
-        return Step(error_text(error or type(error).__name__), failed=True)
+        return Step(error_text(str(error) or type(error).__name__), failed=True)
     if not isinstance(answer, tuple) or len(answer) != 3:
         return Step(error_text("the environment gave no answer"), failed=True)
     observation, reward, done = answer
-    number = isinstance(reward, int | float) and math.isfinite(reward)
-    if not isinstance(observation, str) or not number or not isinstance(done, bool | int):
-        return Step(error_text("the environment gave no answer"), failed=True)
+    if not isinstance(observation, str) or not _is_finite(reward) or not isinstance(done, bool | int | np.bool_):
+        types = ", ".join(type(part).__name__ for part in answer)
+        return Step(error_text(f"the environment gave no answer but {types}"), failed=True)
     return Step(observation, float(reward), bool(done))
+
+
+def _is_finite(reward: Any) -> bool:
+    """Whether it is a finite number, numpy's included."""
+    try:
+        return isinstance(reward, Real) and math.isfinite(reward)
+    except OverflowError:  # an integer of hundreds of digits
+        return False

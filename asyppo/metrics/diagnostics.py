@@ -37,7 +37,7 @@ def mask_diagnostics(signal: LearningSignal, learned: Tensor, entropy: Tensor, k
     the policy's ``entropy`` [B, T] where that is ``known`` (bool [B, T]); NaN where that is 0. Of two critics or more
     also by position: σ, and the shares of tokens that each mask takes, at the first token of the responses, the second,
     the third and fourth, the fifth to eighth, and so on, as ``critic/std/tokens_5_8``, ``actor/adv_mask_frac/…`` and
-    ``actor/entropy_filter_frac/…``.
+    ``actor/entropy_filter_frac/…``; an environment's tokens are counted, too.
     """
     dropped = [learned & ~keep for keep in (signal.advantage_keep, signal.entropy_keep)]
     shares = []

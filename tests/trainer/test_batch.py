@@ -102,7 +102,7 @@ def test_micro_batches_of_fewer_rows_than_asked_for(ragged_batch: Callable[..., 
 def test_what_a_cpu_takes_at_once(monkeypatch: pytest.MonkeyPatch, ragged_batch: Callable[..., Batch]) -> None:
     """A model's tokens in each of its threads."""
     monkeypatch.setattr(batches, "CPU_TOKENS", 9)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(batches, "_threads", lambda: 2)
     batch, rows = ragged_batch(5, 3), torch.arange(15)
     assert [p.rows.tolist() for p in micro_batches(batch, rows, 10_000)] == [
         p.rows.tolist() for p in micro_batches(batch, rows, 18)

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -21,11 +22,12 @@ from asyppo.cli.main import main
 from asyppo.config import AsyPPOConfig, ConfigError, DataConfig, EnvironmentConfig, TaskConfig, WarmStartConfig
 from asyppo.data.tasks import generate_rows
 from asyppo.environments import ENVIRONMENTS
-from asyppo.environments.protocol import reset, step
+from asyppo.environments.protocol import Step, reset, step
 from asyppo.evaluate import evaluate
 from asyppo.models.warm_start import demonstration
 from asyppo.rollout.environments import Played, Playing, environment_of, episode_metrics, playing_of
 from asyppo.rollout.environments.calls import Calls, TimedOut
+from asyppo.rollout.environments.chat import parsed_turn
 from asyppo.rollout.samplers import Response
 from asyppo.trainer import AsyPPOTrainer
 
@@ -225,6 +227,28 @@ def test_calls_side_by_side() -> None:
     slow.set()
     assert [type(one) for one in outcomes[:2]] == [TimedOut, KeyError]
     assert outcomes[2:] == [7] * 5
+    # More that hang than go side by side, whose turn comes after the others'.
+    slow.clear()
+    assert [type(one) for one in Calls([slow.wait] * 5, 2, 0.05).outcomes()] == [TimedOut] * 5
+    slow.set()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (("x", np.float32(0.5), np.bool_(True)), Step("x", 0.5, True)),
+        (("x", 10**400, True), Step("error: the environment gave no answer but str, int, bool", failed=True)),
+        (AssertionError(), Step("error: AssertionError", failed=True)),
+    ],
+)
+def test_what_is_an_answer(answer: Any, expected: Step) -> None:
+    class Answers:
+        def step(self, action: str) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    assert step(Answers(), "a") == expected
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +352,38 @@ def test_malformed_calls_end_an_episode_and_plain_tools_go_on(chat: PreTrainedTo
     assert [len(one.response.turns) for one in (a, b)] == [1, 3]
     assert [turn.observation for turn in b.response.turns] == ["error: no answer within 0.2 s", "done", None]
     assert (b.response.timeouts, a.reward, b.reward) == (1, None, None)
+
+
+@pytest.mark.parametrize("value", ["9" * 5_000, "[" * 100_000])
+def test_a_call_that_nobody_can_read_is_none(chat: PreTrainedTokenizerFast, value: str) -> None:
+    text = f'<tool_call>{{"name": "wait", "arguments": {{"seconds": {value}}}}}</tool_call>'
+    assert "tool_calls" not in parsed_turn(chat, chat(text)["input_ids"], [], [])
+
+
+@pytest.mark.parametrize("hangs", ["increment", "get_reward"])
+def test_an_environment_that_hangs_is_not_called_again(chat: PreTrainedTokenizerFast, hangs: str) -> None:
+    called = []
+
+    class Hangs(Counter):
+        def increment(self, step: int) -> int:
+            """Increment the counter.
+
+            Args:
+                step: By how much.
+            """
+            called.append("increment")
+            return time.sleep(1) or super().increment(step) if hangs == "increment" else super().increment(step)
+
+        def get_reward(self) -> float:
+            called.append("get_reward")
+            return time.sleep(1) or 1.0 if hangs == "get_reward" else 1.0
+
+    playing = plays(chat, Hangs, longest=20_000, timeout=0.1)
+    playing.config.max_completion_length = 2_000
+    rows = [{"prompt": [{"role": "user", "content": "Count"}]}]
+    _, [one] = play(playing, {"Count": [call("increment", step=3), "ok"]}, rows, "<|im_end|>")
+    assert called == ["increment", "get_reward"][: 1 + (hangs == "get_reward")]
+    assert (one.reward, one.environment in playing.pools[None]) == (None, False)
 
 
 def test_an_environment_beside_chat_messages(chat: PreTrainedTokenizerFast) -> None:

@@ -410,6 +410,20 @@ def test_servers_take_turns_with_prompts_and_all_get_the_weights(server: Make, t
     assert sorted(len(asked) for asked in (asked_one, asked_other)) == [5, 6]
 
 
+def test_requests_do_not_wait_for_each_other(server: Make) -> None:
+    url, asked = server(slow=0.3)
+    servers = Servers([url], timeout=10)
+    # Weights are sent by work that lets others do work, before anything was drawn.
+    servers.within_timeout(lambda: servers.everywhere("/resume"))
+    assert asked == [("/resume", {})]
+    servers.begin([[3]] * 9, [{"n": 1}] * 9)
+    servers.finish()
+    assert servers.threads >= 9
+    with pytest.raises(ZeroDivisionError), servers.paused():
+        1 / 0  # noqa: B018
+    assert asked[-1][0] == "/resume"
+
+
 def test_a_server_that_fails_is_one_line(server: Make, tmp_path: Path) -> None:
     url, _ = server(developer=False)
     with pytest.raises(EngineError, match=r"answered /pause\?mode=wait with 404: .*; needs VLLM_SERVER_DEV_MODE=1"):

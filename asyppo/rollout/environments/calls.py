@@ -55,6 +55,7 @@ class Calls:
                 number = self.waiting
                 self.waiting += 1
                 self.started[number] = time.monotonic()
+                self.changed.notify()  # of a time limit that nobody knew
             outcome: Any
             try:
                 outcome = self.functions[number]()

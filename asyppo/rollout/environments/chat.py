@@ -82,7 +82,7 @@ def parsed_turn(
     else:
         try:
             parsed = tokenizer.parse_response(list(tokens), prefix=list(before), tools=list(tools))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return plain
         calls = [_checked(call.get("function")) for call in (parsed or {}).get("tool_calls") or []]
         content = (parsed or {}).get("content") or ""
@@ -98,7 +98,7 @@ def parsed_turn(
 def _call(text: str) -> Message | None:
     try:
         return _checked(json.loads(text))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # numbers of thousands of digits, too, and brackets in brackets
         return None
 
 

@@ -307,14 +307,19 @@ class Playing:
         answers: dict[int, Answer] = {}
         for (i, turn), answer in zip(asked.turns.items(), asked.calls.outcomes(), strict=True):
             if isinstance(answer, TimedOut):
-                one = own[i]
-                for pool in self.pools.values():  # it may still be at it
-                    pool[:] = [other for other in pool if other is not one.environment]
+                self._drop(own[i])
                 assert self.config.environment.timeout is not None
-                answers[i] = one.timed_out(turn, self.config.environment.timeout)
+                answers[i] = own[i].timed_out(turn, self.config.environment.timeout)
+            elif isinstance(answer, Exception):
+                raise answer
             else:
                 answers[i] = answer
         return [answers.get(i) for i in range(part.start, part.stop)]
+
+    def _drop(self, one: Session) -> None:
+        """Use an environment no more: a call of it may still run."""
+        for pool in self.pools.values():
+            pool[:] = [other for other in pool if other is not one.environment]
 
     def _add_answer(self, episode: _Open, name: str | None, answer: Answer) -> None:
         turn, config = episode.turns[-1], self.config
@@ -346,10 +351,11 @@ class Playing:
 
     def _rewards(self, sessions: Sequence[Session], rows: Sequence[Row]) -> list[Any]:
         """What ``get_reward`` gives, where there is one; None, too, where it was not over in time."""
-        scored = [i for i, one in enumerate(sessions) if hasattr(one.environment, "get_reward")]
+        scored = [i for i, one in enumerate(sessions) if hasattr(one.environment, "get_reward") and not one.lost]
         given: list[Any] = [None] * len(sessions)
         for i, reward in zip(scored, self._calls([sessions[i].reward for i in scored]).outcomes(), strict=True):
             if isinstance(reward, TimedOut):
+                self._drop(sessions[i])
                 continue
             if isinstance(reward, Exception):
                 raise _failure(sessions[i], rows[i], "get_reward", reward)

@@ -40,6 +40,8 @@ class Session:
     environment: Any
     tools: dict[str, Tool] = field(default_factory=dict)
     """By name; empty in the text protocol."""
+    lost: bool = False
+    """A call of the environment's has not come back in time, and may still run."""
 
     @property
     def text(self) -> bool:
@@ -63,7 +65,7 @@ class Session:
                 content = str(self._called(name, call["function"]["arguments"]))
             except Exception as error:
                 answer.failures += 1
-                content = error_text(error or type(error).__name__)
+                content = error_text(str(error) or type(error).__name__)
             answer.messages.append({"role": "tool", "name": name, "content": content})
         return answer
 
@@ -79,7 +81,7 @@ class Session:
         content = error_text(f"no answer within {timeout:g} s")
         names = [call["function"]["name"] for call in turn.get("tool_calls", [])]
         said = [{"role": "tool", "name": name, "content": content} for name in names]
-        over = self.environment is not None
+        over = self.lost = self.environment is not None
         return Answer(said or [{"role": "user", "content": content}], done=over, timed_out=True)
 
     def reward(self) -> Any:

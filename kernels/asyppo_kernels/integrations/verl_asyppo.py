@@ -35,7 +35,8 @@ def enable(*, advantage_fraction: float = 0.2, entropy_fraction: float = 0.2, va
     """Let verl's trainer run AsyPPO where ``critic.model.path`` is a model of ``verl_critics.save_critics``.
 
     With ``algorithm.adv_estimator=gae``. ``advantage_fraction`` and ``entropy_fraction`` are the paper's k and h,
-    ``value_lam`` the λ of the critics' targets. A second call changes nothing.
+    ``value_lam`` the λ of the critics' targets. The chance by which responses are split begins anew where verl resumes.
+    A second call changes nothing.
 
     Raises:
         ImportError: unless verl 0.9.1 is installed.

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Servers:
         self.reached = False
         self.requests: list[Future[list[tuple[list[int], list[float]]]]] = []
         self.work: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
-        self.threads = 0
+        self.lock = threading.Lock()
+        self.threads = self.unfinished = 0
 
     def load(self, directory: Path) -> None:
         """Let all servers take the weights that lie in ``directory``. Raises EngineError."""
@@ -51,8 +52,13 @@ class Servers:
             self.each(self._wait_for)
             self.reached = True
         self.everywhere("/pause?mode=wait")
-        yield
-        self.each(self._forget)
+        try:
+            yield
+            self.each(self._forget)
+        except BaseException:
+            with suppress(EngineError):  # others may use them, too
+                self.everywhere("/resume")
+            raise
         self.everywhere("/resume")
 
     def everywhere(self, path: str, body: dict[str, Any] | None = None) -> None:
@@ -112,11 +118,19 @@ class Servers:
         """Do some work in a thread. Threads are daemons: none holds up the end of the program over a server that does
         not answer."""
         future: Future[Any] = Future()
+        with self.lock:  # work may submit more, and wait for it
+            self.unfinished += 1
+            more = self.threads < min(REQUESTS * len(self.urls), self.unfinished)
+            self.threads += more
+        future.add_done_callback(self._finished)
         self.work.put((future, work, arguments))
-        if self.threads < min(REQUESTS * len(self.urls), self.work.qsize()):
-            self.threads += 1
+        if more:
             threading.Thread(target=_do, args=[self.work], name="vllm", daemon=True).start()
         return future
+
+    def _finished(self, _: Future[Any]) -> None:
+        with self.lock:
+            self.unfinished -= 1
 
     def _wait_for(self, url: str) -> None:
         """Wait until a server is up."""
