@@ -540,7 +540,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "environments"
 @pytest.mark.parametrize("name", list(ENVIRONMENTS))
 def test_the_examples_train(name: str, tmp_path: Path) -> None:
     small = {"warm_start.steps": 2, "warm_start.batch_size": 8, "warm_start.cache_dir": tmp_path / "cache"}
-    small |= {"data.train_size": 20, "data.eval_size": 4, "prompts_per_step": 4, "max_steps": 4, "run_name": "run"}
+    small |= {"data.train_size": 20, "data.eval_size": 2, "prompts_per_step": 2, "max_steps": 1, "run_name": "run"}
+    small |= {"critic.warmup_steps": 0, "num_generations": 4, "eval.num_generations": 1, "save_total_limit": 1}
     options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     assert main(["train", "--config", str(EXAMPLES / f"{name}.yaml"), "--output_dir", str(tmp_path), *options]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
