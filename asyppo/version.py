@@ -13,7 +13,7 @@ def _of_the_checkout() -> str:
     spec = find_spec("asyppo_kernels")
     assert spec is not None
     assert spec.origin is not None
-    found = re.search(r'^__version__ = "(.+)"$', Path(spec.origin).read_text(), re.MULTILINE)
+    found = re.search(r'^__version__ = "([^"]+)"', Path(spec.origin).read_text(), re.MULTILINE)
     assert found is not None
     return found[1]
 
