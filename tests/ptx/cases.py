@@ -35,6 +35,8 @@ def package_kernels() -> set[str]:
 
 def _jit_functions() -> Iterator[JITFunction]:
     for module in pkgutil.walk_packages(asyppo_kernels.__path__, "asyppo_kernels."):
+        if module.name.startswith("asyppo_kernels.integrations."):  # of packages that need not be here
+            continue
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, JITFunction) and value.module.startswith("asyppo_kernels."):
                 yield value
