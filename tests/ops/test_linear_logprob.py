@@ -163,7 +163,10 @@ def test_matches_oracle_in_every_dtype(
 
 
 @pytest.mark.usefixtures("blocks_of_eight_warps")
-@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 15.0)])
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    [(torch.float32, None), (torch.bfloat16, None), pytest.param(torch.bfloat16, 15.0, marks=pytest.mark.slow)],
+)
 def test_matches_oracle_over_several_blocks_of_eight_warps(
     backend: str, dtype: torch.dtype, softcap: float | None
 ) -> None:

@@ -125,6 +125,7 @@ def survives(place: Path, name: str, moments: list[tuple[str, float]]) -> None:
     assert written(run) == written(place / "runs" / "whole"), moments
 
 
+@pytest.mark.slow
 def test_three_kills(place: Path) -> None:
     chance = random.Random(0)
     names = ["a while after its start", "while a checkpoint is written", "a while after its start"]
