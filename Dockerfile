@@ -1,7 +1,7 @@
 # The trainer, its command line, and vLLM to sample with, on NVIDIA GPUs:
 #
 #   docker build --tag asyppo:0.1.0 .
-#   docker run --gpus all --ipc host --volume "$PWD/runs:/work/runs" asyppo:0.1.0 asyppo train
+#   docker run --gpus all --ipc host --volume "$PWD/runs:/srv/asyppo/runs" asyppo:0.1.0 asyppo train
 #
 # vLLM pins other versions of torch and transformers, so it has an environment of its own, /opt/vllm; a run takes it with
 # --sampler vllm --vllm.python /opt/vllm/bin/python.
@@ -30,9 +30,9 @@ RUN python3 -m venv /opt/asyppo \
     && rm -rf /tmp/dist /tmp/constraints.txt
 
 ENV PATH=/opt/asyppo/bin:${PATH} \
-    HF_HOME=/work/huggingface \
+    HF_HOME=/srv/asyppo/huggingface \
     PYTHONUNBUFFERED=1
-RUN useradd --create-home --uid 10001 asyppo && install --directory --owner asyppo /work
+RUN useradd --create-home --uid 10001 asyppo && install --directory --owner asyppo /srv/asyppo
 USER 10001
-WORKDIR /work
+WORKDIR /srv/asyppo
 CMD ["asyppo", "--help"]

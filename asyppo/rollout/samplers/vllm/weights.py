@@ -52,15 +52,16 @@ def pieces(
     """Copy those of ``weights`` that are ``wanted`` by name, each of which is only good until the next, to a device:
     ``PIECE_BYTES`` at a time, and what has to be sent together in one piece."""
     piece: dict[str, Tensor] = {}
-    last = ""
+    size, last = 0, ""
     for name, weight in weights:
         if not wanted(name):
             continue
-        if sum(w.nbytes for w in piece.values()) >= PIECE_BYTES and together(name) != last:
+        if size >= PIECE_BYTES and together(name) != last:
             yield piece
-            piece = {}
+            piece, size = {}, 0
         last = together(name)
         piece[name] = weight.detach().to(device, dtype, copy=True).contiguous()
+        size += piece[name].nbytes
     if piece:
         yield piece
 
