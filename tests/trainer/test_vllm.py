@@ -27,6 +27,7 @@ from asyppo.loop import TrainingError
 from asyppo.models.adapters import add_lora
 from asyppo.models.policy import Policy
 from asyppo.rollout.samplers import EngineError, SentWeights, make_sampler
+from asyppo.rollout.samplers.vllm import weights as weights_module
 from asyppo.rollout.samplers.vllm.process import EngineProcess
 from asyppo.rollout.samplers.vllm.sampler import VLLMSampler
 from asyppo.rollout.samplers.vllm.server import Servers
@@ -408,6 +409,16 @@ def test_servers_take_turns_with_prompts_and_all_get_the_weights(server: Make, t
         assert paths[:4] == ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"]
         assert asked[1][1]["kwargs"] == {"weights_path": str(tmp_path)}
     assert sorted(len(asked) for asked in (asked_one, asked_other)) == [5, 6]
+
+
+def test_a_layer_is_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 1)
+    names = ["embed.weight", "layers.0.q.weight", "layers.0.k.weight", "layers.1.q.weight", "head.weight"]
+    given = ((name, torch.ones(2)) for name in names)
+    found = weights_module.pieces(given, lambda name: name != "embed.weight", torch.device("cpu"), torch.bfloat16)
+    pieces = list(found)
+    assert [list(piece) for piece in pieces] == [names[1:3], names[3:4], names[4:]]
+    assert pieces[0][names[1]].dtype == torch.bfloat16
 
 
 def test_requests_do_not_wait_for_each_other(server: Make) -> None:
