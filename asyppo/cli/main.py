@@ -31,7 +31,7 @@ from asyppo.config.files import (
     read_settings,
     read_yaml,
 )
-from asyppo.config.schema import one_or_list
+from asyppo.config.setting import one_or_list
 from asyppo.run.signals import exiting_at_once
 from asyppo.version import __version__
 

@@ -18,7 +18,8 @@ import yaml
 
 from asyppo.config.errors import ConfigError
 from asyppo.config.fields import by_path, check_names, did_you_mean
-from asyppo.config.schema import AsyPPOConfig, one_or_list
+from asyppo.config.schema import AsyPPOConfig
+from asyppo.config.setting import one_or_list
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

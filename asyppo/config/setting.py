@@ -74,6 +74,13 @@ def setting(
     return field(default=default, metadata={"facts": facts})
 
 
+def one_or_list(name: str, value: Any) -> Any:
+    """Return the list that a name in its place stands for; ``name`` is the setting's. Other values stay themselves."""
+    if not isinstance(value, str):
+        return value
+    return [] if (name, value) == ("report_to", "none") else [value]
+
+
 def facts_of(declared: Field) -> Facts:
     """Return the facts of a dataclass's field; one that is declared without ``setting`` has none."""
     return declared.metadata.get("facts", Facts())

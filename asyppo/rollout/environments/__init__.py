@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.references import load, resolve
+from asyppo.config.rules import check_environment
 from asyppo.environments import ENVIRONMENTS
 from asyppo.rollout.environments.playing import Episode, Factory, Played, Playing, episode_metrics
 from asyppo.rollout.environments.rewarding import episode_rewards
@@ -48,7 +49,7 @@ def environment_of(
         factories[None] = environment_factory
     found: list[Callable[..., Any]] = [*tools, *(load("environment.tools", name) for name in settings.tools)]
     if factories or found:
-        config.check_environment()
+        check_environment(config)
     elif config.environment_credit == "drop":
         raise ConfigError("environment_credit: got 'drop', needs an environment, whose answers bring it")
     return factories, found
