@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from asyppo_kernels import LinearPPOLoss, linear_ppo_loss
-from tests.ops.policy_head import ROUNDING, error
+from tests.ops.policy_head import HEAD, ROUNDING, doubled, error, leaves, logit_roundings
 
 FLOAT32 = 4e-6  # of the largest element: a float32 sum of a few hundred terms, and exp of a difference of log-probs
-HEAD = ("hidden", "weight", "bias")
 
 
 def make(
@@ -144,8 +143,7 @@ def oracle(
 
 
 def rounded_logit_gradients(data: dict[str, Any], upstream: float, **options: Any) -> dict[str, Tensor]:
-    """What a bfloat16 gradient of the logits, which is what the Triton form's products take, can add to the errors of
-    the gradients of hidden, weight and bias, in float64: a rounding of every term of their sums, which may cancel."""
+    """See ``logit_roundings``."""
     hidden, weight, token_weight = (data[name].detach() for name in ("hidden", "weight", "token_weight"))
     bias = weight.new_zeros(len(weight)) if data.get("bias") is None else data["bias"].detach()
     data = {**data, "hidden": hidden, "weight": weight, "bias": bias.requires_grad_()}
@@ -154,25 +152,7 @@ def rounded_logit_gradients(data: dict[str, Any], upstream: float, **options: An
         data["token_weight"] = torch.where(torch.arange(len(hidden)) == row, token_weight, 0.0)
         # The bias is added to the logits: its gradient is theirs.
         rows += torch.autograd.grad(upstream * oracle(**data, **options).loss, bias)
-    terms = torch.stack(rows).abs() * ROUNDING[torch.bfloat16]
-    return {"hidden": terms @ weight.abs(), "weight": terms.T @ hidden.abs(), "bias": terms.sum(dim=0)}
-
-
-def doubled(data: dict[str, Any], compute_dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The same numbers in float64, for the oracle and for gradients that nothing rounds; hidden and weight as the
-    products take them."""
-    rounded = {name: data[name].to(compute_dtype) for name in ("hidden", "weight") if compute_dtype is not None}
-    return {
-        name: rounded.get(name, x).detach().double().requires_grad_(x.requires_grad)
-        if isinstance(x, Tensor) and x.is_floating_point()
-        else x
-        for name, x in data.items()
-    }
-
-
-def leaves(data: dict[str, Any]) -> list[Tensor]:
-    """What gets gradients, in the order hidden, weight, bias."""
-    return [x for x in map(data.get, HEAD) if x is not None and x.requires_grad]
+    return logit_roundings(rows, hidden, weight)
 
 
 def results(out: LinearPPOLoss, data: dict[str, Any], upstream: float = 1.0) -> list[Tensor]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from asyppo_kernels import linear_logprob, linear_ppo_loss
 from asyppo_kernels.linear_ppo_loss import linear_ppo_loss_reference
-from tests.ops.policy_head import BACKENDS, DTYPES, error
-from tests.ops.ppo_loss_oracle import EVERYTHING, FLOAT32, HEAD, check, doubled, leaves, make, oracle, results
+from tests.ops.policy_head import BACKENDS, DTYPES, HEAD, doubled, error, leaves
+from tests.ops.ppo_loss_oracle import EVERYTHING, FLOAT32, check, make, oracle, results
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
