@@ -23,6 +23,7 @@ from asyppo.report.runs import Sample
 
 ROOT = Path(__file__).parents[1]
 PAGE, SECOND_PAGE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "evidence-critics.md"
+ENVIRONMENTS_PAGE = ROOT / "docs" / "evidence-environments.md"
 RESULTS = PAGE.with_suffix("")
 
 
@@ -71,6 +72,41 @@ def test_the_effects_are_those_of_the_runs(name: str, effects: ModuleType) -> No
 def test_the_effects_of_the_second_part_are_of_its_arms(effects: ModuleType) -> None:
     arms = yaml.safe_load((RESULTS / "critics.yaml").read_text())["arms"]
     assert {arm for pair in effects.OF_CRITICS.values() for arms in pair for arm in arms} <= set(arms)
+
+
+def test_the_luck_of_environments(tmp_path: Path) -> None:
+    """The grid has every method at every slip probability; what the script says of it, and of what has been run."""
+    environments = module("environments")
+    grid = load_grid(RESULTS / "environments.yaml")
+    assert list(grid.arms) == [f"slip {s}, {m}" for s in ("0", "0.2", "0.4") for m in environments.STYLES]
+    for arm, settings in grid.arms.items():
+        slip, method = arm.removeprefix("slip ").split(", ")
+        algorithm, _, credit = method.partition(" ")
+        assert (settings.get("algorithm", "asyppo"), settings["environment_credit"]) == (algorithm, credit or "keep")
+        assert settings["environment"]["params"] == {"slip": float(slip)}
+    written = RESULTS / "environments.json"
+    if written.exists():
+        assert environments.table(environments.curves_of(written)) in ENVIRONMENTS_PAGE.read_text()
+
+    # Two moves to the goal, one of them past the pit: by hand.
+    known = {"width": 2, "start": [0, 0], "goal": [1, 1], "pits": [[0, 1]]}
+    row = {"entry": {"metadata": known}}
+    assert environments.best(row, 0.0, 2) == 1.0
+    assert environments.best(row, 0.0, 1) == 0.0
+    # Down: 0.8 there, 0.1 the pit, 0.1 stays. Right: 0.8 the goal, and else to where it was, or stays.
+    assert environments.best(row, 0.2, 2) == pytest.approx(0.8 * 0.8)
+
+    def arm(name: str, *finals: float) -> dict[str, object]:
+        curves = [{"seed": s, "steps": [0, 80], "accuracy": [0.5, final]} for s, final in enumerate(finals)]
+        return {"name": name, "curves": curves}
+
+    made = [arm("slip 0.2, grpo", 0.7, 0.8), arm("slip 0.2, ppo keep", 0.6, 0.7), arm("slip 0.2, ppo drop", 0.7, 0.8)]
+    (tmp_path / "grid.json").write_text(json.dumps(made))
+    curves = environments.curves_of(tmp_path / "grid.json")
+    lines = environments.table(curves).splitlines()
+    assert {"| ppo keep | 0.650 |", "| asyppo keep | – |", "| ppo drop minus ppo keep | +0.100 ± 0.000 |"} <= set(lines)
+    environments.draw(curves, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 10_000
 
 
 def test_what_masks_take_of_a_response() -> None:
