@@ -15,7 +15,6 @@ tokens, a list with one number for each of the sample's ``completion_ids``.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +31,8 @@ from asyppo.rewards.function import Arguments, RewardFunction, SampleFailure, re
 from asyppo.rewards.logged import Logged
 
 log = logging.getLogger("asyppo")
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 class RewardError(RuntimeError):
@@ -101,7 +102,7 @@ def compute_rewards(
         shared = None if environments is None else environments[part]
         return [_rewards(functions, *given, weights, step, trainer_state, first, shared)]
 
-    parts = divided(own, [id(row) for row in rows])
+    parts = divided(own, [row["prompt"] for row in rows])  # rows of a group need not be one object
     return Rewards(
         {name: [reward for part in parts for reward in part.by_function[name]] for name in parts[0].by_function},
         [total for part in parts for total in part.total],
@@ -219,7 +220,7 @@ def _fault(reward: Any, tokens: int) -> str | None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= LARGEST
 
 
 def _sum(reward: Reward) -> float | None:

@@ -109,12 +109,12 @@ class RewardFunction:
             return call(self.func, arguments | self._shared(trainer_state, logged))
         except ConfigError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # exit() in code that it executes, too
             # Which sample it is about shows when each is tried alone; it may be none, and then the batch is named.
             for i in range(count):
                 try:
                     call(self.func, _sample(arguments, i) | self._shared(trainer_state, Logged()))
-                except Exception as own:
+                except (Exception, SystemExit) as own:
                     raise SampleFailure(str(Failure.of(self.func, own)), i) from own
             raise SampleFailure(str(Failure.of(self.func, error)), None) from error
 

@@ -25,6 +25,7 @@ from asyppo.distributed.processes import divide_rows, divided, forked_rng, make_
 from asyppo.distributed.sharding import WholeCopy, between_replicas_once, clip_gradients, total_norms
 from asyppo.models.critics import OneByOneCritics, StackedCritics
 from asyppo.models.policy import Objective, Policy
+from asyppo.rewards.computing import compute_rewards
 
 Make = Callable[..., Any]
 
@@ -68,6 +69,20 @@ def test_groups_stay_whole(ranks: Make, size: int) -> None:
     groups = [set(part) for part in parts]
     assert sum(map(len, groups)) == 6
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+def test_reward_functions_see_whole_groups(ranks: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def sees(prompts: list[str], **_: Any) -> list[float]:
+        seen.append(prompts)
+        return [0.0] * len(prompts)
+
+    ranks(0, 2)
+    monkeypatch.setattr(asyppo.distributed.processes, "_gathered", lambda own: [own])
+    # A row that is read from a file twice is two objects.
+    compute_rewards([sees], [{"prompt": prompt} for prompt in "pqr" for _ in range(4)], ["a"] * 12, [[1]] * 12)
+    assert seen == [list("pppp")]
 
 
 def test_work_of_one_process_is_all_of_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -223,10 +224,10 @@ def test_calls_side_by_side() -> None:
         raise KeyError("x")
 
     slow = threading.Event()
-    outcomes = Calls([slow.wait, fails, *[lambda: 7] * 5], 1, 0.1).outcomes()
+    outcomes = Calls([slow.wait, fails, sys.exit, *[lambda: 7] * 5], 1, 0.1).outcomes()
     slow.set()
-    assert [type(one) for one in outcomes[:2]] == [TimedOut, KeyError]
-    assert outcomes[2:] == [7] * 5
+    assert [type(one) for one in outcomes[:3]] == [TimedOut, KeyError, SystemExit]  # which ends a thread
+    assert outcomes[3:] == [7] * 5
     # More that hang than go side by side, whose turn comes after the others'.
     slow.clear()
     assert [type(one) for one in Calls([slow.wait] * 5, 2, 0.05).outcomes()] == [TimedOut] * 5
@@ -238,13 +239,16 @@ def test_calls_side_by_side() -> None:
     [
         (("x", np.float32(0.5), np.bool_(True)), Step("x", 0.5, True)),
         (("x", 10**400, True), Step("error: the environment gave no answer but str, int, bool", failed=True)),
+        (("x", 1e39, True), Step("error: the environment gave no answer but str, float, bool", failed=True)),
+        (("\ud83d", torch.tensor(0.5), False), Step("?", 0.5)),  # half a letter, which tokenizers refuse
         (AssertionError(), Step("error: AssertionError", failed=True)),
+        (SystemExit(), Step("error: SystemExit", failed=True)),
     ],
 )
 def test_what_is_an_answer(answer: Any, expected: Step) -> None:
     class Answers:
         def step(self, action: str) -> Any:
-            if isinstance(answer, Exception):
+            if isinstance(answer, BaseException):
                 raise answer
             return answer
 
@@ -352,6 +356,39 @@ def test_malformed_calls_end_an_episode_and_plain_tools_go_on(chat: PreTrainedTo
     assert [len(one.response.turns) for one in (a, b)] == [1, 3]
     assert [turn.observation for turn in b.response.turns] == ["error: no answer within 0.2 s", "done", None]
     assert (b.response.timeouts, a.reward, b.reward) == (1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "reward"),
+    [(np.float32(0.5), 0.5), (torch.tensor(2), 2.0), (None, None), pytest.param(10**400, None, id="huge"), ("1", None)],
+)
+def test_what_an_environment_may_give_at_the_end(
+    chat: PreTrainedTokenizerFast, given: Any, reward: float | None
+) -> None:
+    class Gives(Counter):
+        def increment(self, step: int) -> str:
+            """Increment the counter.
+
+            Args:
+                step: By how much.
+            """
+            return "\ud83d"
+
+        def get_reward(self) -> Any:
+            return given
+
+    playing = plays(chat, {"counter": Gives}, longest=20_000)
+    playing.config.max_completion_length = 2_000
+    row = {"prompt": [{"role": "user", "content": "Count"}], "environment": "counter"}
+    scripts = {"Count": [call("increment", step=1), "ok"]}
+    if given is None or reward is not None:
+        _, [one] = play(playing, scripts, [row], "<|im_end|>")
+        assert (one.reward, one.response.turns[0].observation) == (reward, "?")
+    else:
+        with pytest.raises(RuntimeError, match=r"get_reward failed .*needs a finite number, or None"):
+            play(playing, scripts, [row], "<|im_end|>")
+    with pytest.raises(ConfigError, match=r"got a row with the environment \['counter'\]"):
+        play(playing, scripts, [row | {"environment": ["counter"]}], "<|im_end|>")
 
 
 @pytest.mark.parametrize("value", ["9" * 5_000, "[" * 100_000])

@@ -310,7 +310,10 @@ def test_a_classifier_that_cannot_be_had(classifier: Path, tmp_path: Path, tiny_
 # --- what is no reward ---
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "1", {}, [math.nan, 1.0], [1.0, None]])
+@pytest.mark.parametrize(
+    "bad",
+    [math.nan, math.inf, -math.inf, 1e39, pytest.param(-(10**400), id="huge"), "1", {}, [math.nan, 1.0], [1.0, None]],
+)
 def test_a_reward_that_is_not_finite_is_named_with_its_sample(bad: Any) -> None:
     named = {list: "for a token, needs finite numbers"}.get(type(bad), "needs a finite number or None")
     with pytest.raises(RewardError, match=rf"reward function broken, step 7, sample 1 \('q'\): returned .*{named}"):
@@ -365,6 +368,15 @@ def test_a_function_that_raises_for_no_sample_alone() -> None:
 
     with pytest.raises(RewardError, match=r"^reward function broken, step 7: raised KeyError: 'two\\nlines' \("):
         rewards_of(broken, step=7)
+
+
+def test_a_function_that_exits_does_not_end_the_run_without_a_word() -> None:
+    def executes(completions: list[str], **_: Any) -> list[float]:
+        exec("exit()", {"exit": sys.exit})
+        return [0.0]
+
+    with pytest.raises(RewardError, match=r"^reward function executes, step 7, sample 0 \('p'\): raised SystemExit: "):
+        rewards_of(executes, step=7)
 
 
 # --- one's own, by name ---

@@ -25,7 +25,9 @@ class Calls:
         self.waiting = 0
         """The first call that nobody has taken."""
         self.over = 0
-        if workers == 1 and timeout is None:
+        self.here = workers == 1 and timeout is None
+        """Whether they are made in the caller's thread."""
+        if self.here:
             self._work()
         else:
             self._start(min(workers, len(functions)))
@@ -59,8 +61,10 @@ class Calls:
             outcome: Any
             try:
                 outcome = self.functions[number]()
-            except Exception as error:
-                outcome = error
+            except BaseException as error:
+                if self.here and isinstance(error, KeyboardInterrupt):
+                    raise
+                outcome = error  # what ends a thread, such as exit(), would leave its call open for good
             with self.changed:
                 if number not in self.started:
                     return  # somebody else has taken this thread's place

@@ -22,6 +22,7 @@ from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.prompts import Prompt, prompt_text, prompt_tokens
 from asyppo.data.rows import Row, short
 from asyppo.distributed.processes import divided
+from asyppo.environments.protocol import number
 from asyppo.environments.turn import Turn
 from asyppo.rollout.environments.calls import Calls, TimedOut
 from asyppo.rollout.environments.chat import AnswerTokens, Message, parsed_turn
@@ -170,7 +171,7 @@ class Playing:
         begin, and ConfigError."""
         names = [self._name_of(row) for row in rows]
         seeds = torch.randint(2**31, (len(rows),)).tolist()
-        keys = [id(row) for row in rows]
+        keys = [row["prompt"] for row in rows]
         own: dict[int, Session] = {}
 
         def begin(part: slice) -> list[str]:
@@ -206,7 +207,7 @@ class Playing:
     def _name_of(self, row: Row) -> str | None:
         if None in self.examples:
             return None
-        if (name := row.get("environment")) not in self.examples:
+        if not isinstance(name := row.get("environment"), str) or name not in self.examples:
             raise ConfigError(
                 f"environment: got a row with the environment {name!r}, needs one of "
                 f"{', '.join(map(str, self.examples))}"
@@ -239,7 +240,7 @@ class Playing:
         begun = [partial(one.begin, row, seed) for one, row, seed in zip(sessions, rows, seeds, strict=True)]
         outcomes = self._calls(begun).outcomes()
         for one, row, outcome in zip(sessions, rows, outcomes, strict=True):
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 raise _failure(one, row, "reset", outcome)
         return outcomes
 
@@ -310,7 +311,7 @@ class Playing:
                 self._drop(own[i])
                 assert self.config.environment.timeout is not None
                 answers[i] = own[i].timed_out(turn, self.config.environment.timeout)
-            elif isinstance(answer, Exception):
+            elif isinstance(answer, BaseException):
                 raise answer
             else:
                 answers[i] = answer
@@ -350,18 +351,19 @@ class Playing:
             episode.stop()
 
     def _rewards(self, sessions: Sequence[Session], rows: Sequence[Row]) -> list[Any]:
-        """What ``get_reward`` gives, where there is one; None, too, where it was not over in time."""
+        """What ``get_reward`` gives, where there is one; None where it has none, or was not over in time."""
         scored = [i for i, one in enumerate(sessions) if hasattr(one.environment, "get_reward") and not one.lost]
         given: list[Any] = [None] * len(sessions)
         for i, reward in zip(scored, self._calls([sessions[i].reward for i in scored]).outcomes(), strict=True):
             if isinstance(reward, TimedOut):
                 self._drop(sessions[i])
                 continue
-            if isinstance(reward, Exception):
+            if isinstance(reward, BaseException):
                 raise _failure(sessions[i], rows[i], "get_reward", reward)
-            if not isinstance(reward, int | float) or not math.isfinite(reward):
-                raise _failure(sessions[i], rows[i], "get_reward", TypeError(f"returned {reward!r}, needs a number"))
-            given[i] = float(reward)
+            given[i] = number(reward)
+            if reward is not None and given[i] is None:
+                fault = TypeError(f"returned {short(reward)}, needs a finite number, or None")
+                raise _failure(sessions[i], rows[i], "get_reward", fault)
         return given
 
     def _played(self, episode: _Open, own: Session | None, at_the_end: float | None, name: str | None) -> Played:
@@ -404,7 +406,7 @@ def _without(row: Row, column: str) -> Row:
     return {name: value for name, value in row.items() if name != column}
 
 
-def _failure(one: Session, row: Row, method: str, error: Exception) -> EnvironmentFailure:
+def _failure(one: Session, row: Row, method: str, error: BaseException) -> EnvironmentFailure:
     made = EnvironmentFailure(
         f"environment {type(one.environment).__name__}: {method} failed for the row "
         f"{short(prompt_text(row['prompt']))}: {type(error).__name__}: {' '.join(str(error).split())}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asyppo.config import ConfigError
-from asyppo.environments.protocol import error_text, reset, step
+from asyppo.environments.protocol import FAULTS, error_text, readable, reset, step
 from asyppo.rollout.environments.chat import Message
 
 Tool = Callable[..., Any]
@@ -62,8 +62,8 @@ class Session:
         for call in turn["tool_calls"]:
             name = call["function"]["name"]
             try:
-                content = str(self._called(name, call["function"]["arguments"]))
-            except Exception as error:
+                content = readable(str(self._called(name, call["function"]["arguments"])))
+            except FAULTS as error:
                 answer.failures += 1
                 content = error_text(str(error) or type(error).__name__)
             answer.messages.append({"role": "tool", "name": name, "content": content})
