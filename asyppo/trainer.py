@@ -61,7 +61,7 @@ from asyppo.models.tokenizer import eos_token_ids
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
 from asyppo.rollout.continuations import Continuations, monte_carlo_values
-from asyppo.rollout.environments import Factory, Tool, environment_of, playing_of
+from asyppo.rollout.environments import Factory, Tool, environment_of, own_rows, playing_of
 from asyppo.rollout.samplers import (
     ON_THE_MODEL,
     DividedSampler,
@@ -103,7 +103,8 @@ class AsyPPOTrainer:
     ``reward_processing_classes`` are the classifiers' tokenizers where they do not lie beside the weights.
     ``callbacks`` are transformers'. ``tools`` and ``environment_factory``, as TRL's, are in place of those that
     ``config.environment`` names: functions that the policy may call, and what makes an environment, or of several each
-    by the name that a row's column ``environment`` has.
+    by the name that a row's column ``environment`` has. Without a ``train_dataset`` an environment owns the data: its
+    ``reset`` returns the prompt.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class AsyPPOTrainer:
         tokenizer: PreTrainedTokenizerBase | None = None,
         reward_funcs: RewardFuncs = (),
         reward_processing_classes: Any = None,
-        train_dataset: Any,
+        train_dataset: Any = None,
         eval_dataset: Any = None,
         config: AsyPPOConfig,
         sampler: Sampler | None = None,
@@ -135,6 +136,8 @@ class AsyPPOTrainer:
         # The rows first: what is wrong with them shows before models are loaded.
         tokenizer = tokenizer or tokenizer_of(policy, config)
         checks = Checks(config.data, fit_of(config, policy, critics, tokenizer), [f.need for f in self.reward_funcs])
+        if train_dataset is None:
+            train_dataset = own_rows(environment[0], config)
         rows = given_rows(train_dataset, "train_dataset", config.data.dataset_train_split, config.data)
         self.train_dataset = fitting(rows, "train_dataset", checks)
         self.eval_dataset = fitting(given_eval_rows(eval_dataset, "eval_dataset", config.data), "eval_dataset", checks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def chat() -> PreTrainedTokenizerFast:
+    """Bytes, with Qwen3's special tokens and its chat template, as TRL has it."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<pad>", "<|im_end|>", *sorted(letters)])}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    spec = find_spec("trl")
+    if spec is None or spec.origin is None:
+        pytest.skip("TRL is not installed")
+    tokenizer.chat_template = (Path(spec.origin).parent / "chat_templates" / "qwen3.jinja").read_text()
+    return tokenizer
 
 
 def shape(**changes: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -253,22 +251,6 @@ def test_what_is_an_answer(answer: Any, expected: Step) -> None:
             return answer
 
     assert step(Answers(), "a") == expected
-
-
-@pytest.fixture(scope="module")
-def chat() -> PreTrainedTokenizerFast:
-    """Bytes, with Qwen3's special tokens and its chat template, as TRL has it."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<pad>", "<|im_end|>", *sorted(letters)])}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    spec = find_spec("trl")
-    if spec is None or spec.origin is None:
-        pytest.skip("TRL is not installed")
-    tokenizer.chat_template = (Path(spec.origin).parent / "chat_templates" / "qwen3.jinja").read_text()
-    return tokenizer
 
 
 class Counter:
@@ -517,6 +499,24 @@ def test_training_with_an_environment_is_resumed_to_the_bit(
         expected = turn["reward"] + turn["value_after"] - turn["value_before"]
         assert turn["luck"] == pytest.approx(expected, abs=1e-5)
         assert turn["value_before"] == shown["value"][turn["end"]]
+
+
+@pytest.mark.parametrize("sampler", ["generate", pytest.param("continuous", marks=pytest.mark.slow)])
+def test_samplers_go_on_from_the_tokens_that_are_there(
+    sampler: str, tiny_trainer: Callable[..., AsyPPOTrainer], tiny_config: Callable[..., AsyPPOConfig]
+) -> None:
+    """A later turn's log-probs are the policy's given all before it, the answers included."""
+    config = tiny_config(
+        algorithm="grpo",
+        sampler=sampler,
+        max_completion_length=16,
+        environment=EnvironmentConfig(max_turn_length=4, max_turns=3),
+    )
+    trainer = tiny_trainer(config, lambda prompts, **_: [0.0] * len(prompts), environment_factory=Chance)
+    metrics = trainer.step(1).metrics
+    assert metrics["environment/turns/mean"] > 1
+    assert metrics["environment/tokens/mean"] > 0
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
 
 
 TASKS_OF_ENVIRONMENTS = {

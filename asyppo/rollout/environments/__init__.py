@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.config.references import load, resolve
 from asyppo.config.rules import check_environment
+from asyppo.data.rows import Row
 from asyppo.environments import ENVIRONMENTS
 from asyppo.rollout.environments.playing import Episode, Factory, Played, Playing, episode_metrics
 from asyppo.rollout.environments.rewarding import episode_rewards
@@ -25,6 +26,7 @@ __all__ = [
     "environment_of",
     "episode_metrics",
     "episode_rewards",
+    "own_rows",
     "playing_of",
 ]
 
@@ -53,6 +55,16 @@ def environment_of(
     elif config.environment_credit == "drop":
         raise ConfigError("environment_credit: got 'drop', needs an environment, whose answers bring it")
     return factories, found
+
+
+def own_rows(factories: Mapping[str | None, Factory], config: AsyPPOConfig) -> list[Row] | None:
+    """Return the rows where none are given: of an environment that owns the data, whose ``reset`` returns the prompt,
+    empty user messages for a step, as in TRL. None: there is no environment. Raises ConfigError."""
+    if not factories:
+        return None
+    if None not in factories:
+        raise ConfigError("train_dataset: got none, needs rows with a column environment, which names one of several")
+    return [{"prompt": [{"role": "user", "content": ""}]} for _ in range(config.prompts_per_step)]
 
 
 def playing_of(
