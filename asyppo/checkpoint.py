@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from transformers import PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class CheckpointError(RuntimeError):
-    """A run has checkpoints, and none of them passes its check. The message names them."""
+    """No checkpoint of a run passes its check, or one does not fit. The message names them."""
 
     exit_status = 1
 
@@ -141,11 +142,20 @@ def publish_checkpoint(partial: Path, save_total_limit: int | None = None) -> Pa
 
 def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
     """Load weights and optimizers of ``checkpoint`` in place, put the random number generators back, and return what
-    the loop remembered, its ``step`` included."""
+    the loop remembered, its ``step`` included. Raises CheckpointError for moments in 8 bits that another number of
+    processes cut into other blocks."""
     state = _state(trained)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=world_size() == 1)
+        try:
+            dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=world_size() == 1)
+        except (ValueError, CheckpointException) as error:
+            if "_scale" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{checkpoint}: its moments, by optim 'adamw_8bit', are cut into other blocks than here; needs as many "
+                "processes as it was written by"
+            ) from error
     for name, entry in trained.items():
         if isinstance(entry, tuple):
             model, optimizer = entry

@@ -56,7 +56,9 @@ from asyppo.models.loading import (
     policy_of,
     tokenizer_of,
 )
+from asyppo.models.optimizers import make_optimizer
 from asyppo.models.policy import Objective, Policy, TokenStats
+from asyppo.models.quantized import check_bitsandbytes
 from asyppo.models.tokenizer import eos_token_ids
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
@@ -126,6 +128,7 @@ class AsyPPOTrainer:
     ):
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
+        check_bitsandbytes(config)
         environment = environment_of(config, environment_factory, tools)
         self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
         self.own_values = values_of(config)
@@ -192,11 +195,19 @@ class AsyPPOTrainer:
             device=self.device,
             playing=playing,
         )
-        self.policy_optimizer = _adamw(policy, config.learning_rate, config.weight_decay)
+        self.policy_optimizer = make_optimizer(
+            (p for p in policy.parameters() if p.requires_grad),
+            config.optim,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
         self.critic_optimizer = None
         if critics is not None:
             self.critic_optimizer = CriticOptimizer(
-                critics, learning_rate=config.critic.learning_rate, weight_decay=config.critic.weight_decay
+                critics,
+                learning_rate=config.critic.learning_rate,
+                weight_decay=config.critic.weight_decay,
+                optim=config.critic.optim or config.optim,
             )
 
     def _check_tokens(self, critics: Critics) -> None:
@@ -632,11 +643,6 @@ def surrogate_of(config: AsyPPOConfig) -> PolicyLoss | None:
     if found is not None:
         check_parameters("policy_loss", config.policy_loss, found, "tokens")
     return found
-
-
-def _adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def _clip_and_step(

@@ -64,6 +64,16 @@ def test_a_grid_of_the_second_part(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert {row.split("|")[1].strip() for row in accuracy.splitlines()[2:]} == set(grid.arms)
 
 
+def test_the_grid_of_optimizers() -> None:
+    """Its runs may be still to come."""
+    grid = load_grid(RESULTS / "optim.yaml")
+    assert [arm["optim"] for arm in grid.arms.values()] == ["adamw", "adamw_8bit"]
+    written = RESULTS / "optim.md"
+    if written.exists():
+        accuracy, *_ = written.read_text().split("\n\n")
+        assert accuracy.strip() in (ROOT / "docs" / "running.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["stage1", "gcd"])
 def test_the_effects_are_those_of_the_runs(name: str, effects: ModuleType) -> None:
     assert effects.table(RESULTS / f"{name}.json") in PAGE.read_text()

@@ -23,6 +23,7 @@ from asyppo.loop import trial_prompts
 from asyppo.metrics.introduction import introduction_of_evaluation
 from asyppo.models import warm_start
 from asyppo.models.loading import choose_device, critic_configs, fit_of, longest_sequence, policy_of, tokenizer_of
+from asyppo.models.quantized import check_bitsandbytes
 from asyppo.models.tokenizer import eos_token_ids
 from asyppo.rewards.function import RewardFunction, resolve_reward_funcs
 from asyppo.rollout.environments import environment_of, playing_of
@@ -122,6 +123,7 @@ def _checked(
     functions, and the policy's tokenizer, where there is one before the work."""
     run_path(config)
     check_writers(config)
+    check_bitsandbytes(config)
     reward_funcs = resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
     advantage_of(config), surrogate_of(config), sampler_factory(config), environment_of(config)
     device = choose_device(config)

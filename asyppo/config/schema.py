@@ -169,6 +169,10 @@ class AsyPPOConfig:
     """The policy's learning rate after that: as it is, or falling towards 0 until ``max_steps``. Our choice."""
     weight_decay: float = setting(0.0, at_least=0)
     """AdamW's decoupled weight decay of the policy. Our choice."""
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """Optimizer of the policy. ``adamw``: with moments in float32. ``adamw_8bit``: those of tensors of 4096 numbers or
+    more in 8 bits, which takes 2 bytes a parameter in place of 8 (arXiv 2110.02861; by bitsandbytes, which has to be
+    installed). Our choice."""
     max_grad_norm: float = setting(1.0, above=0)
     """Clip the policy's gradient norm. Our choice."""
     num_iterations: int = setting(1, at_least=1, elsewhere=("num_ppo_epochs", "ppo_epochs"))

@@ -17,16 +17,17 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForTokenClassification
 
 import asyppo.trainer
 from asyppo.algorithm.advantage import LearningSignal
-from asyppo.checkpoint import load_checkpoint
+from asyppo.checkpoint import Trained, _state, load_checkpoint
 from asyppo.config import (
     AsyPPOConfig,
     CriticConfig,
@@ -37,14 +38,17 @@ from asyppo.config import (
     SideConfig,
 )
 from asyppo.distributed.processes import leave, make_mesh, processes, rank
+from asyppo.distributed.sharding import shard
 from asyppo.loop import TrainingLoop
 from asyppo.models.adapters import add_lora
 from asyppo.models.critics import Critics, LoraCritics, make_critics
 from asyppo.models.critics.inputs import PolicyInputs
+from asyppo.models.optimizers import make_optimizer
 from asyppo.models.policy import Policy
 from asyppo.rollout.samplers import Response
 from asyppo.run.directory import open_run
 from asyppo.run.progress import Timer
+from asyppo.run.rng import generator_states
 from asyppo.trainer import AsyPPOTrainer
 
 CHARACTERS = "abcdefghijklmnop"
@@ -291,6 +295,36 @@ def load(mesh: DeviceMesh | None, checkpoint: Path) -> dict[str, Any]:
     return {"rows": [row], "signals": [], "weights": weights(trainer)}
 
 
+def moments(mesh: DeviceMesh | None, folder: Path, rows: int) -> dict[str, Any]:
+    """Steps with moments in 8 bits, one of them of a weight [``rows``, 64]: three from the start, which are saved in
+    ``folder``, or none, if there is a checkpoint, which is loaded; the weights then, and after one more."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, rows))
+    if mesh is not None:
+        shard(net, [], mesh, torch.float32)
+    optimizer = make_optimizer(net.parameters(), "adamw_8bit", learning_rate=1e-2, weight_decay=0.1)
+    trained: Trained = {"net": (net, optimizer)}
+
+    def step(number: int) -> None:
+        torch.manual_seed(number)
+        for p in net.parameters():
+            gradient = torch.randn(p.shape)
+            p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
+        optimizer.step()
+
+    if folder.exists():
+        load_checkpoint(folder, trained)
+    else:
+        for number in (1, 2, 3):
+            step(number)
+        dcp.save(_state(trained), checkpoint_id=folder / "state", no_dist=mesh is None)
+        (folder / "trainer_state.json").write_text('{"step": 3}')
+        (folder / "rng.json").write_text(json.dumps(generator_states()))
+    saved = whole(net)
+    step(4)
+    return {"saved": saved, "weights": whole(net)}
+
+
 def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
     """Runs whose results do not depend on the number of ranks, by name."""
     reading = {"policy_inputs": ["logprob", "entropy"]}
@@ -363,6 +397,7 @@ def main(folder: Path, chosen: Sequence[str]) -> None:
             "collectives": lambda: collectives(mesh),
             "generate": lambda: generate(mesh),
             "save": lambda: save(mesh, folder),
+            "moments": lambda: [moments(mesh, folder / str(rows), rows) for rows in (128, 66)],
             "load": lambda: load(mesh, Path(os.environ["ASYPPO_TEST_CHECKPOINT"])),
         }
         for name in chosen or every:

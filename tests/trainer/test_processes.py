@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+from asyppo.checkpoint import CheckpointError
 from asyppo.config import DistributedConfig
 from asyppo.distributed.processes import make_mesh, processes
 from asyppo.run.directory import read_jsonl
@@ -154,6 +155,23 @@ def test_saved_on_two_loaded_on_one_and_on_four(tmp_path: Path, rank_script: Mod
         "update_actor": times(3, update + Counter(allreduce=2)) + Counter(allreduce=2),
         "step": sum((counts[phase] for phase in counts if phase != "step"), Counter()) + Counter(allreduce=1),
     }
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_on_several_processes(tmp_path: Path, rank_script: ModuleType) -> None:
+    launch(2, tmp_path, "moments")
+    even, odd = torch.load(tmp_path / "moments.pt", weights_only=False)
+    alone = rank_script.moments(None, tmp_path / "alone", 128)
+    for name, want in alone["weights"].items():
+        assert torch.equal(even["saved"][name], alone["saved"][name]), name
+        assert torch.equal(even["weights"][name], want), name
+
+    # What two saved, one goes on from, to the bit; but not where their pieces were no whole blocks.
+    loaded = rank_script.moments(None, tmp_path / "128", 128)
+    assert all(torch.equal(loaded["weights"][name], want) for name, want in even["weights"].items())
+    assert not torch.equal(odd["saved"]["1.weight"], odd["weights"]["1.weight"])
+    with pytest.raises(CheckpointError, match="cut into other blocks than here; needs as many processes"):
+        rank_script.moments(None, tmp_path / "66", 66)
 
 
 def times(count: int, one: Counter[str]) -> Counter[str]:

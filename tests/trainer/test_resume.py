@@ -33,6 +33,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a tiny run's time would be its report, and waiting for the disk."""
     monkeypatch.setattr("asyppo.loop.report_at_the_end", lambda path: None)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("asyppo.models.optimizers.SMALLEST", 64)  # of tensors with moments in 8 bits
 
 
 class Stop(Exception):
@@ -139,6 +140,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "random rewards": {"reward": noisy},
     "side critics": {"critic": {"kind": "side", "side": SideConfig(width=32)}},
+    "moments in 8 bits": {"optim": "adamw_8bit", "num_mini_batches": 2},
     "continuations": {"algorithm": "vineppo", "monte_carlo": MonteCarloConfig(num_continuations=2, every=2)},
 }
 
@@ -332,7 +334,7 @@ def test_settings_that_may_change(resumed: Make, tiny_config: Make) -> None:
 
 def test_settings_that_may_not_change(resumed: Make, tiny_config: Make) -> None:
     config = tiny_config()
-    changes = {"learning_rate": 2e-2, "seed": 1, "critic": replace(config.critic, num_critics=3)}
+    changes = {"learning_rate": 2e-2, "seed": 1, "optim": "adamw_8bit", "critic": replace(config.critic, num_critics=3)}
     with pytest.raises(ConfigError) as error:
         resumed(**changes, max_steps=9)
     text = str(error.value)
@@ -340,6 +342,7 @@ def test_settings_that_may_not_change(resumed: Make, tiny_config: Make) -> None:
     for part in (
         "learning_rate is 0.01 there, got 0.02",
         "seed is 0 there, got 1",
+        "optim is 'adamw' there, got 'adamw_8bit'",
         "critic.num_critics is 2 there, got 3",
     ):
         assert part in text

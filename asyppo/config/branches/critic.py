@@ -52,6 +52,8 @@ class CriticConfig:
     """AdamW's learning rate of every critic. Our choice."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Critics' learning rate over ``max_steps``: as it is, or falling towards 0. Our choice."""
+    optim: Literal["adamw", "adamw_8bit"] | None = None
+    """Optimizer of the critics, as the policy's ``optim``; None: the same."""
     max_grad_norm: float = setting(1.0, above=0)
     """Clip each critic's gradient norm, each on its own. Our choice."""
     weight_decay: float = setting(0.0, at_least=0)

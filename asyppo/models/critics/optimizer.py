@@ -1,4 +1,4 @@
-"""One fused AdamW over all critics; gradient norm, clipping and skipping are each critic's own."""
+"""One AdamW over all critics; gradient norm, clipping and skipping are each critic's own."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor
 
 from asyppo.distributed.sharding import clip_gradients, total_norms
 from asyppo.models.critics.base import Critics
+from asyppo.models.optimizers import Optim, make_optimizer, new_state
 
 
 class CriticOptimizer:
-    """Steps the parameters of ``critics.models``; ``adamw`` is torch's optimizer, over all of them."""
+    """Steps the parameters of ``critics.models``; ``adamw`` is the optimizer, over all of them."""
 
-    def __init__(self, critics: Critics, *, learning_rate: float, weight_decay: float):
+    def __init__(self, critics: Critics, *, learning_rate: float, weight_decay: float, optim: Optim = "adamw"):
+        """``optim``: see ``make_optimizer``."""
         self.critics = critics
         self.parameters = [[p for p in model.parameters() if p.requires_grad] for model in critics.models]
         everything = [p for own in self.parameters for p in own]
-        self.adamw = torch.optim.AdamW(everything, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        self.adamw = make_optimizer(everything, optim, learning_rate=learning_rate, weight_decay=weight_decay)
         for p in everything:
             # There from the start, so that a checkpoint has it for a critic, too, whose updates were all skipped.
-            moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-            self.adamw.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            self.adamw.state[p] = new_state(self.adamw, p)
 
     def step(self, losses: Tensor, max_grad_norm: float, *, active: Sequence[bool]) -> list[float | None]:
         """Clip each critic's gradient norm to ``max_grad_norm``, step, and drop the gradients.
