@@ -232,6 +232,12 @@ def _check_groups(config: AsyPPOConfig) -> None:
 
 def _check_steps(config: AsyPPOConfig) -> None:
     need(
+        all(url.startswith(("http://", "https://")) for url in config.vllm.url),
+        "vllm.url",
+        config.vllm.url,
+        "addresses such as http://127.0.0.1:8000",
+    )
+    need(
         not (config.async_generation and config.dynamic_sampling),
         "async_generation",
         config.async_generation,

@@ -119,18 +119,20 @@ def test_an_engine_that_ends_is_one_line(tmp_path: Path, engine: pytest.MonkeyPa
     assert engines() == []
 
 
+@pytest.mark.parametrize("same", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_whose_engine_ends_is_saved_and_goes_on(
-    tiny_config: Make, tiny_trainer: Make, engine: pytest.MonkeyPatch
+    tiny_config: Make, tiny_trainer: Make, engine: pytest.MonkeyPatch, same: bool
 ) -> None:
     config = tiny_config(
         sampler="vllm", algorithm="grpo", sampling_logp_tolerance=100.0, max_steps=3, report_to=[], logging_samples=0
     )
     engine.setenv("ENGINE_ENDS", "dies in call 4")  # the check, step 1, the check after its update, step 2
     with pytest.raises(TrainingError, match=rf"{ENDS['dies']}; the run is saved up to step 1, in .*checkpoint-1, and"):
-        tiny_trainer(config, lambda completions, **_: [1.0] * len(completions)).train()
+        (trainer := tiny_trainer(config, lambda completions, **_: [1.0] * len(completions))).train()
     engine.delenv("ENGINE_ENDS")
     config.resume = True
-    run = tiny_trainer(config, lambda completions, **_: [1.0] * len(completions)).train().run
+    trainer = trainer if same else tiny_trainer(config, lambda completions, **_: [1.0] * len(completions))
+    run = trainer.train().run
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3]
 
 
@@ -328,6 +330,8 @@ def test_settings_that_cannot_work_are_refused(tiny_config: Make, tiny_lm: Make,
         with pytest.raises(ConfigError, match=said):
             make_sampler(policy, tokenizer, tiny_config(sampler="vllm", vllm=settings))
     assert tiny_config(vllm=VLLMConfig(url="http://a")).vllm.url == ["http://a"]
+    with pytest.raises(ConfigError, match=r"^vllm\.url: got \['a:8000'\], needs addresses such as http://"):
+        tiny_config(vllm=VLLMConfig(url="a:8000")).validate()
     made = make_sampler(
         policy, tokenizer, tiny_config(sampler="vllm", vllm=VLLMConfig(engine_args={"max_num_seqs": 9}))
     )
@@ -360,7 +364,9 @@ def server() -> Iterator[Callable[..., tuple[str, list[tuple[str, Any]]]]]:
     """Start something that answers as a vLLM server, and return its address and what it was asked."""
     running = []
 
-    def start(*, developer: bool = True, slow: float = 0.0) -> tuple[str, list[tuple[str, Any]]]:
+    def start(
+        *, developer: bool = True, slow: float = 0.0, says: bytes | None = None
+    ) -> tuple[str, list[tuple[str, Any]]]:
         asked: list[tuple[str, Any]] = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -378,7 +384,7 @@ def server() -> Iterator[Callable[..., tuple[str, list[tuple[str, Any]]]]]:
                     self.answer(200 if developer else 404, {"success": True})
 
             def answer(self, status: int, content: Any) -> None:
-                text = json.dumps(content).encode()
+                text = json.dumps(content).encode() if says is None else says
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
@@ -444,5 +450,16 @@ def test_a_server_that_fails_is_one_line(server: Make, tmp_path: Path) -> None:
     slow.begin([[3]], [{"n": 1}])
     with pytest.raises(EngineError, match=r"did not answer /v1/completions within vllm\.timeout = 0\.2 s$"):
         slow.finish()
+    for answer, said in (
+        (b"<html>hello\n</html>", "with no JSON, needs a vLLM server: <html>hello </html>$"),
+        (b"{}", ""),
+    ):
+        url, _ = server(says=answer)
+        other = Servers([url])
+        other.begin([[3]], [{"n": 1}])
+        with pytest.raises(
+            EngineError, match=f"answered /v1/completions {said or 'without tokens and log-probs: {}$'}"
+        ):
+            other.finish()
     with pytest.raises(EngineError, match=r"127\.0\.0\.1:9 is not there after vllm\.start_timeout = 0\.1 s: .*refused"):
         Servers(["http://127.0.0.1:9"], start_timeout=0.1).load(tmp_path)

@@ -104,7 +104,11 @@ class SentWeights:
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
         """Return one response for each prompt (int64 [length])."""
         self.send()
-        return self.sampler.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
+        try:
+            return self.sampler.sample(prompts, max_completion_length=max_completion_length, temperature=temperature)
+        except EngineError:
+            self.stale = True  # where it is called again, its engine begins anew
+            raise
 
     def begin(
         self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float
@@ -112,7 +116,16 @@ class SentWeights:
         """As ``SamplesAhead.begin``."""
         self.send()
         assert isinstance(self.sampler, SamplesAhead)
-        return self.sampler.begin(prompts, max_completion_length=max_completion_length, temperature=temperature)
+        finish = self.sampler.begin(prompts, max_completion_length=max_completion_length, temperature=temperature)
+
+        def responses() -> list[Response]:
+            try:
+                return finish()
+            except EngineError:
+                self.stale = True
+                raise
+
+        return responses
 
     def changed(self) -> None:
         """Take note that the weights are others now."""

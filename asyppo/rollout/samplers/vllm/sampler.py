@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,8 +100,14 @@ class VLLMSampler:
         self.under_way: Drawing | None = None
 
     def update_weights(self, weights: NamedWeights) -> None:
-        """Take the policy's weights, whole, one after another, by the names of a model without adapters."""
-        self._settle()
+        """Take the policy's weights, whole, one after another, by the names of a model without adapters. Raises
+        EngineError."""
+        with self._or_begin_anew():
+            self._update(weights)
+        self.loaded = True
+
+    def _update(self, weights: NamedWeights) -> None:
+        agreed(self._settle)
         stream, everything = iter(weights), not self.loaded
 
         def write() -> None:
@@ -120,7 +127,6 @@ class VLLMSampler:
         agreed(load)
         if self.writes:
             self.channel.clear()
-        self.loaded = True
 
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
         """Return one response for each prompt (int64 [length]). Raises EngineError."""
@@ -136,8 +142,9 @@ class VLLMSampler:
                 f"temperature: got {temperature:g}, needs at least {LEAST_TEMPERATURE:g} or 0 with sampler vllm, which "
                 "takes less for that"
             )
-        self._settle()
-        self._wake("weights", "kv_cache")
+        with self._or_begin_anew():
+            self._settle()
+            self._wake("weights", "kv_cache")
         groups = [(key, len(list(same))) for key, same in groupby(prompt.tolist() for prompt in prompts)]
         sampling = {
             "temperature": temperature,
@@ -153,7 +160,8 @@ class VLLMSampler:
             for (_, count), seed in zip(groups, seeds, strict=True)
         ]
         drawing = Drawing(self, [count for _, count in groups] if certain else None)
-        self.engine.begin([key for key, _ in groups], [sampling | one for one in own])
+        with self._or_begin_anew():
+            self.engine.begin([key for key, _ in groups], [sampling | one for one in own])
         self.under_way = drawing
         return drawing.responses
 
@@ -161,11 +169,22 @@ class VLLMSampler:
         """Give memory back until the next call, as far as settings say; return whether the weights are gone."""
         if self.sleep_level == 0 or not self.loaded:
             return False
-        self._settle()
-        self.engine.sleep(self.sleep_level)
+        with self._or_begin_anew():
+            agreed(self._settle)
+            agreed(lambda: self.engine.sleep(self.sleep_level))
         self.asleep = {"weights", "kv_cache"}
         self.loaded = self.sleep_level == 1
         return not self.loaded
+
+    @contextmanager
+    def _or_begin_anew(self) -> Iterator[None]:
+        """Let what comes after an error inside be as at the beginning: an engine that has failed knows nothing."""
+        try:
+            yield
+        except EngineError:
+            self.loaded, self.under_way = False, None
+            self.asleep.clear()
+            raise
 
     def _wake(self, *tags: str) -> None:
         asleep = [tag for tag in tags if tag in self.asleep]
@@ -200,7 +219,8 @@ class Drawing:
     def finish(self) -> None:
         """Wait for them."""
         if self.drawn is None:
-            self.drawn = self.sampler.engine.finish()
+            with self.sampler._or_begin_anew():
+                self.drawn = self.sampler.engine.finish()
 
     def responses(self) -> list[Response]:
         """Return them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import queue
@@ -101,8 +102,13 @@ class Servers:
     def _draw(self, url: str, prompt: list[int], sampling: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
         request = {"prompt": prompt, "return_token_ids": True, **sampling}
         answer = self.call(url, "/v1/completions", request)
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        return [(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            return [(list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])) for choice in choices]
+        except (KeyError, TypeError) as error:
+            raise EngineError(
+                f"vLLM server {url} answered /v1/completions without tokens and log-probs: {str(answer)[:200]}"
+            ) from error
 
     def _forget(self, url: str) -> None:
         """Let a server drop the prefixes that it computed with other weights."""
@@ -164,9 +170,13 @@ class Servers:
             raise EngineError(
                 f"vLLM server {url} did not answer {path} within vllm.timeout = {self.timeout:g} s"
             ) from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"vLLM server {url} cannot be reached: {_reason(error)}") from error
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError as error:
+            said = " ".join(text[:200].decode(errors="replace").split())
+            raise EngineError(f"{url} answered {path} with no JSON, needs a vLLM server: {said}") from error
 
 
 def _do(work: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]) -> None:
