@@ -196,7 +196,7 @@ class AsyPPOTrainer:
             playing=playing,
         )
         self.policy_optimizer = make_optimizer(
-            (p for p in policy.parameters() if p.requires_grad),
+            [p for p in policy.parameters() if p.requires_grad],
             config.optim,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
@@ -208,6 +208,7 @@ class AsyPPOTrainer:
                 learning_rate=config.critic.learning_rate,
                 weight_decay=config.critic.weight_decay,
                 optim=config.critic.optim or config.optim,
+                policy_inputs_lr_ratio=config.critic.policy_inputs_lr_ratio,
             )
 
     def _check_tokens(self, critics: Critics) -> None:

@@ -23,6 +23,6 @@ def learning_rate_factor(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let ``optimizer`` step at ``rate``."""
+    """Let ``optimizer`` step at ``rate``, or at that times ``lr_ratio`` where a group of parameters has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -22,11 +21,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], optim: Optim, *, learning_rate: float, weight_decay: float
+    parameters: list[nn.Parameter] | list[dict[str, Any]],
+    optim: Optim,
+    *,
+    learning_rate: float,
+    weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Return what steps ``parameters``, float32, sharded or not; ``adamw_8bit`` needs bitsandbytes."""
+    """Return what steps ``parameters``, float32, sharded or not, or groups of them as torch's optimizers take them;
+    ``adamw_8bit`` needs bitsandbytes."""
     kind = AdamW8bit if optim == "adamw_8bit" else torch.optim.AdamW
-    return kind(list(parameters), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    return kind(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_bytes_per_parameter(optim: Optim) -> float:
@@ -54,7 +58,7 @@ class AdamW8bit(torch.optim.AdamW):
     any number of ranks; otherwise [ranks, blocks], which other numbers of ranks cannot take over.
     """
 
-    def __init__(self, params: list[nn.Parameter], **options: Any):
+    def __init__(self, params: list[nn.Parameter] | list[dict[str, Any]], **options: Any):
         """``options`` go to torch's AdamW."""
         super().__init__(params, **options)
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}

@@ -71,13 +71,18 @@ def models_of(config: AsyPPOConfig, steps: int) -> tuple[str, str]:
     return str(policy), str(critic)
 
 
-def trainer_with(first: AsyPPOTrainer, config: AsyPPOConfig, critic: str) -> AsyPPOTrainer:
-    """Return a trainer with the policy and the data of ``first`` and critics of its own, mini ones from ``critic``."""
+def trainer_with(first: AsyPPOTrainer, config: AsyPPOConfig, path: str) -> AsyPPOTrainer:
+    """Return a trainer with the policy and the data of ``first`` and critics of its own, mini ones from ``path``."""
     made = first.with_settings(config)
-    made.critics = critics_of(critic if config.critic.kind == "mini" else None, config, first.policy)
+    made.critics = critics_of(path if config.critic.kind == "mini" else None, config, first.policy)
     assert made.critics is not None
-    rate, decay = config.critic.learning_rate, config.critic.weight_decay
-    made.critic_optimizer = CriticOptimizer(made.critics, learning_rate=rate, weight_decay=decay)
+    critic = config.critic
+    made.critic_optimizer = CriticOptimizer(
+        made.critics,
+        learning_rate=critic.learning_rate,
+        weight_decay=critic.weight_decay,
+        policy_inputs_lr_ratio=critic.policy_inputs_lr_ratio,
+    )
     return made
 
 

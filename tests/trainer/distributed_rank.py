@@ -302,7 +302,7 @@ def moments(mesh: DeviceMesh | None, folder: Path, rows: int) -> dict[str, Any]:
     net = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, rows))
     if mesh is not None:
         shard(net, [], mesh, torch.float32)
-    optimizer = make_optimizer(net.parameters(), "adamw_8bit", learning_rate=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(list(net.parameters()), "adamw_8bit", learning_rate=1e-2, weight_decay=0.1)
     trained: Trained = {"net": (net, optimizer)}
 
     def step(number: int) -> None:

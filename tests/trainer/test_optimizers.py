@@ -24,7 +24,7 @@ def model() -> nn.Module:
 
 def optimizer_of(net: nn.Module, optim: Optim = "adamw_8bit") -> torch.optim.AdamW:
     """With a weight decay."""
-    return make_optimizer(net.parameters(), optim, learning_rate=1e-3, weight_decay=0.1)
+    return make_optimizer(list(net.parameters()), optim, learning_rate=1e-3, weight_decay=0.1)
 
 
 def step(optimizer: torch.optim.Optimizer, number: int) -> None:

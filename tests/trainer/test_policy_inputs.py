@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, Qwen3ForTokenClassification
 
+from asyppo.algorithm.schedules import set_learning_rate
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig
 from asyppo.data.batch import Batch, micro_batch
-from asyppo.models.critics import Critics, LoraCritics, OneByOneCritics, StackedCritics, load_critics, policy_inputs
+from asyppo.models.critics import (
+    CriticOptimizer,
+    Critics,
+    LoraCritics,
+    OneByOneCritics,
+    StackedCritics,
+    load_critics,
+    policy_inputs,
+)
 from asyppo.models.critics.inputs import read_also
 from asyppo.models.critics.loading import value_head
 
@@ -169,6 +178,25 @@ def test_a_projection_of_zeros_changes_no_bit(kind: str, tiny_critic: Make, batc
     }
     assert all(float(gradients[1][name].abs().max()) > 0 for name in extra)
     assert all(torch.equal(gradients[1][name], g) for name, g in gradients[0].items())
+
+
+@kinds
+def test_the_projection_has_a_rate_of_its_own(kind: str, tiny_critic: Make, batch: Batch, tmp_path: Path) -> None:
+    """Adam's first step is the learning rate, whatever the gradient; the decay is the same for all."""
+    tiny_critic().save_pretrained(tmp_path)
+    critics = load(str(tmp_path), **KINDS[kind])
+    rate, ratio, decay = 1e-3, 30.0, 0.1
+    optimizer = CriticOptimizer(critics, learning_rate=rate, weight_decay=decay, policy_inputs_lr_ratio=ratio)
+    set_learning_rate(optimizer.adamw, rate / 2)
+    before = {name: p.detach().clone() for name, p in critics.named_parameters()}
+    everything = [torch.arange(len(batch))] * 2
+    losses = critics.backward(batch, everything, lambda m, micro, value: value.square().sum(), 10_000)
+    optimizer.step(losses, 1.0, active=[True, True])
+    for name, p in critics.named_parameters():
+        own = ratio if "project." in name or "policy_inputs." in name else 1.0
+        moved = (p.detach() - before[name] * (1 - decay * rate / 2)).abs().max()
+        if p.requires_grad:
+            assert float(moved) == pytest.approx(own * rate / 2, rel=1e-2), name
 
 
 @pytest.mark.parametrize("family", ["opt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mamba"))])

@@ -52,6 +52,11 @@ class PolicyInputs(nn.Module):
         return inputs @ self.weight.float()
 
 
+def is_projection(name: str) -> bool:
+    """Whether a critic's parameter of this name is such a projection's; adapters have the stack's name of it."""
+    return name in (f"{NAME}.weight", "project/weight")
+
+
 def save_policy_inputs(names: Sequence[str], weight: Tensor, directory: Path) -> None:
     """Write a critic's projection [F, H] into its directory."""
     weights = {name: row.contiguous() for name, row in zip(names, weight.detach(), strict=True)}

@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from asyppo.algorithm.schedules import set_learning_rate
 from asyppo.distributed.sharding import clip_gradients, total_norms
 from asyppo.models.critics.base import Critics
+from asyppo.models.critics.inputs import is_projection
 from asyppo.models.optimizers import Optim, make_optimizer, new_state
 
 
 class CriticOptimizer:
     """Steps the parameters of ``critics.models``; ``adamw`` is the optimizer, over all of them."""
 
-    def __init__(self, critics: Critics, *, learning_rate: float, weight_decay: float, optim: Optim = "adamw"):
-        """``optim``: see ``make_optimizer``."""
+    def __init__(
+        self,
+        critics: Critics,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        optim: Optim = "adamw",
+        policy_inputs_lr_ratio: float = 1.0,
+    ):
+        """``optim``: see ``make_optimizer``. Projections of what critics read beside the tokens step at
+        ``policy_inputs_lr_ratio`` times the learning rate, and decay as the rest."""
         self.critics = critics
-        self.parameters = [[p for p in model.parameters() if p.requires_grad] for model in critics.models]
-        everything = [p for own in self.parameters for p in own]
-        self.adamw = make_optimizer(everything, optim, learning_rate=learning_rate, weight_decay=weight_decay)
-        for p in everything:
+        named = [[(name, p) for name, p in m.named_parameters() if p.requires_grad] for m in critics.models]
+        self.parameters = [[p for _, p in own] for own in named]
+        projections = [p for own in named for name, p in own if is_projection(name)]
+        groups: list[dict[str, Any]] = [{"params": [p for own in named for name, p in own if not is_projection(name)]}]
+        if projections:
+            ratio = policy_inputs_lr_ratio
+            groups.append({"params": projections, "lr_ratio": ratio, "weight_decay": weight_decay / ratio})
+        self.adamw = make_optimizer(groups, optim, learning_rate=learning_rate, weight_decay=weight_decay)
+        set_learning_rate(self.adamw, learning_rate)
+        for p in (p for own in self.parameters for p in own):
             # There from the start, so that a checkpoint has it for a critic, too, whose updates were all skipped.
             self.adamw.state[p] = new_state(self.adamw, p)
 
