@@ -30,6 +30,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "compare",
         "audit",
         "publish",
+        "from_trl",
         "trainer loop evaluate checkpoint",
         "report",  # the loop ends with one
         "metrics rollout",

@@ -1,7 +1,7 @@
 """An environment written for TRL's trainer, under TRL's trainer and under ours: the same episodes.
 
-The class, the reward function and the rows are what a script for ``trl.GRPOTrainer`` has; nothing in them knows of us.
-What the policy says is a script, so that both trainers meet the same turns.
+The class, the reward function, the rows and the arguments are what a script for ``trl.GRPOTrainer`` has; nothing in
+them knows of us. What the policy says is written down, so that both trainers meet the same turns.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainingArguments
 
-from asyppo.config import AsyPPOConfig, ConfigError, DataConfig, EnvironmentConfig
+from asyppo.config import AsyPPOConfig, ConfigError, load_config
+from asyppo.from_trl import AsyPPOTrainer, adapters_of, settings_of
 from asyppo.models.policy import Policy
 from asyppo.rollout.samplers import Response
 from asyppo.run.progress import Timer
-from asyppo.trainer import AsyPPOTrainer
+from asyppo.trainer import AsyPPOTrainer as Trainer
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
+import peft  # noqa: E402
 from datasets import Dataset  # noqa: E402  (it comes with trl)
 
 pytestmark = [
@@ -142,70 +144,56 @@ def listening(heard: Heard) -> Callable[..., list[float]]:
     return func
 
 
-@pytest.mark.slow
-def test_an_environment_in_trls_form_plays_the_same_episodes(
-    chat: PreTrainedTokenizerFast, tiny_lm: Callable[..., Qwen3ForCausalLM], tmp_path: Path
-) -> None:
-    tiny_lm(vocab_size=len(chat), max_position_embeddings=4096).save_pretrained(tmp_path / "model")
-    chat.save_pretrained(tmp_path / "model")
-    dataset, theirs, ours = Dataset.from_dict(ROWS), [], []
-
-    script = Script(chat)
-    scored: list[dict[str, Any]] = []
-
-    class Scripted(trl.GRPOTrainer):
-        def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-            return [script.next(ids) for ids in prompt_ids], None
-
-        def _generate_and_score_completions(self, inputs: Any) -> Any:
-            scored.append(super()._generate_and_score_completions(inputs))
-            return scored[-1]
-
+def script(trainer: Callable[..., Any], model: Path, heard: Heard, **ours: Any) -> Any:
+    """What a script does with ``trl.GRPOTrainer``, or with what stands in its place."""
     arguments = trl.GRPOConfig(
-        output_dir=str(tmp_path / "theirs"),
+        output_dir=str(model.parent / "runs"),
         per_device_train_batch_size=4,
         num_generations=2,
         max_completion_length=2_000,
         max_steps=1,
         chat_template_kwargs={"enable_thinking": False},
-        shuffle_dataset=False,
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
         bf16=False,
     )
-    Scripted(
-        model=str(tmp_path / "model"),
-        reward_funcs=listening(theirs),
+    return trainer(
+        model=str(model),
+        reward_funcs=listening(heard),
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=Dataset.from_dict(ROWS),
         environment_factory=Lock,
-    ).train()
+        **ours,
+    )
+
+
+@pytest.mark.slow
+def test_a_script_of_trls_plays_the_same_episodes(
+    chat: PreTrainedTokenizerFast, tiny_lm: Callable[..., Qwen3ForCausalLM], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    tiny_lm(vocab_size=len(chat), max_position_embeddings=4096).save_pretrained(model)
+    chat.save_pretrained(model)
+    theirs: Heard = []
+    ours: Heard = []
+    says, scored = Script(chat), []
+
+    class Scripted(trl.GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            return [says.next(ids) for ids in prompt_ids], None
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            scored.append(super()._generate_and_score_completions(inputs))
+            return scored[-1]
+
+    script(Scripted, model, theirs).train()
     [batch] = scored
 
-    config = AsyPPOConfig(
-        algorithm="grpo",
-        output_dir=str(tmp_path / "ours"),
-        prompts_per_step=2,
-        num_generations=2,
-        num_mini_batches=1,
-        max_completion_length=2_000,
-        max_steps=1,
-        sampling_logp_tolerance=1e3,  # the script's log-probs are none
-        report_to=[],
-        data=DataConfig(chat_template_kwargs={"enable_thinking": False}),
-        environment=EnvironmentConfig(max_parallel=1, timeout=None),
-    )
-    trainer = AsyPPOTrainer(
-        policy=str(tmp_path / "model"),
-        critics=None,
-        reward_funcs=listening(ours),
-        train_dataset=dataset,
-        config=config,
-        sampler=Script(chat),
-        environment_factory=Lock,
-    )
+    settings = {"sampling_logp_tolerance": 1e3}  # the script's log-probs are none
+    trainer = script(AsyPPOTrainer, model, ours, sampler=Script(chat), settings=settings)
     sampled = trainer.rollout(1, Timer(torch.device("cpu")))
 
     # What reward functions are told, messages and all, and what they give.
@@ -221,7 +209,45 @@ def test_an_environment_in_trls_form_plays_the_same_episodes(
         assert made.policy_tokens is not None
         found.append((made.tokens[i, start : start + length].tolist(), made.policy_tokens[i, :length].tolist()))
     assert sorted(found) == sorted(expected)
-    assert trainer.step(1, sampled).metrics["actor/grad_norm"] > 0
+    metrics = trainer.step(1, sampled).metrics
+    assert metrics["actor/grad_norm"] > 0
+    assert metrics["critic/vf_loss"] > 0
+
+
+def test_what_arguments_come_to(tmp_path: Path) -> None:
+    def made(**changes: Any) -> dict[str, Any]:
+        return settings_of(trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, **{"bf16": False} | changes), 100)
+
+    usual = load_config(made())
+    # 8 responses a step, one update; three passes over the rows.
+    assert (usual.prompts_per_step, usual.num_generations, usual.num_mini_batches, usual.max_steps) == (1, 8, 1, 300)
+    assert (usual.learning_rate, usual.epsilon, usual.epsilon_high, usual.beta) == (1e-6, 0.2, 0.2, 0.0)
+    assert (usual.lr_scheduler_type, usual.loss_aggregation, usual.save_steps) == ("linear", "token-mean", 500)
+    assert (usual.eval.every, usual.environment.max_turns, usual.policy.gradient_checkpointing) == (0, 513, True)
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 8}
+    updates = {"max_steps": 80, "num_iterations": 2, "save_steps": 40, "warmup_steps": 9}
+    several = load_config(made(**batches, **updates, max_tool_calling_iterations=3, loss_type="grpo"))
+    assert (several.prompts_per_step, several.num_mini_batches, several.num_iterations) == (4, 4, 2)
+    assert (several.max_steps, several.save_steps, several.warmup_steps) == (10, 5, 2)
+    assert (several.environment.max_turns, several.loss_aggregation) == (4, "sequence-mean")
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://there:8000"}
+    vllm = load_config(made(**server))
+    assert (vllm.sampler, vllm.vllm.url, vllm.importance_sampling_clip_max) == ("vllm", ["http://there:8000"], 3.0)
+    for changes, message in (
+        ({"top_p": 0.9}, r"^args.top_p: got 0.9, needs 1.0: there is no such setting$"),
+        ({"loss_type": "sapo"}, r"^args.loss_type: got 'sapo', needs one of dapo, bnpo, grpo$"),
+        ({"model_init_kwargs": {"device_map": "auto"}}, r"^args.model_init_kwargs: .* attn_implementation and dtype"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            made(**changes)
+    with pytest.raises(
+        ConfigError, match=r"^args: got TrainingArguments without beta, needs a GRPOConfig of TRL 1.16$"
+    ):
+        settings_of(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), 100)
+    adapters = adapters_of(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
+    assert adapters == {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj"]}
+    with pytest.raises(ConfigError, match=r"^peft_config: got PROMPT_TUNING, needs a LoraConfig$"):
+        adapters_of(peft.PromptTuningConfig(num_virtual_tokens=2))
 
 
 class Task:
@@ -254,11 +280,11 @@ def test_an_environment_may_own_the_data(
     def policy() -> Policy:
         return Policy(tiny_lm(vocab_size=len(chat), max_position_embeddings=4096), temperature=config.temperature)
 
-    trainer = AsyPPOTrainer(policy=policy(), environment_factory=Task, **settings)
+    trainer = Trainer(policy=policy(), environment_factory=Task, **settings)
     sampled = trainer.rollout(1, Timer(torch.device("cpu")))
     assert sampled.batch.score.tolist() == [1.0, 0.0, 1.0, 0.0]
     assert "Say when." in chat.decode(sampled.batch.tokens[0])
     with pytest.raises(ConfigError, match="train_dataset: got none, needs rows with a column environment"):
-        AsyPPOTrainer(policy=policy(), environment_factory={"task": Task}, **settings)
+        Trainer(policy=policy(), environment_factory={"task": Task}, **settings)
     with pytest.raises(ConfigError, match="train_dataset: got no rows"):
-        AsyPPOTrainer(policy=policy(), reward_funcs=opened, **settings)
+        Trainer(policy=policy(), reward_funcs=opened, **settings)
