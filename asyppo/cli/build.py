@@ -164,6 +164,8 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
     settle(sampler, engine, policy, prompts[:32], config)
     ends, longest = eos_token_ids(policy.model, tokenizer), longest_sequence(config, policy)
     playing = playing_of(environment_of(config), tokenizer, config, ends, longest)
+    if not reward_funcs and (playing is None or not playing.reward_names):
+        raise ConfigError("reward_funcs: got none, needs one, or an environment that gives rewards")
     say(*introduction_of_evaluation(config, policy, rows))
     try:
         out.mkdir(parents=True)

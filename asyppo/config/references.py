@@ -58,7 +58,7 @@ def load(setting: str, reference: str, accept: Callable[[Any], bool] = callable)
         module = _load_file(Path(place).expanduser()) if place.endswith(".py") else _load_module(place)
     except FileNotFoundError as error:
         raise ConfigError(f"{setting}: got {reference!r}, but {error}") from error
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         where = "; ".join(f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-1:])
         raise ConfigError(
             f"{setting}: got {reference!r}, whose import failed: {type(error).__name__}: {in_one_line(error)} ({where})"

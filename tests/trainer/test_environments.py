@@ -427,6 +427,8 @@ def test_what_is_no_environment(tokenizer: PreTrainedTokenizerFast, chat: PreTra
     ):
         with pytest.raises(ConfigError, match=message):
             plays(tokenizer, factory, tools)
+    with pytest.raises(ConfigError, match=r"the tool play cannot be shown to the policy: .*no docstring"):
+        plays(chat, None, [play])
 
 
 def test_reward_functions_see_environments(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -428,12 +428,14 @@ def test_a_function_of_a_module_in_the_working_directory(tmp_path: Path, monkeyp
             "whose import failed: NameError: name 'undefined' is not defined ({tmp}/broken.py:2)",
         ),
         ("{tmp}/needs.py:reward", "whose import failed: ModuleNotFoundError: No module named 'no_such_dependency'"),
+        ("{tmp}/script.py:reward", "whose import failed: SystemExit: 0 ({tmp}/script.py:2)"),
     ],
 )
 def test_a_function_that_cannot_be_had(tmp_path: Path, reference: str, message: str) -> None:
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "broken.py").write_text("\nundefined\n")
     (tmp_path / "needs.py").write_text("import no_such_dependency\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(ConfigError) as error:
         resolve_reward_funcs([reference.format(tmp=tmp_path)])
     assert str(error.value).startswith("reward_funcs: got '")

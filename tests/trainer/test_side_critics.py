@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,19 @@ def test_save_and_load(config_of: Make, policy: Policy, ragged_batch: Make, tmp_
             of_policy(policy, config_of(side(**{"loss": "bce"} | changes)), paths)
     with pytest.raises(ConfigError, match=r"has no side_critic\.json, needs a side critic of an earlier run, or none"):
         of_policy(policy, config, str(tmp_path))
+    shape, weights = (Path(paths[0]) / name for name in ("side_critic.json", "side_critic.safetensors"))
+    for damage, message in (
+        (lambda: os.truncate(weights, 100), r"cannot load '.*critic_1': .*header"),
+        (weights.unlink, r"cannot load '.*critic_1': No such file"),
+        (
+            lambda: shape.write_text('{"loss": "bce"}'),
+            r"side_critic\.json of .* is not that of a side critic: KeyError: ",
+        ),
+        (lambda: shape.write_text("{"), r"side_critic\.json of .* is not that of a side critic: JSONDecodeError: "),
+    ):
+        damage()
+        with pytest.raises(ConfigError, match=rf"^critic\.model_name_or_path: {message}"):
+            of_policy(policy, config, paths)
 
 
 def test_what_does_not_fit(config_of: Make, policy: Policy, tiny_trainer: Make, ragged_batch: Make) -> None:

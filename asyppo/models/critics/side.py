@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen3Config
@@ -51,13 +52,18 @@ class SideShape:
         """Return that of the saved critic in the directory ``path``. Raises ConfigError if there is none."""
         try:
             saved = json.loads((path / SHAPE).read_text())
+            lists = {name: tuple(saved[name]) for name in ("layers", "policy_inputs")}
+            return cls(**saved | lists)
         except OSError as error:
             raise ConfigError(
                 f"critic.model_name_or_path: {str(path)!r} has no {SHAPE}, needs a side critic of an earlier run, or "
                 "none for new ones"
             ) from error
-        lists = {name: tuple(saved[name]) for name in ("layers", "policy_inputs")}
-        return cls(**saved | lists)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"critic.model_name_or_path: {SHAPE} of {str(path)!r} is not that of a side critic: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def fits(self, other: SideShape, path: Path) -> None:
         """Raise ConfigError unless the saved critic of ``path``, ``other``, is of this shape."""
@@ -206,7 +212,12 @@ def load_side_critics(
         model = SideCritic(shape)
         if path is not None:
             shape.fits(SideShape.read(Path(path)), Path(path))
-            weights = load_file(Path(path) / WEIGHTS)
-            model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+            try:
+                weights = load_file(Path(path) / WEIGHTS)
+                model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+            except (OSError, SafetensorError, RuntimeError) as error:
+                raise ConfigError(
+                    f"critic.model_name_or_path: cannot load {path!r}: {' '.join(str(error).split())}"
+                ) from error
         models.append(model.to(device))
     return SideCritics(models, dtype=dtype, gradient_checkpointing=gradient_checkpointing)

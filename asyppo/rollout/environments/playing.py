@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.prompts import Prompt, prompt_text, prompt_tokens
@@ -160,6 +161,14 @@ class Playing:
                 "environment: got tools, but the tokenizer has no chat template, which shows them to the policy; needs "
                 "one, or an environment with step, which reads text"
             )
+        for tool in tools:
+            try:
+                get_json_schema(tool)
+            except Exception as error:  # transformers' own, by what is missing, and inspect's
+                why = " ".join(str(error).split())
+                raise ConfigError(
+                    f"environment: the tool {tool.__name__} cannot be shown to the policy: {why}"
+                ) from error
         said = "what a tool has said"
         tokens = self.answer_tokens.of_messages([{"role": "tool", "name": tools[0].__name__, "content": said}], tools)
         if said not in self.tokenizer.decode(tokens):
