@@ -168,7 +168,8 @@ class TrainingLoop:
         first, checkpoint = self.resume(run, hooks)
         self.introduce(run, first)
         hooks("on_train_begin")
-        if first == 1 and not hooks.state.log_history and (evaluation := self.evaluate(run, step=0)) is not None:
+        begins = first == 1 and not hooks.state.log_history
+        if begins and config.eval.on_start and (evaluation := self.evaluate(run, step=0)) is not None:
             hooks.evaluated(0, evaluation.metrics())
             hooks.log(row := {"step": 0, **evaluation.metrics()})
             run.log_metrics(row)
@@ -219,6 +220,8 @@ class TrainingLoop:
         assert checkpoint is not None  # the last step saved one
         accuracies = [row["eval/accuracy"] for row in hooks.state.log_history if "eval/accuracy" in row]
         before, after = (accuracies[0], accuracies[-1]) if accuracies else (None, None)
+        if not config.eval.on_start:
+            before = None
         unfinished = hooks.state.global_step < config.max_steps
         return TrainResult(run, checkpoint, before, after, received if unfinished else None)
 

@@ -77,8 +77,8 @@ def _train(namespace: Namespace) -> int:
         )
         return 128 + result.stopped_by
     before, after = result.accuracy_before, result.accuracy_after
-    if before is not None and after is not None:
-        print(f"held-out accuracy: {before:.4f} -> {after:.4f}")
+    if after is not None:
+        print("held-out accuracy: " + ("" if before is None else f"{before:.4f} -> ") + f"{after:.4f}")
     run = result.run
     for name, path in (
         ("run", run.path),

@@ -141,12 +141,13 @@ def _summarize_arm(
     reference: str,
 ) -> ArmSummary:
     curves = [curve for curve, _ in read]
+    from_start = [c for c in curves if c.steps[0] == 0]
     durations = [_seconds(row) for _, rows in read for row in rows if "timing_s/step" in row]
     return ArmSummary(
         name=arm,
         curves=curves,
         final=estimate([c.accuracy[-1] for c in curves]) if curves else None,
-        gain=estimate([c.accuracy[-1] - c.accuracy[0] for c in curves]) if curves else None,
+        gain=estimate([c.accuracy[-1] - c.accuracy[0] for c in from_start]) if from_start else None,
         difference=None if arm == reference else paired_difference(finals[arm], finals[reference]),
         seconds_per_step=statistics.median(durations) if durations else None,
         diagnostics={name: _mean_of(pattern, [rows for _, rows in read]) for name, pattern in DIAGNOSTICS.items()},

@@ -261,3 +261,9 @@ def _check_steps(config: AsyPPOConfig) -> None:
         config.data.eval_size,
         "at least 1 held-out prompt for eval.min_gain",
     )
+    need(
+        config.eval.min_gain is None or config.eval.on_start,
+        "eval.min_gain",
+        config.eval.min_gain,
+        "eval.on_start, which it is the gain over",
+    )

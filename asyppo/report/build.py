@@ -96,7 +96,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if critics:
         out.append(("critics", str(critics)))
     if accuracy:
-        out.append(("held-out accuracy", f"{accuracy[0]:.3f} → {accuracy[-1]:.3f}"))
+        started = f"{accuracy[0]:.3f} → " if len(accuracy) > 1 else ""
+        out.append(("held-out accuracy", f"{started}{accuracy[-1]:.3f}"))
     if reward:
         out.append(("reward", f"{number(reward[0])} → {number(reward[-1])}"))
     if seconds:

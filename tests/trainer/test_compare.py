@@ -117,7 +117,7 @@ def fake_run(out: Path, run: Run, accuracy: list[float], steps: int = 2) -> None
     """Write what a finished run leaves that the summary reads."""
     directory = out / "runs" / run.name
     (directory / f"checkpoint-{steps}").mkdir(parents=True)
-    rows = [{"step": 0, "eval/accuracy": accuracy[0]}]
+    rows = [{"step": 0, "eval/accuracy": accuracy[0]}] if len(accuracy) > 1 else []
     rows += [
         {
             "step": s,
@@ -128,7 +128,7 @@ def fake_run(out: Path, run: Run, accuracy: list[float], steps: int = 2) -> None
         }
         for s in range(1, steps + 1)
     ]
-    rows[-1]["eval/accuracy"] = accuracy[1]
+    rows[-1]["eval/accuracy"] = accuracy[-1]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -148,6 +148,8 @@ def test_the_summary_is_that_of_finished_runs(tmp_path: Path) -> None:
     assert ours.difference is not None
     assert ours.difference.estimate.mean == pytest.approx(0.1)
     assert grpo.difference is None
+    fake_run(tmp_path, Run("ours", 2), [0.9])  # not evaluated before its first step
+    assert summarize(grid, tmp_path)[1].gain == ours.gain
     assert ours.seconds_per_step == 2.0
     # Of the last half of the steps: step 2 alone.
     assert ours.diagnostics["explained variance of V̄"] == pytest.approx(0.2)

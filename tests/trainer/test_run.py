@@ -113,6 +113,17 @@ def test_what_a_run_writes(tiny_config: Make, tiny_trainer: Make, capsys: pytest
     assert f"held-out accuracy {right:.3f}" in lines[-1]
 
 
+def test_without_an_evaluation_at_the_start(tiny_config: Make, tiny_trainer: Make) -> None:
+    config = tiny_config(max_steps=2, evaluation={"on_start": False, "num_generations": 1})
+    result = tiny_trainer(config, score, eval_dataset=[{"prompt": "ab"}]).train()
+    rows = read_jsonl(result.run.path / "metrics.jsonl")
+    assert [(row["step"], "eval/accuracy" in row) for row in rows] == [(1, False), (2, True)]
+    assert result.accuracy_before is None
+    assert result.accuracy_after == rows[-1]["eval/accuracy"]
+    with pytest.raises(ConfigError, match=r"eval\.min_gain: got 0\.2, needs eval\.on_start"):
+        tiny_config(evaluation={"on_start": False, "min_gain": 0.2}).validate()
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_names_of_the_baselines(tiny_config: Make, tiny_trainer: Make, algorithm: Any) -> None:
     config = tiny_config(algorithm=algorithm)

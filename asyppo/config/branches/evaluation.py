@@ -11,8 +11,10 @@ from asyppo.config.setting import setting
 class EvalConfig:
     """Accuracy on the held-out prompts, before the first step, after the last and in between."""
 
+    on_start: bool = setting(True, elsewhere=("eval_on_start",))
+    """Evaluate before the first step."""
     every: int = setting(0, at_least=0, elsewhere=("eval_steps",))
-    """Also evaluate every n steps; 0: only before and after."""
+    """Also evaluate every n steps; 0: only before, if ``eval.on_start``, and after."""
     num_generations: int = setting(4, at_least=1)
     """Samples a prompt."""
     temperature: float = setting(1.0, at_least=0)
