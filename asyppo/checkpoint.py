@@ -62,6 +62,9 @@ def _state(trained: Trained) -> dict[str, Any]:
         model, optimizer = entry
         fresh = not optimizer.state
         weights, moments = get_state_dict(model, optimizer, options=TRAINED_ONLY)
+        # A frozen weight in 4 bits has its scales below its name.
+        below = tuple(f"{frozen}." for frozen, p in model.named_parameters() if not p.requires_grad)
+        weights = {key: value for key, value in weights.items() if not key.startswith(below)}
         if fresh:  # get_state_dict has filled it by a step at rate 0, which is not to count
             for parameter_state in optimizer.state.values():
                 parameter_state["step"].zero_()

@@ -128,7 +128,7 @@ class AsyPPOTrainer:
     ):
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
-        check_bitsandbytes(config)
+        check_bitsandbytes(config, sharded=mesh is not None)
         environment = environment_of(config, environment_factory, tools)
         self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
         self.own_values = values_of(config)

@@ -264,7 +264,8 @@ def _judge(
     if theirs == "none" or (ours == theirs and config.critic == trainer.config.critic):
         return trainer.with_settings(config)
     made = build(config)
-    made.policy.load_state_dict(trainer.policy.state_dict())
+    # Without what lies beside the parameters, such as the scales of weights in 4 bits, which are of the same model.
+    made.policy.load_state_dict(dict(trainer.policy.named_parameters()), strict=False)
     made.sampler = made.rollout.sampler = trainer.sampler
     return made
 

@@ -31,6 +31,12 @@ def _check_critics(config: AsyPPOConfig) -> None:
     )
     _check_side_critics(config)
     need(
+        config.critic.lora_r > 0 or not config.critic.load_in_4bit,
+        "critic.load_in_4bit",
+        config.critic.load_in_4bit,
+        "False without critic.lora_r: weights in 4 bits are not trained, adapters on them are",
+    )
+    need(
         config.critic.cliprange_value is None or config.critic.loss == "mse",
         "critic.cliprange_value",
         config.critic.cliprange_value,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from asyppo.config import ConfigError
+from asyppo.models.quantized import is_in_4_bits, widened
 
 
 def base_of_adapter(path: str) -> str | None:
@@ -92,10 +93,13 @@ def plain_names(model: PreTrainedModel) -> dict[str, str]:
 @torch.no_grad()
 def merged(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield ``weights`` of ``model`` by the names that they have without its adapters, those under adapters with these
-    added, in float32. A weight's adapters have to be whole when it comes. Raises ConfigError for adapters that do more
-    than add to a weight."""
+    added, in float32, whether kept in 4 bits or not. A weight's adapters have to be whole when it comes. Raises
+    ConfigError for adapters that do more than add to a weight."""
     plain, layers = plain_names(model), dict(model.named_modules(remove_duplicate=False))
     for name, weight in weights:
+        module = layers.get(name.removesuffix(".weight"))
+        if module is not None and is_in_4_bits(module):
+            weight = widened(module.weight)  # what is kept of it comes without its scales
         place, base, last = name.rpartition(".base_layer.")
         if base and last == "weight":
             yield plain[name], weight.float() + _added(place, layers[place])

@@ -13,6 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from asyppo.config import ConfigError
 from asyppo.models.adapters import base_of_adapter, has_adapters
+from asyppo.models.quantized import options_of_4_bits, widened
+
+VALUE_HEAD_NAME = "score"
+"""Of transformers' token classifiers of the families whose backbones adapters share."""
 
 _LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
@@ -45,12 +49,14 @@ def load_pretrained(
     setting: str,
     trust_remote_code: bool = False,
     config_attributes: dict[str, Any] | None = None,
+    in_4_bits: torch.dtype | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """``from_pretrained`` in float32 (masters of whatever is computed in), from safetensors, with Liger's kernels
     where the model is on a GPU and Liger knows it; and its report of missing weights. ``config_attributes`` are set on
-    the model's config, ``kwargs`` go to its ``from_pretrained``. Raises ConfigError, which names ``setting``, where
-    ``path`` came from, and the path; also for weights that are not finite."""
+    the model's config, ``kwargs`` go to its ``from_pretrained``. ``in_4_bits``: keep the linear layers but the head in
+    4 bits, to compute in this precision. Raises ConfigError, which names ``setting``, where ``path`` came from, and the
+    path; also for weights that are not finite."""
     config = load_config(path, setting=setting, trust_remote_code=trust_remote_code, **kwargs)
     source_dtype = config.dtype
     if list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
@@ -60,6 +66,10 @@ def load_pretrained(
         )
     if auto_class is not AutoModelForCausalLM and base_of_adapter(path) is not None:
         raise ConfigError(f"{setting}: {path!r} holds an adapter, a critic needs a model")
+    quantization: dict[str, Any] = {}
+    if in_4_bits is not None:
+        skip = None if auto_class is AutoModelForCausalLM else [VALUE_HEAD_NAME]
+        quantization = options_of_4_bits(device, in_4_bits, skip)
     try:
         for name, value in (config_attributes or {}).items():
             setattr(config, name, value)
@@ -70,6 +80,7 @@ def load_pretrained(
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            **quantization,
         )
     except _LOADING as error:
         raise ConfigError(f"{setting}: cannot load {path!r}: {' '.join(str(error).split())}") from error
@@ -86,7 +97,7 @@ def check_finite(model: nn.Module, setting: str, path: str | None = None) -> Non
     bad = [
         name
         for name, weight in model.named_parameters()
-        if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float64)))
+        if not bool(torch.isfinite(widened(weight).detach().sum(dtype=torch.float64)))
     ]
     if not bad:
         return

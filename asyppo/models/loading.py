@@ -20,6 +20,7 @@ from asyppo.models.critics.loading import load_value_models
 from asyppo.models.hub import check_finite, load_config, remember_dtype
 from asyppo.models.layers import numbered, size_of
 from asyppo.models.policy import Policy, compute_dtype
+from asyppo.models.quantized import is_in_4_bits
 from asyppo.models.tokenizer import load_tokenizer
 
 
@@ -59,13 +60,24 @@ def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **ch
         check_finite(policy, "policy")
         remember_dtype(policy, policy.dtype)
         # Optimizer steps at a learning rate of 1e-6 would round away in anything less.
-        return Policy(policy.float(), dtype=compute_dtype(config.policy.dtype, policy.device), **options)
+        if is_in_4_bits(policy):  # of which transformers refuses a cast
+            for parameter in policy.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        else:
+            policy = policy.float()
+        return Policy(policy, dtype=compute_dtype(config.policy.dtype, policy.device), **options)
     lora = {
         "r": config.policy.lora_r,
         "alpha": config.policy.lora_alpha,
         "target_modules": config.policy.lora_target_modules,
     }
-    return Policy.from_pretrained(policy, lora=lora if config.policy.use_peft else None, **_shared(config), **options)
+    return Policy.from_pretrained(
+        policy,
+        lora=lora if config.policy.use_peft else None,
+        load_in_4bit=config.policy.load_in_4bit,
+        **_shared(config),
+        **options,
+    )
 
 
 def given_critics(critics: Any, config: AsyPPOConfig) -> Critics | str | list[str] | None:

@@ -20,17 +20,19 @@ from transformers.utils.generic import is_flash_attention_requested
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyLoss, PolicyLossResult, PolicyTargets, policy_loss, result_of_fused
+from asyppo.config import ConfigError
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.data.hidden import HiddenStates
 from asyppo.data.padding import PaddingCount
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
-from asyppo.models.adapters import add_lora, has_adapters, merged
+from asyppo.models.adapters import add_lora, base_of_adapter, has_adapters, merged
 from asyppo.models.checkpointing import checkpoint_layers
 from asyppo.models.head import any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo.models.layers import of_size_one, outputs_of
 from asyppo.models.packing import known_sequences, packed_inputs, why_not_packed
+from asyppo.models.quantized import compute_in, is_in_4_bits
 from asyppo_kernels import LinearLogprob
 
 log = logging.getLogger("asyppo")
@@ -94,8 +96,13 @@ class Policy(nn.Module):
         self.packs = False
         self._padding = PaddingCount()
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+        compute_in(model, dtype)
+        if is_in_4_bits(model) and not has_adapters(model):
+            raise ConfigError(
+                "policy: got a model in 4 bits, needs adapters on it (policy.use_peft), which are trained"
+            )
         with self.autocast(), any_dtype_attention(model):
             self.logit_scale, self.softcap = head_rule(model)
             if gradient_checkpointing:
@@ -118,9 +125,13 @@ class Policy(nn.Module):
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
         lora: dict[str, Any] | None = None,
+        load_in_4bit: bool = False,
     ) -> Policy:
         """Load a causal language model, or adapters and the model under them, by directory or hub name. ``lora``,
-        keyword arguments of ``add_lora``, puts new adapters on a model that has none. Raises ConfigError."""
+        keyword arguments of ``add_lora``, puts new adapters on a model that has none; ``load_in_4bit``: see
+        ``asyppo/models/quantized.py``. Raises ConfigError."""
+        if load_in_4bit and lora is None and base_of_adapter(path) is None:
+            raise ConfigError("policy.load_in_4bit: got True, needs policy.use_peft: adapters, which are trained")
         model, _ = load_pretrained(
             AutoModelForCausalLM,
             path,
@@ -128,6 +139,7 @@ class Policy(nn.Module):
             setting="policy.model_name_or_path",
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            in_4_bits=dtype if load_in_4bit else None,
         )
         if has_adapters(model):
             model.set_adapter(model.active_adapters())  # loaded frozen; this makes them trainable

@@ -90,5 +90,8 @@ class CriticConfig:
     the paper's."""
     lora_alpha: float = setting(16.0, above=0)
     """The adapters' products are scaled by lora_alpha / lora_r. Our choice."""
+    load_in_4bit: bool = False
+    """Keep the linear layers of the backbone under the adapters in 4 bits, as ``policy.load_in_4bit``. Needs
+    ``lora_r``."""
     gradient_checkpointing: bool = False
     """Keep one tensor a layer for the backward pass and compute the rest again: less memory, more time."""

@@ -40,3 +40,7 @@ class PolicyConfig:
     lora_target_modules: list[str] | None = None
     """Ends of the names of layers that get adapters, such as ``[q_proj, v_proj]``; None: all linear layers but the
     head. The head gets none: the fused ops read its weight."""
+    load_in_4bit: bool = False
+    """QLoRA (arXiv 2305.14314): keep the linear layers under the adapters, but for the head, as 4-bit NormalFloats,
+    which takes 0.52 bytes a parameter in place of 2 (in bfloat16), by bitsandbytes, which has to be installed. Needs
+    adapters, and weights that are not sharded."""

@@ -63,6 +63,7 @@ def load_critics(
             gradient_checkpointing=config.gradient_checkpointing,
             policy_inputs=config.policy_inputs,
             loss=config.loss,
+            load_in_4bit=config.load_in_4bit,
         )
     models = load_value_models(
         path,

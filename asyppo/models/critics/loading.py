@@ -98,14 +98,20 @@ def draw_head(head: nn.Linear) -> None:
 
 
 def load_value_model(
-    path: str, device: torch.device, attn_implementation: str | None = None, trust_remote_code: bool = False
+    path: str,
+    device: torch.device,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    in_4_bits: torch.dtype | None = None,
 ) -> tuple[Any, bool]:
     """Return a model with a ``base_model`` and a ``value_head``, and whether that was drawn anew: transformers' token
-    classifier of the family, or the family's backbone with a head of our own where it has none. Raises ConfigError."""
+    classifier of the family, or the family's backbone with a head of our own where it has none. ``in_4_bits``: see
+    ``load_pretrained``. Raises ConfigError."""
     how: dict[str, Any] = {
         "setting": "critic.model_name_or_path",
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
+        "in_4_bits": in_4_bits,
     }
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new value head is meant, not something to warn of

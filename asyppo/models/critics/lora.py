@@ -28,6 +28,7 @@ from asyppo.models.critics.loading import (
 from asyppo.models.critics.stacked import Stacked
 from asyppo.models.families import PROJECTIONS, why_unknown
 from asyppo.models.hub import SaveDtype
+from asyppo.models.quantized import compute_in, is_in_4_bits, product_in_4_bits
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the names of the value model
@@ -37,9 +38,10 @@ class LoraLinear(nn.Module):
     """One frozen linear layer for all critics, and to each a low-rank product of its own (arXiv 2106.09685)."""
 
     def __init__(self, module: nn.Linear, num_critics: int, r: int, alpha: float):
+        """The weight of ``module`` may be kept in 4 bits."""
         super().__init__()
         self.weight, self.bias, self.scale = module.weight, module.bias, alpha / r
-        out, inner = module.weight.shape
+        self.in_4_bits, out, inner = is_in_4_bits(module), module.out_features, module.in_features
         device = module.weight.device
         self.lora_A = nn.Parameter(torch.empty(num_critics, r, inner, device=device))
         self.lora_B = nn.Parameter(torch.zeros(num_critics, out, r, device=device))
@@ -48,7 +50,11 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [M, N, out] of x [M, N, in]: one product for what all share, and two batched ones of rank r."""
-        shared = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.in_4_bits:
+            shared = product_in_4_bits(x, self.weight, bias)
+        else:
+            shared = F.linear(x, self.weight.to(x.dtype), bias)
         low = torch.bmm(x, self.lora_A.to(x.dtype).mT)
         return torch.baddbmm(shared, low, self.lora_B.to(x.dtype).mT, alpha=self.scale)
 
@@ -91,8 +97,9 @@ class LoraCritics(Stacked):
         )
         for name, p in self.named_parameters():
             p.requires_grad_("lora_" in name or name.startswith(("score.", "project.")))
-            if not p.requires_grad:
+            if not p.requires_grad and p.is_floating_point():
                 p.data = p.data.to(dtype)  # no optimizer steps it, so it needs no float32
+        compute_in(self, dtype)
         self.models = [nn.Module() for _ in heads]
         self.tie_models()
 
@@ -110,14 +117,15 @@ class LoraCritics(Stacked):
         gradient_checkpointing: bool = False,
         policy_inputs: Sequence[str] | None = None,
         loss: str | None = None,
+        load_in_4bit: bool = False,
     ) -> LoraCritics:
         """Load one checkpoint for all, with new adapters; or M directories of ``save_pretrained``, or one for all, with
         theirs.
 
         Where the checkpoint has no value head, each critic gets one of its own, drawn from torch's global generator.
         ``policy_inputs``: what they read beside the tokens, ``loss``: what they minimise; None: as the saved ones do.
-        Raises ConfigError if something cannot be loaded, or does not fit together.
-        """
+        ``load_in_4bit``: keep the linear layers of the backbone so. Raises ConfigError if something cannot be loaded,
+        or does not fit together."""
         if isinstance(path_or_paths, str | Path) and (Path(path_or_paths) / CONFIG).exists():
             path_or_paths = [path_or_paths] * num_critics
         saved: list[Path] = []
@@ -125,7 +133,9 @@ class LoraCritics(Stacked):
         if not isinstance(path_or_paths, str | Path):
             saved = [Path(path) for path in path_or_paths]
             base = _common_base(saved, num_critics, r, alpha)
-        model, head_is_new = load_value_model(str(base), torch.device(device))
+        model, head_is_new = load_value_model(
+            str(base), torch.device(device), in_4_bits=dtype if load_in_4bit else None
+        )
         check_vocabulary(model.config, str(base), vocab_size)
         heads = [cast(nn.Linear, model.score)]
         for _ in range(num_critics - 1):
