@@ -13,6 +13,7 @@ Read in TRL 1.16. TRL itself is not needed: ``args`` is asked for its fields.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -141,13 +142,21 @@ def settings_of(args: Any, num_rows: int) -> dict[str, Any]:
     updates = max(1, batches * args.num_iterations)
     prompts = args.generation_batch_size // args.num_generations
     epoch = max(1, num_rows // prompts)
+    max_steps = math.ceil(args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs * epoch)
+
+    def steps(count: float) -> int:
+        """TRL counts updates of the policy, of which a step has several; below 1, it is a fraction of all."""
+        return math.ceil(count * max_steps if count < 1 else count / updates)
+
+    def every(strategy: Any, count: float | None) -> int:
+        name = str(getattr(strategy, "value", strategy))
+        return {"no": 0, "epoch": epoch}.get(name, steps(count or 0))
+
     settings |= {
         "prompts_per_step": prompts,
         "num_mini_batches": max(1, batches),
-        "max_steps": math.ceil(args.max_steps / updates)
-        if args.max_steps > 0
-        else math.ceil(args.num_train_epochs * epoch),
-        "warmup_steps": math.ceil(args.warmup_steps / updates),
+        "max_steps": max_steps,
+        "warmup_steps": steps(args.warmup_steps),
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).replace(
             "constant_with_warmup", "constant"
         ),
@@ -157,12 +166,12 @@ def settings_of(args: Any, num_rows: int) -> dict[str, Any]:
         ),
         "policy_loss": _one_of("importance_sampling_level", args, {"token": "ppo", "sequence": "gspo"}),
         "report_to": [name for name in _listed(args.report_to) if name != "none"],
-        "save_steps": _every(args.save_strategy, args.save_steps, updates, epoch),
+        "save_steps": every(args.save_strategy, args.save_steps),
         "distributed": {"timeout_s": args.ddp_timeout},
         "data": {"chat_template_kwargs": args.chat_template_kwargs or {}},
         "policy": _policy(args),
         "eval": {
-            "every": _every(args.eval_strategy, args.eval_steps, updates, epoch),
+            "every": every(args.eval_strategy, args.eval_steps),
             "num_generations": args.num_generations_eval or args.num_generations,
             "temperature": args.temperature,
         },
@@ -188,15 +197,6 @@ def _one_of(name: str, args: Any, known: Mapping[str, str]) -> str:
 
 def _listed(names: Any) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
-
-
-def _every(strategy: Any, steps: float | None, updates: int, epoch: int) -> int:
-    """Return the steps from one to the next; 0: never. TRL counts updates of the policy, of which a step has several,
-    or, below 1, fractions of the training, which are steps of an epoch here."""
-    name = str(getattr(strategy, "value", strategy))
-    if name == "no" or not steps:
-        return 0
-    return epoch if name == "epoch" or steps < 1 else math.ceil(steps / updates)
 
 
 def _policy(args: Any) -> dict[str, Any]:
@@ -276,6 +276,10 @@ class AsyPPOTrainer(Trainer):
         **further: Any,
     ):
         """Raises ConfigError where something has no counterpart here."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "mesh" not in further:
+            raise ConfigError(
+                "WORLD_SIZE: got several processes, needs one, or a mesh; asyppo train makes one by itself"
+            )
         found: dict[str, Any] = {}
         if critics is None:
             found = {"critic": {"kind": "side"}}

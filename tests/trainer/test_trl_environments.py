@@ -230,6 +230,8 @@ def test_what_arguments_come_to(tmp_path: Path) -> None:
     assert (several.prompts_per_step, several.num_mini_batches, several.num_iterations) == (4, 4, 2)
     assert (several.max_steps, several.save_steps, several.warmup_steps) == (10, 5, 2)
     assert (several.environment.max_turns, several.loss_aggregation) == (4, "sequence-mean")
+    parts = load_config(made(max_steps=50, warmup_steps=0.1, save_steps=0.2, eval_strategy="epoch"))
+    assert (parts.warmup_steps, parts.save_steps, parts.eval.every) == (5, 10, 100)
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://there:8000"}
     vllm = load_config(made(**server))
     assert (vllm.sampler, vllm.vllm.url, vllm.importance_sampling_clip_max) == ("vllm", ["http://there:8000"], 3.0)
