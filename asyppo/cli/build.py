@@ -182,8 +182,9 @@ def evaluate_model(config: AsyPPOConfig, model: str, out: Path) -> Evaluation:
             progress=lambda count: progress.advance(count=count),
             playing=playing,
         )
-    with open(out / "samples.jsonl", "w") as file:
-        file.writelines(json.dumps({"split": "eval", **sample}) + "\n" for sample in evaluation.samples)
     results = {"model": model, **evaluation.results(), "config": asdict(config)}
-    (out / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    with durable.writing(out):
+        durable.write_text(out / "eval.json", json.dumps(results, indent=2) + "\n")  # first: it is what was asked for
+        with open(out / "samples.jsonl", "w") as file:
+            file.writelines(durable.json_lines({"split": "eval", **sample} for sample in evaluation.samples))
     return evaluation

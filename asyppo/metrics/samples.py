@@ -92,7 +92,7 @@ def completions_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in [*names, "advantage"]:
         table.add_column(name, justify="right")
     for row in rows:
-        advantage = row["advantage"]
+        advantage = [math.nan if a is None else a for a in row["advantage"]]  # of one that is not finite
         numbers = [*(row["rewards"][name] for name in names), sum(advantage) / len(advantage)]
         completion = row["completion"] + (" (cut off)" if row["truncated"] else "")
         table.add_row(*map(_short_text, (row["prompt"], completion)), *map(_number, numbers))

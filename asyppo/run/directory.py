@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 import secrets
@@ -194,14 +193,9 @@ def open_run(config: AsyPPOConfig) -> RunDirectory:
 
 
 def _append(path: Path, rows: list[Any]) -> None:
-    lines = [json.dumps({key: _json(value) for key, value in row.items()}) + "\n" for row in rows]
+    lines = list(durable.json_lines(rows))
     with durable.writing(path), open(path, "a") as file:
         file.writelines(lines)
-
-
-def _json(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cut_off(path: Path, step: int) -> int:

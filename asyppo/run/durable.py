@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,9 +83,19 @@ def as_json(value: Any) -> Any:
     """Return ``value``, plain data, as JSON can hold it: NaN and infinity become None."""
     if isinstance(value, dict):
         return {key: as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [as_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield plain ``rows`` as lines of JSON, which knows no NaN and no infinity: they become null."""
+    for row in rows:
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError:  # seldom: rows are long
+            line = json.dumps(as_json(dict(row)), allow_nan=False)
+        yield line + "\n"
 
 
 def seal(directory: Path) -> None:

@@ -143,7 +143,8 @@ def test_the_table() -> None:
         "advantage": [0.5, 1.0],
     }
     stream = io.StringIO()
-    Console(file=stream, width=120).print(completions_table([row, row | {"completion": "6"}]))
+    diverged = row | {"completion": "6", "advantage": [None, 1.0]}
+    Console(file=stream, width=120).print(completions_table([row, diverged]))
     text = stream.getvalue()
     assert "step 7" in text
     assert "[bold]2+3=?" in text
@@ -151,6 +152,8 @@ def test_the_table() -> None:
     assert text.count("(cut off)") == 2
     [first] = [line for line in text.splitlines() if "5 (cut off)" in line]
     assert [cell.strip() for cell in first.split("│")[3:6]] == ["1", "none", "0.75"]
+    [second] = [line for line in text.splitlines() if "6 (cut off)" in line]
+    assert [cell.strip() for cell in second.split("│")[3:6]] == ["1", "none", "nan"]
 
 
 def test_a_display_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,10 +163,11 @@ def test_a_directory_that_cannot_be_made(tiny_config: Make, tmp_path: Path) -> N
 def test_json_stays_json(tiny_config: Make) -> None:
     run = RunDirectory(tiny_config())
     run.log_metrics({"step": 1, "a": math.nan, "b": math.inf, "c": 0.5})
-    run.log_samples([{"completion": 'é "\n\u2028', "reward": 1.0}])
+    run.log_samples([{"completion": 'é "\n\u2028', "reward": 1.0, "extra": {"x": [math.nan, (math.inf, "NaN")]}}])
     assert run.metrics.read_text().count("\n") == 1
     assert json.loads(run.metrics.read_text()) == {"step": 1, "a": None, "b": None, "c": 0.5}
-    assert read_jsonl(run.samples) == [{"completion": 'é "\n\u2028', "reward": 1.0}]
+    extra = {"x": [None, [None, "NaN"]]}
+    assert read_jsonl(run.samples) == [{"completion": 'é "\n\u2028', "reward": 1.0, "extra": extra}]
 
 
 def test_timer(monkeypatch: pytest.MonkeyPatch) -> None:
