@@ -556,7 +556,7 @@ class AsyPPOTrainer:
     def _micro_batches(self, batch: Batch, rows: Tensor | None = None, at_least: int = 1) -> Any:
         rows = torch.arange(len(batch)) if rows is None else rows
         limit = self.config.max_tokens_per_micro_batch
-        return micro_batches(batch, rows, limit, at_least, packed=self.policy.packs)
+        return micro_batches(batch, rows, limit, at_least, packed=self.policy.packs, shared=self.policy.shares)
 
     @property
     def policy_warmup(self) -> int:

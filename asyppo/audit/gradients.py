@@ -351,7 +351,9 @@ def surrogate_gradient(
     objective = Objective(targets, options, None if plain else trainer.surrogate)
     policy.zero_grad(set_to_none=True)
     rows = torch.arange(len(batch))
-    for micro in micro_batches(batch, rows, trainer.config.max_tokens_per_micro_batch, packed=policy.packs):
+    for micro in micro_batches(
+        batch, rows, trainer.config.max_tokens_per_micro_batch, packed=policy.packs, shared=policy.shares
+    ):
         policy(micro, replace(objective, targets=targets.at(micro.grid))).loss.backward()
     parameters = [p for p in policy.parameters() if p.requires_grad]
     gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])

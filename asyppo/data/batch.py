@@ -5,7 +5,8 @@ Everything of reinforcement learning (log-probs, values, rewards, masks) lives o
 [b, t] belongs to token t of response b, and is False in ``mask`` past its end, and where an environment wrote it. What
 a model computes for token t is read at the position that predicts it, one to the left. Lengths, not token ids, say what
 is padding, so a padding token equal to the end-of-sequence token is no problem. Or sequences are packed: one behind the
-other in one row, without padding.
+other in one row, without padding; or they share their prompts: a prompt is in that row once, the responses to it behind
+it.
 
 Micro-batches are cut on the host, which knows the lengths: nothing is read back from the device.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from asyppo.algorithm.turns import Turns
+from asyppo.data.sharing import SharedPrompts, lay_out
 from asyppo.distributed.processes import divide_rows, from_main, rank
 
 if TYPE_CHECKING:
@@ -29,9 +31,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CPU_TOKENS = 4096
-"""Most tokens of a model's pass on a CPU, for each of its threads: more are no faster, and where sequences are ragged
-they are padding, and memory."""
+CPU_TOKENS = 1024
+"""Most tokens of a model's pass on a CPU, for each of its threads: more are hardly faster, and take memory."""
 
 
 @dataclass
@@ -108,6 +109,13 @@ class Batch:
     def host_length(self) -> Tensor:
         """``length``, on the CPU."""
         return torch.tensor([p + r for p, r in zip(*self.on_host, strict=True)])
+
+    @cached_property
+    def prompt_number(self) -> list[int]:
+        """Of each row, which of the different prompts it has. Reads the tokens: for batches on the CPU."""
+        numbers: dict[bytes, int] = {}
+        prompts = (row[:length].numpy().tobytes() for row, length in zip(self.tokens, self.on_host[0], strict=True))
+        return [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -187,7 +195,7 @@ class MicroBatch:
     rows: Tensor
     """int64 [b]: rows of the batch."""
     input_ids: Tensor
-    """int64 [b, s]: padded on the right to the longest of these rows; or, packed, [1, S]."""
+    """int64 [b, s]: padded on the right to the longest of these rows; or, packed or with shared prompts, [1, S]."""
     length: Tensor
     """int64 [b]: tokens of each sequence."""
     grid: tuple[Tensor, Tensor]
@@ -196,16 +204,18 @@ class MicroBatch:
     """Two int64 [N]: row and column of ``input_ids`` whose hidden state predicts that token."""
     response: Tensor
     """int64 [N], in 0 … b - 1: which of ``rows`` each response token belongs to."""
+    targets: Tensor
+    """int64 [N]: the response tokens that the policy drew; -100 for others, of which it says nothing."""
     tokens: int
-    """Of all sequences, without padding."""
+    """Of all sequences, without padding; shared prompts count once."""
     longest: int
     """Tokens of the longest sequence."""
     longest_response: int
     """Tokens of the longest response."""
     packing: Packing | None = None
-    """None: padded."""
-    drawn: Tensor | None = None
-    """bool [N]: the response tokens that the policy drew; None: all."""
+    """None: not packed."""
+    sharing: SharedPrompts | None = None
+    """None: each sequence has its prompt."""
 
     @property
     def attention_mask(self) -> Tensor:
@@ -213,13 +223,6 @@ class MicroBatch:
         if self.packing is not None:
             return torch.ones_like(self.input_ids)
         return (torch.arange(self.input_ids.shape[1], device=self.length.device) < self.length[:, None]).long()
-
-    @property
-    def targets(self) -> Tensor:
-        """int64 [N]: the response tokens that the policy drew; -100 for others, of which it says nothing."""
-        row, column = self.predicts
-        tokens = self.input_ids[row, column + 1]
-        return tokens if self.drawn is None else tokens.where(self.drawn, -100)
 
     @property
     def flat_predicts(self) -> Tensor:
@@ -240,21 +243,35 @@ class MicroBatch:
 
 
 def micro_batch(
-    batch: Batch, rows: Tensor | Sequence[int], width: int | None = None, *, packed: bool = False
+    batch: Batch,
+    rows: Tensor | Sequence[int],
+    width: int | None = None,
+    *,
+    packed: bool = False,
+    shared: bool = False,
 ) -> MicroBatch:
-    """Cut ``rows`` (int64 [b]) out of ``batch``, padded to ``width`` (None: to the longest of them) or ``packed``."""
+    """Cut ``rows`` (int64 [b]) out of ``batch``, padded to ``width`` (None: to the longest of them), or ``packed``, or
+    with the prompts of neighbours ``shared``."""
     numbers = rows.tolist() if isinstance(rows, Tensor) else list(rows)
     prompts, responses = ([of[row] for row in numbers] for of in batch.on_host)
     lengths = [p + r for p, r in zip(prompts, responses, strict=True)]
     own, prompt, length, of_response = to_device([numbers, prompts, lengths, responses], batch.tokens.device)
     response, position = _ragged(of_response, sum(responses))
     grid, column, total = (own[response], position), prompt[response] - 1 + position, sum(lengths)
-    longest = max(lengths, default=0)
-    drawn = None if batch.policy_tokens is None else batch.policy_tokens[grid]
+    longest, longest_response = max(lengths, default=0), max(responses, default=0)
+    targets = batch.tokens[own[response], column + 1]
+    if batch.policy_tokens is not None:
+        targets = targets.where(batch.policy_tokens[grid], -100)
+    if shared:
+        sharing = lay_out([batch.prompt_number[row] for row in numbers], prompts, responses)
+        sequence, place = sharing.source
+        ids, predicts = batch.tokens[own[sequence], place][None], (torch.zeros_like(column), sharing.predicts)
+        found = grid, predicts, response, targets, len(place), longest, longest_response
+        return MicroBatch(own, ids, length, *found, sharing=sharing)
     if not packed:
         ids = batch.tokens[own, : longest if width is None else width]
-        where = grid, (response, column), response
-        return MicroBatch(own, ids, length, *where, total, longest, max(responses, default=0), drawn=drawn)
+        found = grid, (response, column), response, targets, total, longest, longest_response
+        return MicroBatch(own, ids, length, *found)
     sequence, place = _ragged(length, total)
     starts = torch.nn.functional.pad(length.cumsum(0), (1, 0))
     return MicroBatch(
@@ -264,11 +281,11 @@ def micro_batch(
         grid=grid,
         predicts=(torch.zeros_like(column), starts[response] + column),
         response=response,
+        targets=targets,
         tokens=total,
         longest=longest,
-        longest_response=max(responses, default=0),
+        longest_response=longest_response,
         packing=Packing(place[None], sequence[None], starts.int()),
-        drawn=drawn,
     )
 
 
@@ -288,13 +305,14 @@ def _ragged(length: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return row, torch.arange(total, device=length.device) - first[row]
 
 
-def empty_micro_batch(batch: Batch, *, packed: bool = False) -> MicroBatch:
+def empty_micro_batch(batch: Batch, *, packed: bool = False, shared: bool = False) -> MicroBatch:
     """Return a micro-batch of one padding token and no response: a pass over it computes nothing, but takes part in
     the communication between ranks."""
     none = batch.tokens.new_zeros(0)
     token = batch.tokens.new_zeros(1, 1)
     packing = Packing(token, token, torch.arange(2, dtype=torch.int32, device=token.device)) if packed else None
-    return MicroBatch(none, token, token.new_ones(1), (none, none), (none, none), none, 1, 1, 1, packing)
+    sharing = lay_out([0], [1], [0]) if shared else None
+    return MicroBatch(none, token, token.new_ones(1), *((none, none),) * 2, none, none, 1, 1, 1, packing, sharing)
 
 
 def _at_most(max_tokens: int, models: int, device: torch.device) -> int:
@@ -309,17 +327,20 @@ def _threads() -> int:
 
 
 def micro_batches(
-    batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1, *, packed: bool = False
+    batch: Batch, rows: Tensor, max_tokens: int, at_least: int = 1, *, packed: bool = False, shared: bool = False
 ) -> Iterator[MicroBatch]:
     """Cut this rank's part of ``rows`` into micro-batches of at most ``max_tokens`` tokens, padding included, on a CPU
     also of at most ``CPU_TOKENS`` a thread, and at least ``at_least`` of them where there are that many rows. Rows of
-    like length go together, so that padding is small; ``packed``, there is none. Every rank gets the same number, some
-    of them empty if need be."""
+    like length go together, so that padding is small; ``packed``, there is none; ``shared``, rows of one prompt go
+    together, which is there once. Every rank gets the same number, some of them empty if need be."""
     max_tokens = _at_most(max_tokens, 1, batch.tokens.device)
     parts = divide_rows(rows.cpu(), batch.host_length)
-    pieces = [list(_pieces(batch, own, max_tokens, at_least, packed)) for own in parts]
+    pieces = [list(_pieces(batch, own, max_tokens, at_least, packed, shared)) for own in parts]
     for own in _in_step(pieces):
-        yield empty_micro_batch(batch, packed=packed) if own is None else micro_batch(batch, own, packed=packed)
+        if own is None:
+            yield empty_micro_batch(batch, packed=packed, shared=shared)
+        else:
+            yield micro_batch(batch, own, packed=packed, shared=shared)
 
 
 def _longest_first(batch: Batch, rows: Tensor) -> list[int]:
@@ -327,18 +348,28 @@ def _longest_first(batch: Batch, rows: Tensor) -> list[int]:
     return rows[torch.argsort(batch.host_length[rows], descending=True, stable=True)].tolist()
 
 
-def _pieces(batch: Batch, rows: Tensor, max_tokens: int, at_least: int, packed: bool) -> Iterator[list[int]]:
+def _pieces(
+    batch: Batch, rows: Tensor, max_tokens: int, at_least: int, packed: bool, shared: bool
+) -> Iterator[list[int]]:
     order = _longest_first(batch, rows)
-    lengths = [sum(of) for of in zip(*batch.on_host, strict=True)]
+    prompts, responses = batch.on_host
+    if shared:
+        numbers = batch.prompt_number
+        order.sort(key=lambda row: numbers[row])
     start = 0
     while start < len(order):
         even = -(-(len(order) - start) // max(at_least, 1))
-        if packed:
-            sums = itertools.accumulate(lengths[row] for row in order[start:])
-            count = sum(1 for _ in itertools.takewhile(lambda tokens: tokens <= max_tokens, sums))
+        if shared:
+            # A row brings its response, and its prompt where the one before has another.
+            new = (i == start or numbers[order[i]] != numbers[order[i - 1]] for i in range(start, len(order)))
+            tokens = (responses[row] + one * prompts[row] for row, one in zip(order[start:], new, strict=True))
+        else:
+            tokens = (prompts[row] + responses[row] for row in order[start:])
+        if packed or shared:
+            count = sum(1 for _ in itertools.takewhile(lambda total: total <= max_tokens, itertools.accumulate(tokens)))
         else:
             # The first row is the longest of its piece, so it decides how many rows fit.
-            count = max_tokens // lengths[order[start]]
+            count = max_tokens // next(tokens)
         count = min(even, max(1, count))
         yield order[start : start + count]
         start += count

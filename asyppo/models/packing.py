@@ -43,15 +43,24 @@ def packed_inputs(model: PreTrainedModel, packing: Packing, longest: int) -> dic
     return inputs
 
 
+def why_not_attention(model: PreTrainedModel) -> str | None:
+    """Return which layers of ``model`` carry something from token to token by other means than attention, None if
+    there are none."""
+    text = model.config.get_text_config()
+    kinds = {*(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())} - ATTENTION
+    if kinds or getattr(model, "_is_stateful", False):
+        return f"{type(model).__name__} has layers other than attention, {', '.join(sorted(kinds)) or 'with a state'}"
+    return None
+
+
 @torch.no_grad()
 def why_not_packed(model: PreTrainedModel, logprobs: Callable[[MicroBatch], Any], dtype: torch.dtype) -> str | None:
     """Return why ``model`` cannot read packed sequences, None if it can: if ``logprobs`` of a packed micro-batch are
     those of its sequences one by one, as far as passes in ``dtype`` agree."""
     name, decoder = type(model).__name__, model.get_decoder()
     text = model.config.get_text_config()
-    kinds = {*(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())} - ATTENTION
-    if kinds or getattr(model, "_is_stateful", False):
-        return f"{name} has layers other than attention, {', '.join(sorted(kinds)) or 'with a state'}"
+    if (others := why_not_attention(model)) is not None:
+        return others
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         return f"{name} takes no position_ids"
     batch = _sequences(text.vocab_size, model.device)

@@ -33,6 +33,7 @@ from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo.models.layers import of_size_one, outputs_of
 from asyppo.models.packing import known_sequences, packed_inputs, why_not_packed
 from asyppo.models.quantized import compute_in, is_in_4_bits
+from asyppo.models.sharing import SHARED, why_not_shared
 from asyppo_kernels import LinearLogprob
 
 log = logging.getLogger("asyppo")
@@ -93,7 +94,7 @@ class Policy(nn.Module):
         super().__init__()
         # In eval mode throughout: with dropout the first update's ratio would not be 1.
         self.model, self.temperature, self.dtype = model.eval(), temperature, dtype
-        self.packs = False
+        self.packs = self.shares = False
         self._padding = PaddingCount()
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
@@ -215,6 +216,8 @@ class Policy(nn.Module):
         self._padding.add(micro.tokens, micro.input_ids.numel())
         packing = micro.packing
         inputs = {} if packing is None else packed_inputs(self.model, packing, micro.longest)
+        if micro.sharing is not None:
+            inputs = {"position_ids": micro.sharing.position_ids, SHARED: micro.sharing}
         sequences = known_sequences(None if packing is None else packing.sequence)
         with self.autocast(), sequences, outputs_of(self.model, layers) as found:
             # Padding is on the right, where causal attention does not look: no mask is made of it.
@@ -273,15 +276,18 @@ class Policy(nn.Module):
         return TokenStats(logprob, entropy)
 
     def choose_packing(self, wanted: bool | Literal["auto"]) -> None:
-        """Pack micro-batches where that is ``wanted`` and changes nothing: see ``why_not_packed``."""
-        self.packs = False
+        """Pack micro-batches, or let them share prompts, where that is ``wanted`` and changes nothing: see
+        ``why_not_packed`` and ``why_not_shared``."""
+        self.packs = self.shares = False
         if wanted is True or (wanted == "auto" and is_flash_attention_requested(self.model.config)):
             reason = why_not_packed(self.model, self, self.dtype)
-            release(self)
             self.packs = reason is None
-            self._padding.take()
             if reason is not None:
                 log.warning("policy.packing: %s: micro-batches of the policy are padded", reason)
+        elif wanted == "auto" and self.device.type == "cpu":
+            self.shares = why_not_shared(self.model, self, self.dtype) is None
+        release(self)
+        self._padding.take()
 
     def padding_frac(self) -> float:
         """Return the fraction of padding in the tokens of all passes since the last call; 0 if there were none."""

@@ -128,14 +128,18 @@ def test_values_and_gradients_are_those_of_plain_networks(
     torch.testing.assert_close(own[0, shares[0]], want[0, shares[0]], atol=1e-5, rtol=1e-5)
 
 
-def test_a_packed_policy_gives_the_same_states(config_of: Make, policy: Policy, ragged_batch: Make) -> None:
+def test_a_packed_policy_or_one_that_shares_prompts_gives_the_same_states(
+    config_of: Make, policy: Policy, ragged_batch: Make
+) -> None:
     batch, critics = ragged_batch(), of_policy(policy, config_of(side(side={"layers": [1, -1]})))
-    states = [policy.states_of(batch, critics.read_layers, critics.states_size, 10**9) for _ in range(2)]
+    ways: list[dict[str, bool]] = [{}, {"packed": True}, {"shared": True}]
+    states = [policy.states_of(batch, critics.read_layers, critics.states_size, 10**9) for _ in ways]
     everything = torch.arange(len(batch))
-    for packed, kept in zip((False, True), states, strict=True):
-        policy.logprobs(batch, micro_batches(batch, everything, 30, packed=packed), kept)
-    tables = [kept.of([*micro_batches(batch, everything, 10_000)])[0] for kept in states]
-    torch.testing.assert_close(*tables, atol=1e-5, rtol=1e-5)
+    for way, kept in zip(ways, states, strict=True):
+        policy.logprobs(batch, micro_batches(batch, everything, 30, **way), kept)
+    padded, *others = [kept.of([*micro_batches(batch, everything, 10_000)])[0] for kept in states]
+    for other in others:
+        torch.testing.assert_close(other, padded, atol=1e-5, rtol=1e-5)
 
 
 @networks

@@ -50,8 +50,8 @@ def test_whose_tokens_are_whose() -> None:
     assert batch.turns is not None
     assert batch.turns.reward.tolist() == [[0, 0.25, 0, 0, 0, 3, 0], [0, 0, 4, 0, 0, 0, 0], [0] * 7]
     assert batch.score.tolist() == [3.75, 4, 8]
-    for packed in (False, True):
-        micro = micro_batch(batch, [1, 0], packed=packed)
+    for way in ({}, {"packed": True}, {"shared": True}):
+        micro = micro_batch(batch, [1, 0], **way)
         wrote = [batch.tokens[b, batch.prompt_length[b] :][: len(POLICY[b])] for b in (1, 0)]
         drawn = torch.tensor(POLICY[1] + POLICY[0]).bool()
         assert torch.equal(micro.targets, torch.cat(wrote).where(drawn, -100))

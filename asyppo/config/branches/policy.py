@@ -28,7 +28,9 @@ class PolicyConfig:
     """Lay sequences one behind the other in one row a micro-batch, without padding, instead of side by side. ``auto``:
     where attention takes sequences of any length, which is flash attention; others would make a mask of all pairs of
     tokens. A model that cannot (one with a state, or whose attention does not look at position ids) is found out at
-    the start, and its micro-batches are padded, with a warning; rows of like length go together then."""
+    the start, and its micro-batches are padded, with a warning; rows of like length go together then. On a CPU ``auto``
+    has each prompt in the row once, the responses to it behind it, where ``sdpa`` is the model's attention and looks
+    at all tokens before; others are padded."""
     use_peft: bool = False
     """Train LoRA adapters instead of the weights. The weights under them are kept in ``dtype``, checkpoints hold the
     adapters alone, and the reference of ``beta`` is the model without them. A ``model_name_or_path`` that holds
