@@ -56,8 +56,9 @@ from asyppo.models.loading import (
     policy_of,
     tokenizer_of,
 )
+from asyppo.models.offload import Offload
 from asyppo.models.optimizers import make_optimizer
-from asyppo.models.policy import Objective, Policy, TokenStats
+from asyppo.models.policy import Objective, Policy, Reference, TokenStats
 from asyppo.models.quantized import check_bitsandbytes
 from asyppo.models.tokenizer import eos_token_ids
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
@@ -210,6 +211,7 @@ class AsyPPOTrainer:
                 optim=config.critic.optim or config.optim,
                 policy_inputs_lr_ratio=config.critic.policy_inputs_lr_ratio,
             )
+        self.offload = self._offload()
 
     def _check_tokens(self, critics: Critics) -> None:
         """Raise ConfigError unless the critics read the policy's tokens as they are meant, in some of the prompts."""
@@ -222,6 +224,14 @@ class AsyPPOTrainer:
             self.policy.model.config.get_text_config().vocab_size,
             self.config.policy.trust_remote_code,
         )
+
+    def _offload(self) -> Offload:
+        """Return what moves models and moments that are not in use to the host's memory, with the policy in use."""
+        models = [model for model in (self.policy, self.critics, self.reference) if isinstance(model, nn.Module)]
+        optimizers = [self.policy_optimizer, *([self.critic_optimizer.adamw] if self.critic_optimizer else [])]
+        offload = Offload(self.config.offload, self.device, models, optimizers)
+        offload.use(self.policy)
+        return offload
 
     def _sampler_of(self, sampler: Sampler | None, mesh: DeviceMesh | None) -> tuple[Sampler, Sampler]:
         """Return the sampler that is called, and the one that samples: of all ranks where the models are sharded over a
@@ -289,6 +299,7 @@ class AsyPPOTrainer:
         self._set_learning_rates(step)
         with timer.phase("step"):
             # Sample a group of responses for each prompt, and reward them.
+            self.offload.use(self.policy)
             sampled = sampled or self.rollout(step, timer)
             self.rest()
             metrics |= sampled.metrics | metrics  # the step stays the first, by which rows are cut off on resuming
@@ -299,7 +310,7 @@ class AsyPPOTrainer:
             ref_logprob = None
             if self.reference is not None:
                 with timer.phase("ref"):
-                    ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
+                    ref_logprob = self.reference_logprobs(self.reference, batch)
             batch, penalties = self.shape_rewards(batch, old_logprob, ref_logprob)
             batch = self._with_policy_inputs(batch, old)
             metrics |= penalties
@@ -309,6 +320,7 @@ class AsyPPOTrainer:
             if self.critics is not None:
                 values, share, critic_metrics = self.learn_values(self.critics, batch, generator, timer)
                 batch = replace(batch, hidden=None)
+                self.offload.use(self.policy)
                 metrics |= critic_metrics
             elif self.own_values is not None:
                 with timer.phase("values"):
@@ -356,6 +368,13 @@ class AsyPPOTrainer:
             old = self.policy.logprobs(batch, self._micro_batches(batch), batch.hidden)
         return old, old.logprob
 
+    def reference_logprobs(self, reference: Reference, batch: Batch) -> Tensor:
+        """Return the log-probs [B, T] that the ``reference`` has of ``batch``."""
+        self.offload.use(reference)
+        found = reference.logprobs(batch, self._micro_batches(batch)).logprob
+        self.offload.use(self.policy)
+        return found
+
     def shape_rewards(
         self, batch: Batch, old_logprob: Tensor | None, ref_logprob: Tensor | None
     ) -> tuple[Batch, dict[str, float]]:
@@ -386,7 +405,7 @@ class AsyPPOTrainer:
         old, ref_logprob = self.policy.logprobs(batch, self._micro_batches(batch), batch.hidden), None
         if self.config.use_kl_in_reward:
             assert self.reference is not None
-            ref_logprob = self.reference.logprobs(batch, self._micro_batches(batch)).logprob
+            ref_logprob = self.reference_logprobs(self.reference, batch)
         return self._with_policy_inputs(self.shape_rewards(batch, old.logprob, ref_logprob)[0], old), old
 
     def _with_policy_inputs(self, batch: Batch, old: TokenStats | None) -> Batch:
@@ -414,6 +433,7 @@ class AsyPPOTrainer:
         """Train the critics, and return their values [M, B, T] of all responses, the critic that learned from each
         (int64 [B]; None: all did), and metrics."""
         config, max_tokens = self.config, self.config.max_tokens_per_micro_batch
+        self.offload.use(critics, *([self.policy] if critics.read_layers else []))
         # 1. Split: each prompt's responses among the critics, disjointly.
         share = None
         if config.critic.share == "disjoint":
@@ -462,7 +482,7 @@ class AsyPPOTrainer:
 
             active = [len(rows) > 0 for rows in rows_of]
             losses = self.critics.backward(batch, rows_of, loss, max_tokens)
-            norms = self.critic_optimizer.step(losses, config.max_grad_norm, active=active)
+            norms = self.critic_optimizer.step(losses, config.max_grad_norm, active=active, by=self.offload.step)
             updates.stepped(losses.tolist(), norms, active)
         return updates.row() | {"critic/lr": self.critic_optimizer.adamw.param_groups[0]["lr"]}
 
@@ -500,7 +520,7 @@ class AsyPPOTrainer:
                 if number < config.num_mini_batches:  # the first pass
                     logprob[micro.grid], entropy[micro.grid] = result.logprob, result.entropy
             loss = sum_over_ranks(loss)
-            norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss)
+            norm = _clip_and_step(self.policy, self.policy_optimizer, config.max_grad_norm, loss, self.offload)
             updates.stepped(float(loss), norm)
         self.weights_changed()
         metrics = updates.row() | {
@@ -547,7 +567,9 @@ class AsyPPOTrainer:
             return masked_gradient_fractions(self.policy, objective, batch, micros)
 
     def trained(self) -> Trained:
-        """Return what a checkpoint saves beside the loop's own few numbers, by name."""
+        """Return what a checkpoint saves beside the loop's own few numbers, by name; all of it on the device until the
+        next step."""
+        self.offload.recall()
         trained: Trained = {"policy": (self.policy.model, self.policy_optimizer)}
         if self.critics is not None and self.critic_optimizer is not None:
             trained["critics"] = (nn.ModuleList(self.critics.models), self.critic_optimizer.adamw)
@@ -647,7 +669,7 @@ def surrogate_of(config: AsyPPOConfig) -> PolicyLoss | None:
 
 
 def _clip_and_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor
+    model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, loss: Tensor, offload: Offload
 ) -> float | None:
     """Clip the gradient, step, and return its norm; where loss or norm is not finite, skip the step, return None."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -656,6 +678,6 @@ def _clip_and_step(
     finite = math.isfinite(norm) and math.isfinite(float(loss))
     if finite:
         clip_gradients(gradients, max_grad_norm, total)
-        optimizer.step()
+        offload.step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     return norm if finite else None

@@ -112,8 +112,8 @@ def _untaught(config: AsyPPOConfig, checkpoint: Path) -> AsyPPOConfig:
 
 
 def unnamed(config: AsyPPOConfig) -> AsyPPOConfig:
-    """Return ``config`` for a trainer that writes nothing."""
-    return replace(config, run_name=None, resume=False, report_to=[])
+    """Return ``config`` for a trainer that writes nothing, and whose models are used in another order than a step's."""
+    return replace(config, run_name=None, resume=False, report_to=[], offload="none")
 
 
 def _checked(

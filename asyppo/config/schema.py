@@ -200,6 +200,13 @@ class AsyPPOConfig:
     gradient is the same for any value."""
     gradient_accumulation_steps: int = setting(1, at_least=1, may_change=True)
     """Least number of micro-batches a minibatch is cut into. Memory only: the gradient is the same for any value."""
+    offload: Literal["none", "optimizer", "all"] = setting(
+        "none", may_change=True, elsewhere=("optimizer_offload", "param_offload")
+    )
+    """What lies in the host's pinned memory instead of the GPU's while it is not needed. ``optimizer``: moments, which
+    are needed while their optimizer steps. ``all``: weights, too, of models that do not compute; critics' and the
+    reference's while the policy does, the policy's while critics do. Results are the same to the bit. On a CPU nothing
+    moves."""
     loss_aggregation: Literal["sequence-mean", "token-mean"] = setting("sequence-mean", elsewhere=("loss_agg_mode",))
     """``sequence-mean``: mean over responses of the mean over tokens (the paper's 1/|o|). ``token-mean``: mean over
     tokens. A token dropped by a mask stays in the denominator (our choice)."""

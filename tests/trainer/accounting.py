@@ -21,7 +21,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 from asyppo.run.progress import Timer
 
@@ -47,11 +46,22 @@ def local_tensors(tensor: Tensor) -> list[Tensor]:
     return [local for part in parts if isinstance(part, Tensor) for local in local_tensors(part)]
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among ``values`` and in lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
 class Storage:
     """One that is alive."""
 
     def __init__(self, bytes_: int, place: str):
         self.bytes, self.place, self.label, self.gone = bytes_, place, OTHER, False
+        self.full = bytes_
+        """Bytes when it is not moved away."""
 
 
 class Accounts(TorchDispatchMode):
@@ -98,15 +108,21 @@ class Accounts(TorchDispatchMode):
             where[storage.place] += storage.bytes
         return +where
 
+    def refill(self) -> None:
+        """Give memory, if not its contents, back to what is moved away: who prints it would end the process."""
+        for key, known in list(self._storages.items()):
+            if known.gone and (storage := self._references[key]()) is not None:
+                storage.resize_(known.full)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, Tensor) and hasattr(t, "__tensor_flatten__") for t in types):
             return NotImplemented  # made of others, on which the operation comes here again
         kwargs = dict(kwargs or {})
         pinned = bool(kwargs.pop("pin_memory", False))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [*_tensors(args), *_tensors(kwargs.values())]
         self._check(func, inputs)
         output = func(*args, **kwargs)
-        for tensor in (*inputs, *(x for x in tree_leaves(output) if isinstance(x, Tensor))):
+        for tensor in (*inputs, *_tensors((output,))):
             self._know(tensor, pinned)
         return output
 
@@ -147,6 +163,7 @@ class Accounts(TorchDispatchMode):
     def _resized(self, storage: Storage, size: int) -> None:
         self._count(storage, -1)
         storage.bytes, storage.gone = size, size == 0
+        storage.full = size or storage.full
         self._count(storage, 1)
         self._note()
 
@@ -189,4 +206,8 @@ def accounting(accelerator: str = "cpu") -> Iterator[Accounts]:
         # An op of ours goes its eager way, though this mode looks.
         stack.enter_context(patch("asyppo_kernels._registration._somebody_looks", lambda: False))
         stack.enter_context(accounts)
-        yield accounts
+        try:
+            yield accounts
+        except BaseException:
+            accounts.refill()
+            raise

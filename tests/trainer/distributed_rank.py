@@ -211,6 +211,7 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights(trainer: AsyPPOTrainer) -> dict[str, Tensor]:
+    trainer.offload.recall()
     found = whole(trainer.policy)
     for m, model in enumerate(trainer.critics.models if trainer.critics is not None else ()):
         found |= {f"critic_{m}.{name}": value for name, value in whole(model).items()}

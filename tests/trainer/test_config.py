@@ -257,6 +257,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "warm_start.cache_dir",
         "max_tokens_per_micro_batch",
         "gradient_accumulation_steps",
+        "offload",
         "generation_batch_size",
     }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -44,8 +45,15 @@ class CriticOptimizer:
             # There from the start, so that a checkpoint has it for a critic, too, whose updates were all skipped.
             self.adamw.state[p] = new_state(self.adamw, p)
 
-    def step(self, losses: Tensor, max_grad_norm: float, *, active: Sequence[bool]) -> list[float | None]:
-        """Clip each critic's gradient norm to ``max_grad_norm``, step, and drop the gradients.
+    def step(
+        self,
+        losses: Tensor,
+        max_grad_norm: float,
+        *,
+        active: Sequence[bool],
+        by: Callable[[torch.optim.Optimizer], None] = methodcaller("step"),
+    ) -> list[float | None]:
+        """Clip each critic's gradient norm to ``max_grad_norm``, step, ``by`` that, and drop the gradients.
 
         Returns the norms before clipping, None for a critic whose loss [M] or norm is not finite: it keeps its weights
         and its optimizer state, as does one that is not ``active``; the others step.
@@ -64,6 +72,6 @@ class CriticOptimizer:
             else:
                 for parameter in self.parameters[m]:
                     parameter.grad = None
-        self.adamw.step()
+        by(self.adamw)
         self.critics.release_gradients()
         return found
