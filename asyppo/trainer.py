@@ -147,8 +147,8 @@ class AsyPPOTrainer:
         self.eval_dataset = fitting(given_eval_rows(eval_dataset, "eval_dataset", config.data), "eval_dataset", checks)
         if not self.train_dataset:
             raise ConfigError("train_dataset: got no rows, needs at least one")
-        policy = policy_of(policy, config)
-        critics = critics_of(critics, config, policy)
+        policy = policy_of(policy, config, sharded=mesh is not None)
+        critics = critics_of(critics, config, policy, sharded=mesh is not None)
         num_critics = 0 if critics is None else len(critics)
         if num_critics != config.num_critics:
             raise ConfigError(

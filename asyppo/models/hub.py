@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from asyppo.config import ConfigError
+from asyppo.distributed.processes import is_main
 from asyppo.models.adapters import base_of_adapter, has_adapters
 from asyppo.models.quantized import options_of_4_bits, widened
+from asyppo.models.shards import note_files, weights_stood_in_for, why_whole
+
+log = logging.getLogger("asyppo")
 
 VALUE_HEAD_NAME = "score"
 """Of transformers' token classifiers of the families whose backbones adapters share."""
@@ -56,7 +61,10 @@ def load_pretrained(
     where the model is on a GPU and Liger knows it; and its report of missing weights. ``config_attributes`` are set on
     the model's config, ``kwargs`` go to its ``from_pretrained``. ``in_4_bits``: keep the linear layers but the head in
     4 bits, to compute in this precision. Raises ConfigError, which names ``setting``, where ``path`` came from, and the
-    path; also for weights that are not finite."""
+    path; also for weights that are not finite.
+
+    On the meta ``device`` weights are left to ``asyppo.models.shards.read_shards`` where that can read them; where it
+    cannot, the model is loaded whole, on the CPU."""
     config = load_config(path, setting=setting, trust_remote_code=trust_remote_code, **kwargs)
     source_dtype = config.dtype
     if list(Path(path).glob("*.bin")) and not list(Path(path).glob("*.safetensors")):
@@ -66,22 +74,30 @@ def load_pretrained(
         )
     if auto_class is not AutoModelForCausalLM and base_of_adapter(path) is not None:
         raise ConfigError(f"{setting}: {path!r} holds an adapter, a critic needs a model")
-    quantization: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.float32,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "trust_remote_code": trust_remote_code,
+    }
     if in_4_bits is not None:
         skip = None if auto_class is AutoModelForCausalLM else [VALUE_HEAD_NAME]
-        quantization = options_of_4_bits(device, in_4_bits, skip)
+        options |= options_of_4_bits(device, in_4_bits, skip)
     try:
         for name, value in (config_attributes or {}).items():
             setattr(config, name, value)
-        model, report = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **quantization,
-        )
+        if device.type == "meta":
+            reason = why_whole(config)
+            if reason is None:
+                reason, model, report = _without_weights(auto_class, path, setting, options)
+            if reason is None:
+                remember_dtype(model, source_dtype)
+                return model, report
+            if is_main():
+                log.warning("%s: every process loads all of %r before it is sharded: %s", setting, path, reason)
+            device = torch.device("cpu")
+        model, report = auto_class.from_pretrained(path, **options)
     except _LOADING as error:
         raise ConfigError(f"{setting}: cannot load {path!r}: {' '.join(str(error).split())}") from error
     check_finite(model, setting, path)
@@ -90,6 +106,20 @@ def load_pretrained(
     if device.type == "cuda":
         use_liger_kernels(model)
     return model, report
+
+
+def _without_weights(
+    auto_class: Any, path: str, setting: str, options: dict[str, Any]
+) -> tuple[str | None, PreTrainedModel, dict[str, Any]]:
+    """Return why a model has to be loaded whole (None: it has not), the model on the meta device, with its adapters if
+    ``path`` holds some, and the report of missing weights."""
+    base = base_of_adapter(path) or path
+    model, report = auto_class.from_pretrained(base, **options, device_map="meta")
+    reason = note_files(model, base, setting, set(report["missing_keys"]))
+    if reason is None and base != path:
+        with weights_stood_in_for(model):
+            model.load_adapter(path)
+    return reason, model, report
 
 
 def check_finite(model: nn.Module, setting: str, path: str | None = None) -> None:

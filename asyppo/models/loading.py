@@ -46,10 +46,12 @@ def given_policy(policy: Any) -> Policy | PreTrainedModel | str:
     )
 
 
-def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **changes: Any) -> Policy:
+def policy_of(
+    policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, *, sharded: bool = False, **changes: Any
+) -> Policy:
     """Return the policy that ``config`` asks for: of a model by directory or hub name, put on its device, or around a
     causal language model, which stays where it is. A Policy stays itself. ``changes`` go to Policy, in place of what
-    ``config`` says. Raises ConfigError."""
+    ``config`` says. What is to be ``sharded`` is read then, where it can be. Raises ConfigError."""
     if isinstance(policy, Policy):
         return policy
     options: dict[str, Any] = {
@@ -75,7 +77,7 @@ def policy_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig, **ch
         policy,
         lora=lora if config.policy.use_peft else None,
         load_in_4bit=config.policy.load_in_4bit,
-        **_shared(config),
+        **_shared(config, sharded),
         **options,
     )
 
@@ -98,10 +100,12 @@ def given_critics(critics: Any, config: AsyPPOConfig) -> Critics | str | list[st
     return str(critics) if isinstance(critics, Path) else critics
 
 
-def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, policy: Policy) -> Critics | None:
+def critics_of(
+    critics: Critics | str | list[str] | None, config: AsyPPOConfig, policy: Policy, *, sharded: bool = False
+) -> Critics | None:
     """Return the critics that ``config`` asks for, of a checkpoint by directory or hub name, or each of its own; new
     value heads follow from ``config.seed``. Critics stay themselves, and so does None, but for new side critics in its
-    place. Raises ConfigError."""
+    place. ``sharded``: see ``policy_of``. Raises ConfigError."""
     side = config.critic.kind == "side" and config.num_critics > 0
     if not isinstance(critics, str | list) and not (critics is None and side):
         return critics
@@ -109,7 +113,9 @@ def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, 
         raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
     with forked_rng():
         torch.manual_seed(config.seed)
-        options = _shared(config) | {"device": policy.device}
+        options = _shared(config, sharded)
+        if not sharded:
+            options["device"] = policy.device
         if side:
             layers = numbered(policy.model, config.critic.side.layers)
             return load_side_critics(
@@ -117,7 +123,7 @@ def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, 
                 config.num_critics,
                 SideShape.of(config.critic, layers, size_of(policy.model, layers)),
                 dtype=options["dtype"],
-                device=policy.device,
+                device=torch.device("cpu") if sharded else policy.device,
                 gradient_checkpointing=config.critic.gradient_checkpointing,
             )
         assert critics is not None
@@ -132,12 +138,11 @@ def critics_of(critics: Critics | str | list[str] | None, config: AsyPPOConfig, 
         return make_critics(models, replace(config.critic, stacked=config.critic.stacked and alike), dtype=dtype)
 
 
-def _shared(config: AsyPPOConfig) -> dict[str, Any]:
+def _shared(config: AsyPPOConfig, sharded: bool) -> dict[str, Any]:
     device = choose_device(config)
     return {
         "dtype": compute_dtype(config.policy.dtype, device),
-        # What is sharded gets to its GPU in pieces, since as a whole it may not fit.
-        "device": torch.device("cpu") if world_size() > 1 else device,
+        "device": torch.device("meta" if sharded else "cpu") if sharded or world_size() > 1 else device,
         "attn_implementation": config.policy.attn_implementation,
         "trust_remote_code": config.policy.trust_remote_code,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -26,14 +26,15 @@ from asyppo.data.hidden import HiddenStates
 from asyppo.data.padding import PaddingCount
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import decoder_layers, release, shard, whole_weights
-from asyppo.models.adapters import add_lora, base_of_adapter, has_adapters, merged
+from asyppo.models.adapters import add_lora, base_of_adapter, has_adapters, merged, plain_names
 from asyppo.models.checkpointing import checkpoint_layers
-from asyppo.models.head import any_dtype_attention, head_rule
+from asyppo.models.head import HeadRule, any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo.models.layers import of_size_one, outputs_of
 from asyppo.models.packing import known_sequences, packed_inputs, why_not_packed
 from asyppo.models.quantized import compute_in, is_in_4_bits
 from asyppo.models.sharing import SHARED, why_not_shared
+from asyppo.models.shards import files_of, read_shards, weights_come_later, weights_stood_in_for
 from asyppo_kernels import LinearLogprob
 
 log = logging.getLogger("asyppo")
@@ -104,10 +105,11 @@ class Policy(nn.Module):
             raise ConfigError(
                 "policy: got a model in 4 bits, needs adapters on it (policy.use_peft), which are trained"
             )
-        with self.autocast(), any_dtype_attention(model):
-            self.logit_scale, self.softcap = head_rule(model)
+        later = weights_come_later(model)  # of a family that needs no measuring
+        with nullcontext() if later else self.autocast(), any_dtype_attention(model):
+            self.logit_scale, self.softcap = HeadRule(1.0, None) if later else head_rule(model)
             if gradient_checkpointing:
-                checkpoint_layers(model.get_decoder(), "policy.gradient_checkpointing")
+                checkpoint_layers(model.get_decoder(), "policy.gradient_checkpointing", check=not later)
         try:
             model.generation_config.validate(strict=True)
         except ValueError:
@@ -145,7 +147,8 @@ class Policy(nn.Module):
         if has_adapters(model):
             model.set_adapter(model.active_adapters())  # loaded frozen; this makes them trainable
         elif lora is not None:
-            add_lora(model, **lora)
+            with weights_stood_in_for(model):
+                add_lora(model, **lora)
         return cls(model, temperature=temperature, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 
     @property
@@ -155,9 +158,13 @@ class Policy(nn.Module):
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
-        if mesh.device_type == "cuda" and self.device.type == "cpu":
+        if mesh.device_type == "cuda" and self.device.type != "cuda":
             use_liger_kernels(self.model)
         shard(self, decoder_layers(self.model), mesh, self.dtype)
+        files = files_of(self.model)
+        if files is not None:
+            names = plain_names(self.model)
+            read_shards(self, lambda name: [(files, names[name.removeprefix("model.")])], mesh.device_type)
         register_fsdp_forward_method(self, "hidden_states")
 
     def autocast(self) -> torch.autocast:

@@ -81,7 +81,7 @@ def fitting(found: PolicyInputs | None, names: Sequence[str] | None, model: Any,
     ``names`` (None: whatever it reads). Raises ConfigError if it was trained to read something else."""
     if found is None and names:
         embedding = model.get_input_embeddings().weight
-        return PolicyInputs(names, embedding.shape[1], embedding.device)
+        return PolicyInputs(names, embedding.shape[1], "cpu" if embedding.is_meta else embedding.device)
     if found is not None and names is not None and found.names != tuple(names):
         raise ConfigError(
             f"critic.policy_inputs: got {list(names)}, needs {list(found.names)}, which the critic {str(path)!r} was "

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from asyppo.config import ConfigError
 from asyppo.models.critics.inputs import NAME, load_policy_inputs, save_policy_inputs
 from asyppo.models.hub import SaveDtype, load_pretrained, save_model
+from asyppo.models.shards import files_of, read_weights, weights_come_later
 
 VALUE_HEAD = "value_head.safetensors"
 CRITIC = "critic.json"
@@ -105,8 +106,9 @@ def load_value_model(
     in_4_bits: torch.dtype | None = None,
 ) -> tuple[Any, bool]:
     """Return a model with a ``base_model`` and a ``value_head``, and whether that was drawn anew: transformers' token
-    classifier of the family, or the family's backbone with a head of our own where it has none. ``in_4_bits``: see
-    ``load_pretrained``. Raises ConfigError."""
+    classifier of the family, or the family's backbone with a head of our own where it has none. ``device`` and
+    ``in_4_bits``: see ``load_pretrained``. Raises ConfigError."""
+    here = torch.device("cpu") if device.type == "meta" else device
     how: dict[str, Any] = {
         "setting": "critic.model_name_or_path",
         "attn_implementation": attn_implementation,
@@ -127,19 +129,24 @@ def load_value_model(
                 config_attributes={"classifier_dropout": 0.0},
                 **how,
             )
-            head_is_new = f"{_name_of_head(model)}.weight" in report["missing_keys"]
+            name = _name_of_head(model)
+            head_is_new = f"{name}.weight" in report["missing_keys"]
+            files = files_of(model)
+            if files is not None:  # the head is small, and nothing is stacked or drawn of it later
+                read_weights(value_head(model), lambda own: [(files, f"{name}.{own}")], "cpu")
         else:
-            backbone, _ = load_pretrained(AutoModel, path, device, **how)
+            backbone, _ = load_pretrained(AutoModel, path, here, **how)
             model = BackboneWithValueHead(backbone, _hidden(backbone, [0]).shape[-1])
             head_is_new = not saved_head.exists()
             if not head_is_new:
-                model.score.load_state_dict(load_file(saved_head, device=str(device)))
-        check_causal(model, path)
+                model.score.load_state_dict(load_file(saved_head, device=str(here)))
+        if not weights_come_later(model):  # of a family that is known to be
+            check_causal(model, path)
     finally:
         transformers_logging.set_verbosity(verbosity)
     if head_is_new:
         draw_head(value_head(model))
-    inputs = load_policy_inputs(path, device)
+    inputs = load_policy_inputs(path, here)
     if inputs is not None:
         model.add_module(NAME, inputs)
     setattr(model, _LOSS, None if head_is_new else load_loss(path))

@@ -29,6 +29,7 @@ from asyppo.models.critics.stacked import Stacked
 from asyppo.models.families import PROJECTIONS, why_unknown
 from asyppo.models.hub import SaveDtype
 from asyppo.models.quantized import compute_in, is_in_4_bits, product_in_4_bits
+from asyppo.models.shards import files_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's, before the names of the value model
@@ -42,7 +43,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.scale = module.weight, module.bias, alpha / r
         self.in_4_bits, out, inner = is_in_4_bits(module), module.out_features, module.in_features
-        device = module.weight.device
+        device = "cpu" if module.weight.is_meta else module.weight.device
         self.lora_A = nn.Parameter(torch.empty(num_critics, r, inner, device=device))
         self.lora_B = nn.Parameter(torch.zeros(num_critics, out, r, device=device))
         for critic in self.lora_A:
@@ -86,6 +87,7 @@ class LoraCritics(Stacked):
         if reason is not None:
             raise ConfigError(f"critic.lora_r: got {r}, needs 0 for {type(model).__name__}: {reason}")
         self.r, self.alpha, self.base, self.loss = r, alpha, model.config._name_or_path, loss
+        self.files = [files_of(model)]
         model.eval().requires_grad_(False)
         self.build(
             [model.base_model],
@@ -136,10 +138,11 @@ class LoraCritics(Stacked):
         model, head_is_new = load_value_model(
             str(base), torch.device(device), in_4_bits=dtype if load_in_4bit else None
         )
+        here = model.score.weight.device
         check_vocabulary(model.config, str(base), vocab_size)
         heads = [cast(nn.Linear, model.score)]
         for _ in range(num_critics - 1):
-            head = nn.Linear(model.score.in_features, 1, bias=model.score.bias is not None, device=device)
+            head = nn.Linear(model.score.in_features, 1, bias=model.score.bias is not None, device=here)
             head.load_state_dict(model.score.state_dict())
             heads.append(head)
         if head_is_new:
@@ -157,7 +160,7 @@ class LoraCritics(Stacked):
             loss=one_loss([fitting_loss(load_loss(path), loss, path) for path in saved or [Path(str(base))]]),
         )
         for m, path in enumerate(saved):
-            weights = load_file(path / WEIGHTS, device=str(device))
+            weights = load_file(path / WEIGHTS, device=str(here))
             with torch.no_grad():
                 for name, parameter in critics.peft_parameters():
                     parameter[m].copy_(weights[_peft_name(name)])
@@ -208,7 +211,7 @@ def _inputs_of(model: Any, saved: Sequence[Path], num_critics: int, names: Seque
     """What each critic reads beside the tokens ``names``: the saved ones', or copies of the base's, or new ones. Raises
     ConfigError if they do not fit together."""
     if saved:
-        given = [(load_policy_inputs(path, model.device), path) for path in saved]
+        given = [(load_policy_inputs(path, model.score.weight.device), path) for path in saved]
     else:
         base = getattr(model, NAME, None)
         given = [(copy.deepcopy(base), Path(model.config._name_or_path)) for _ in range(num_critics)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from asyppo.models.critics.loading import load_value_models, loss_of, save_value
 from asyppo.models.head import any_dtype_attention
 from asyppo.models.hub import SaveDtype, use_liger_kernels
 from asyppo.models.packing import known_sequences
+from asyppo.models.shards import WeightFiles, files_of, read_shards, weights_come_later
 
 
 class OneByOneCritics(Critics):
@@ -37,8 +39,9 @@ class OneByOneCritics(Critics):
         self.dtype, self.config = dtype, models[0].config
         self.policy_inputs, self.loss = names_of(models), loss_of(models)
         for model in models if gradient_checkpointing else ():
-            with self._autocast(model), any_dtype_attention(model.base_model):
-                checkpoint_layers(model.base_model, "critic.gradient_checkpointing")
+            later = weights_come_later(model)
+            with nullcontext() if later else self._autocast(model), any_dtype_attention(model.base_model):
+                checkpoint_layers(model.base_model, "critic.gradient_checkpointing", check=not later)
 
     @classmethod
     def from_pretrained(
@@ -80,10 +83,19 @@ class OneByOneCritics(Critics):
 
     def shard(self, mesh: DeviceMesh) -> None:
         """See Critics."""
-        if mesh.device_type == "cuda" and next(self.parameters()).device.type == "cpu":
+        if mesh.device_type == "cuda" and next(self.parameters()).device.type != "cuda":
             for model in self.models:
                 use_liger_kernels(model)
         shard(self, decoder_layers(self), mesh, self.dtype)
+
+        def of(name: str) -> list[tuple[WeightFiles, str]]:
+            m, _, own = name.removeprefix("models.").partition(".")
+            files = files_of(self.models[int(m)])
+            assert files is not None
+            return [(files, own)]
+
+        if weights_come_later(self):
+            read_shards(self, of, mesh.device_type)
 
     @torch.no_grad()
     def values(self, batch: Batch, max_tokens: int) -> Tensor:

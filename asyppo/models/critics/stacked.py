@@ -38,6 +38,7 @@ from asyppo.models.critics.layout import Extent, Layout, VarlenAttention
 from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model
 from asyppo.models.families import FAMILIES, why_unknown
 from asyppo.models.hub import SaveDtype
+from asyppo.models.shards import WeightFiles, files_of, read_shards
 
 OWN = {"score": "score", "project": NAME}
 """Parts of the stack that are a value model's own, not its body's, and their names there."""
@@ -49,6 +50,9 @@ class Stacked(Critics):
     Sequences are packed. Attention is ``torch.nn.attention.varlen.varlen_attn`` on a GPU in bfloat16 or float16, and
     else ``scaled_dot_product_attention``; ``varlen`` may be set to another function of its signature.
     """
+
+    files: Sequence[WeightFiles | None] = ()
+    """Where weights lie that are read once they are sharded, of each of the models that layers are stacked of."""
 
     def build(
         self,
@@ -116,13 +120,25 @@ class Stacked(Critics):
         What no dimension but the first divides evenly into stays whole on every rank.
         """
         place = placement_of_stacked(mesh)
+        self._read_weights({name for name, p in self.named_parameters() if place(p) is None}, mesh.device_type)
         whole = {p for p in self.parameters() if place(p) is None}
         for parameter in whole:  # fully_shard puts the others there
             parameter.data = parameter.data.to(mesh.device_type)
         self._choose_attention(mesh.device_type)
         shard(self, self.layers, mesh, self.dtype, shard_placement_fn=place, ignored_params=whole)
+        self._read_weights({name for name, _ in self.named_parameters()}, mesh.device_type)
         self.mesh = mesh
         self.tie_models()
+
+    def _read_weights(self, names: set[str], device_type: str) -> None:
+        """Read the parameters ``names``, as far as they are still to be read."""
+        files = [one for one in self.files if one is not None]
+
+        def of(name: str) -> list[tuple[WeightFiles, str]]:
+            return [(one, f"model.{name}") for one in files]
+
+        if files:
+            read_shards(self, of, device_type, names)
 
     def forward(
         self,
@@ -297,6 +313,7 @@ class StackedCritics(Stacked):
         if any(type(model) is not type(models[0]) for model in models) or any(s != shapes[0] for s in shapes):
             raise ConfigError("critic.stacked: got models that differ in class or shape, needs M of one architecture")
         self.loss = loss_of(models)
+        self.files = [files_of(model) for model in models]
         self.models = list(models)  # a list, which hides them from nn.Module: the stack has the parameters
         for model in models:
             model.eval()
