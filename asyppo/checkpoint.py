@@ -11,37 +11,49 @@
         config.yaml             every setting of the run
         manifest.json           size and checksum of each of these files
 
-The order of the data and the learning rates are functions of the step.
+The order of the data and the learning rates are functions of the step. A checkpoint is taken in one go, and written
+while training goes on: see ``BackgroundWriter``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedTokenizerBase
 
-from asyppo.distributed.processes import from_main, world_size
+from asyppo.distributed.processes import agreed, from_main, world_size
 from asyppo.distributed.sharding import whole_on_main
 from asyppo.models.critics import Critics
-from asyppo.models.hub import SaveDtype, save_model
+from asyppo.models.hub import Later, SaveDtype, save_model
 from asyppo.models.policy import Policy
 from asyppo.run import durable, rng
 
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer] | Stateful]
 """What is trained, by name (``policy``, and ``critics`` together): a model and its optimizer, or anything with
 ``state_dict`` and ``load_state_dict``."""
+
+Write = Callable[..., Path]
+"""``write(group)``: writes a checkpoint, and returns where it is. ``group``: see ``from_main``."""
+
+log = logging.getLogger("asyppo")
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 """What lies under adapters is where they say it is, and was loaded from there."""
@@ -72,7 +84,7 @@ def _state(trained: Trained) -> dict[str, Any]:
     return state
 
 
-def write_checkpoint(
+def take_checkpoint(
     directory: Path,
     step: int,
     policy: Policy,
@@ -81,49 +93,90 @@ def write_checkpoint(
     trained: Trained,
     remembered: dict[str, Any],
     save_dtype: SaveDtype = "auto",
-) -> Path:
-    """Write ``directory/checkpoint-{step}`` under a temporary name, flushed, and return it for ``publish_checkpoint``.
+    *,
+    copied: bool = False,
+) -> Write:
+    """Return what writes ``directory/checkpoint-{step}`` under a temporary name, flushed, and returns that for
+    ``publish_checkpoint``; it raises WriteError, which leaves nothing behind.
 
-    ``remembered`` is what else the loop needs, as JSON can hold it; ``save_dtype`` is for ``save_model``.
-    Raises WriteError, which leaves nothing behind.
+    ``remembered`` is what else the loop needs, as JSON can hold it; ``save_dtype`` is for ``save_model``. What is
+    ``copied`` is written as it is now, whatever becomes of it until then. What is small is written here.
     """
     partial = directory / f".checkpoint-{step}.partial"
+    later: Later = []
 
     def begin() -> None:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-
-    def export_policy() -> None:
-        save_model(policy.model, partial / "policy", save_dtype)
-        tokenizer.save_pretrained(partial / "policy")
-
-    def finish() -> None:
         (partial / "trainer_state.json").write_text(json.dumps({"step": step, **remembered}, indent=1))
         (partial / "rng.json").write_text(json.dumps(rng.generator_states()))
         if (directory / "config.yaml").exists():
             shutil.copy(directory / "config.yaml", partial)
-        durable.seal(partial)
 
-    try:
-        with durable.writing(directory / f"checkpoint-{step}"):
-            from_main(begin)
-            with whole_on_main(policy):
-                from_main(export_policy)
-            if critics is not None:
-                with whole_on_main(critics, *critics.models):
-                    from_main(lambda: critics.save_pretrained(partial, save_dtype))
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
-                dcp.save(_state(trained), checkpoint_id=partial / "state", no_dist=world_size() == 1)
-            from_main(finish)
-    except durable.WriteError:
-        shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk
-        raise
-    return partial
+    def export_policy() -> None:
+        save_model(policy.model, partial / "policy", save_dtype, later if copied else None)
+        tokenizer.save_pretrained(partial / "policy")
+
+    def export_critics(critics: Critics) -> None:
+        critics.save_pretrained(partial, save_dtype, later if copied else None)
+
+    def export_later() -> None:
+        for export in later:
+            export()
+
+    @contextmanager
+    def writing() -> Iterator[None]:
+        try:
+            with durable.writing(directory / f"checkpoint-{step}"):
+                yield
+        except durable.WriteError:
+            shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk
+            raise
+
+    with writing():
+        from_main(begin)
+        with whole_on_main(policy):
+            from_main(export_policy)
+        if critics is not None:
+            with whole_on_main(critics, *critics.models):
+                from_main(lambda: export_critics(critics))
+    state = _copy(_state(trained)) if copied else _state(trained)
+    if copied and torch.cuda.is_available():
+        torch.cuda.synchronize()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
+
+    def write(group: dist.ProcessGroup | None = None) -> Path:
+        with writing():
+            from_main(export_later, group)
+            dcp.save(state, checkpoint_id=partial / "state", no_dist=world_size() == 1, process_group=group)
+            from_main(lambda: durable.seal(partial), group)
+        return partial
+
+    return write
 
 
-def publish_checkpoint(partial: Path, save_total_limit: int | None = None) -> Path:
+def _copy(state: Any) -> Any:
+    """``state`` with copies of its tensors in the host's memory, which is pinned where they come from a GPU; they are
+    there once that has come to rest."""
+    if isinstance(state, dict):
+        return {key: _copy(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copy(value) for value in state)
+    if isinstance(state, DTensor):
+        return DTensor(_copy(state.to_local()), state._spec, requires_grad=False)
+    if not isinstance(state, Tensor):
+        return state
+    state = state.detach()
+    if is_traceable_wrapper_subclass(state):
+        return state.to("cpu", copy=True)
+    taken = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
+    return taken.copy_(state, non_blocking=state.is_cuda)
+
+
+def publish_checkpoint(
+    partial: Path, save_total_limit: int | None = None, group: dist.ProcessGroup | None = None
+) -> Path:
     """Give a written checkpoint its name, delete those that are too many, and return it.
 
     The last ``save_total_limit`` stay (None: all), and the one with the highest accuracy. Raises WriteError.
@@ -139,8 +192,43 @@ def publish_checkpoint(partial: Path, save_total_limit: int | None = None) -> Pa
                     durable.remove(path)
 
     with durable.writing(final):
-        from_main(publish)
+        from_main(publish, group)
     return final
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread of its own, one at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "asyppo-checkpoint")
+        self._group: dist.ProcessGroup | None = None
+        self._future: Future[Path] | None = None
+
+    def start(self, write: Write, save_total_limit: int | None) -> None:
+        """Write and publish a checkpoint, after the last one has been ``finished``."""
+        assert self._future is None
+        if world_size() > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")  # the main thread goes on with the other
+
+        def publish() -> Path:
+            return publish_checkpoint(write(self._group), save_total_limit, self._group)
+
+        self._future = self._thread.submit(publish)
+
+    def finished(self, *, wait: bool) -> Path | None:
+        """Return the checkpoint if one has been written since the last call, None if none is, or not yet; ``wait`` for
+        it. Raises WriteError."""
+        future = self._future
+        if future is None or not (wait or from_main(future.done)):
+            return None
+        self._future = None
+        return agreed(future.result)
+
+    def close(self) -> None:
+        """Wait for what is being written, whatever comes of it."""
+        self._thread.shutdown()
+        if self._future is not None and (error := self._future.exception()) is not None:
+            log.warning("%s", error)
 
 
 def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
@@ -148,17 +236,16 @@ def load_checkpoint(checkpoint: Path, trained: Trained) -> dict[str, Any]:
     the loop remembered, its ``step`` included. Raises CheckpointError for moments in 8 bits that another number of
     processes cut into other blocks."""
     state = _state(trained)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=world_size() == 1)
-        except (ValueError, CheckpointException) as error:
-            if "_scale" not in str(error):
-                raise
-            raise CheckpointError(
-                f"{checkpoint}: its moments, by optim 'adamw_8bit', are cut into other blocks than here; needs as many "
-                "processes as it was written by"
-            ) from error
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    try:
+        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=world_size() == 1)
+    except (ValueError, CheckpointException) as error:
+        if "_scale" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{checkpoint}: its moments, by optim 'adamw_8bit', are cut into other blocks than here; needs as many "
+            "processes as it was written by"
+        ) from error
     for name, entry in trained.items():
         if isinstance(entry, tuple):
             model, optimizer = entry

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from asyppo.checkpoint import (
+    BackgroundWriter,
     Trained,
     checkpoints,
     last_valid_checkpoint,
     load_checkpoint,
     publish_checkpoint,
+    take_checkpoint,
     trainer_state,
-    write_checkpoint,
 )
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.data.rows import Rows
@@ -132,6 +133,7 @@ class TrainingLoop:
         """Steps up to the last one whose loss or gradient was not finite."""
         self.strayed_in_a_row = 0
         """Steps up to the last one whose responses were not sampled from the policy."""
+        self.writer = BackgroundWriter()
         self.checked_after: int | None = None
         """The last step after which the sampler was checked."""
 
@@ -162,6 +164,8 @@ class TrainingLoop:
                 saved = checkpoints(run.path)
                 last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
                 raise TrainingError(f"{error}; {last}") from error
+            finally:
+                self.writer.close()
 
     def _train(self, run: RunDirectory, hooks: Callbacks) -> TrainResult:
         config = self.config
@@ -206,9 +210,10 @@ class TrainingLoop:
                 received = first_of_ranks(signals.received)
                 stop = hooks.control.should_training_stop or failed or received is not None
                 if stop or hooks.control.should_save:
-                    checkpoint = self.save(run, step, row, hooks)
+                    checkpoint = self.save(run, step, row, hooks, wait=stop)
                 else:
                     run.log_metrics(row)
+                    self.finish_saving(hooks, wait=False)
                 progress.advance(summary(row))
                 if stop:
                     break
@@ -267,6 +272,7 @@ class TrainingLoop:
         row: dict[str, float] | None = None,
     ) -> TrainingError:
         """Save what was learned up to ``step``, unless ``saved`` is that checkpoint, and return the error to raise."""
+        self.finish_saving(hooks)
         if step == 0:
             return TrainingError(f"{error}; nothing has been learned yet")
         if saved is None or saved.name != f"checkpoint-{step}":
@@ -344,14 +350,29 @@ class TrainingLoop:
         run.log_samples([{"step": step, "split": "eval", **sample} for sample in evaluation.samples])
         return evaluation
 
+    def finish_saving(self, hooks: Callbacks | None = None, *, wait: bool = True) -> None:
+        """Tell callbacks of a checkpoint that has been written; ``wait`` for it. Raises WriteError."""
+        checkpoint = self.writer.finished(wait=wait)
+        if checkpoint is not None and hooks is not None:
+            hooks.saved(checkpoint)
+
     def save(
-        self, run: RunDirectory, step: int, row: dict[str, float] | None = None, hooks: Callbacks | None = None
+        self,
+        run: RunDirectory,
+        step: int,
+        row: dict[str, float] | None = None,
+        hooks: Callbacks | None = None,
+        *,
+        wait: bool = True,
     ) -> Path:
-        """Save a checkpoint of policy, critics and optimizers, and log ``row``, the step's metrics.
+        """Save a checkpoint of policy, critics and optimizers, and log ``row``, the step's metrics. With ``save_async``
+        and nobody to ``wait``, it is written in the background, and the path is where it will be.
 
         Whatever lies before a checkpoint is in the logs: it gets its name once the row is on the disk.
         """
         start = time.perf_counter()
+        self.finish_saving(hooks)
+        copied = self.config.save_async and not wait
         remembered = {
             "skipped_in_a_row": self.skipped_in_a_row,
             "strayed_in_a_row": self.strayed_in_a_row,
@@ -362,7 +383,7 @@ class TrainingLoop:
             "prompt_order": PROMPT_ORDER,
         }
         trainer = self.trainer
-        partial = write_checkpoint(
+        write = take_checkpoint(
             run.path,
             step,
             trainer.policy,
@@ -371,11 +392,16 @@ class TrainingLoop:
             trainer.trained(),
             remembered,
             self.config.save_dtype,
+            copied=copied,
         )
+        partial = None if copied else write()
         if row is not None:
             row["timing_s/save_checkpoint"] = time.perf_counter() - start
             run.log_metrics(row)
         run.flush()
+        if partial is None:
+            self.writer.start(write, self.config.save_total_limit)
+            return run.path / f"checkpoint-{step}"
         checkpoint = publish_checkpoint(partial, self.config.save_total_limit)
         if hooks is not None:
             hooks.saved(checkpoint)

@@ -71,6 +71,10 @@ class AsyPPOConfig:
     save_dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", may_change=True)
     """Precision of the models in a checkpoint. ``auto``: bfloat16 where the weights came from bfloat16, or else
     float32. What training goes on from is float32 in any case."""
+    save_async: bool = setting(True, may_change=True)
+    """Write checkpoints while training goes on, from a copy in the host's memory (pinned, of what is on a GPU): 12
+    bytes a parameter that is trained, and the models in ``save_dtype``. One at a time; the last is waited for. False:
+    the next step waits until it is written."""
     logging_samples: int = setting(16, at_least=0, may_change=True)
     """Samples written to ``samples.jsonl`` each step, spread over its prompts, with the values, advantages and
     log-probs of each token."""

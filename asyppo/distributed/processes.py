@@ -133,13 +133,13 @@ def sum_over_ranks(value: Tensor, *, in_place: bool = False) -> Tensor:
     return value
 
 
-def from_main(make: Callable[[], T]) -> T:
+def from_main(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Return on every rank what ``make`` returns on rank 0, the only one that calls it; an error there is raised on
-    every rank."""
+    every rank. ``group``, of all ranks, is for another thread than the main one."""
     if world_size() == 1:
         return make()
     outcome: list[Any] = [_outcome(make) if rank() == 0 else None]
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group)
     return _result(outcome[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,21 +160,37 @@ def remember_dtype(model: nn.Module, dtype: torch.dtype | str | None) -> None:
         setattr(model, _SOURCE_DTYPE, dtype)
 
 
-def save_model(model: Any, directory: Path, dtype: SaveDtype = "auto") -> None:
+Later = list[Callable[[], None]]
+"""What is still to be written, of weights as they are now."""
+
+
+def save_model(model: Any, directory: Path, dtype: SaveDtype = "auto", later: Later | None = None) -> None:
     """``save_pretrained`` with the weights in ``dtype``; ``auto``: in bfloat16 where they come from bfloat16, or else
-    in float32. (In float16, trained weights could pass what it holds.) Adapters stay as they are."""
+    in float32. (In float16, trained weights could pass what it holds.) Adapters stay as they are.
+
+    What is large is copied to the CPU and left to ``later``, if there is such a list."""
     is_half = getattr(model, _SOURCE_DTYPE, None) == torch.bfloat16 if dtype == "auto" else dtype == "bfloat16"
-    if not is_half or not isinstance(model, PreTrainedModel) or has_adapters(model):
+    if not isinstance(model, PreTrainedModel) or has_adapters(model) or not (is_half or later is not None):
         model.save_pretrained(directory)
         return
-    cast: dict[int, Tensor] = {}  # by where it lies, so that tied weights stay one
-    weights = {
-        name: cast.setdefault(w.data_ptr(), w.to(torch.bfloat16)) if w.is_floating_point() else w
-        for name, w in model.state_dict().items()
-    }
-    model.save_pretrained(directory, state_dict=weights)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
+    taken: dict[int, Tensor] = {}  # by where it lies, so that tied weights stay one
+    for weight in (every := model.state_dict()).values():
+        if weight.data_ptr() not in taken:
+            kind = torch.bfloat16 if is_half and weight.is_floating_point() else weight.dtype
+            where = weight.device if later is None else "cpu"
+            taken[weight.data_ptr()] = weight.to(where, kind, copy=later is not None)
+    weights = {name: taken[weight.data_ptr()] for name, weight in every.items()}
+
+    def write() -> None:
+        model.save_pretrained(directory, state_dict=weights)
+        if is_half:
+            config = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
+
+    if later is None:
+        write()
+    else:
+        later.append(write)
 
 
 def use_liger_kernels(model: PreTrainedModel) -> None:

@@ -161,11 +161,15 @@ class Policy(nn.Module):
         if mesh.device_type == "cuda" and self.device.type != "cuda":
             use_liger_kernels(self.model)
         shard(self, decoder_layers(self.model), mesh, self.dtype)
+        self.read_weights(mesh.device_type)
+        register_fsdp_forward_method(self, "hidden_states")
+
+    def read_weights(self, device_type: str) -> None:
+        """Read the weights, or this rank's shards of them, that are still to be read. Raises ConfigError."""
         files = files_of(self.model)
         if files is not None:
             names = plain_names(self.model)
-            read_shards(self, lambda name: [(files, names[name.removeprefix("model.")])], mesh.device_type)
-        register_fsdp_forward_method(self, "hidden_states")
+            read_shards(self, lambda name: [(files, names[name.removeprefix("model.")])], device_type)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the model computes in ``dtype``."""

@@ -162,8 +162,7 @@ def read_weights(module: nn.Module, of: Sources, device_type: str, names: set[st
     be read."""
     made: dict[int, nn.Parameter] = {}
     bad: list[tuple[WeightFiles, str]] = []
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+    with _Opened() as opened:
         for path, part in module.named_modules():
             for own, parameter in part.named_parameters(recurse=False):
                 name = f"{path}.{own}".lstrip(".")
@@ -171,7 +170,7 @@ def read_weights(module: nn.Module, of: Sources, device_type: str, names: set[st
                     continue
                 if id(parameter) not in made:  # tied weights stay tied
                     sources = of(name)
-                    made[id(parameter)] = _read(parameter, sources, device_type, opened, stack)
+                    made[id(parameter)] = _read(parameter, sources, device_type, opened)
                     if not local(made[id(parameter)]).sum(dtype=torch.float64).isfinite():
                         bad += sources[:1]
                 setattr(part, own, made[id(parameter)])
@@ -184,28 +183,36 @@ def read_weights(module: nn.Module, of: Sources, device_type: str, names: set[st
         )
 
 
-def _read(
-    parameter: nn.Parameter,
-    sources: Sequence[tuple[WeightFiles, str]],
-    device_type: str,
-    opened: dict[str, Any],
-    stack: ExitStack,
-) -> nn.Parameter:
-    """This rank's part of ``parameter``, from its files."""
-    found = torch.empty_like(parameter, device=device_type)
-    part, region = local(found), _region(parameter)
-    for number, (files, name) in enumerate(sources):
+class _Opened(ExitStack):
+    """Files that stay open until it is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+
+    def slices(self, files: WeightFiles, name: str) -> Any:
+        """What gives slices of the weight ``name``. Raises ConfigError."""
         place = files.places[name]
-        if place.file not in opened:
+        if place.file not in self.files:
             try:
-                opened[place.file] = stack.enter_context(safe_open(place.file, framework="pt"))
+                self.files[place.file] = self.enter_context(safe_open(place.file, framework="pt"))
             except OSError as error:
                 raise ConfigError(f"{files.setting}: cannot read {place.file}: {error}") from error
-        weight = opened[place.file].get_slice(place.name)
+        return self.files[place.file].get_slice(place.name)
+
+
+def _read(
+    parameter: nn.Parameter, sources: Sequence[tuple[WeightFiles, str]], device_type: str, opened: _Opened
+) -> nn.Parameter:
+    """The part of ``parameter`` that this rank holds, from its files."""
+    found = torch.empty_like(parameter, device=device_type)
+    part, region = local(found), _region(parameter)
+    for number, source in enumerate(sources):
+        weight = opened.slices(*source)
         if len(weight.get_shape()) == parameter.dim():
             _copy(part, weight, region)
         elif number in range(parameter.shape[0])[region[0]]:
-            _copy(part[number - (region[0].start or 0)], weight, region[1:])
+            _copy(part[number - region[0].start], weight, region[1:])
     return nn.Parameter(found, parameter.requires_grad)
 
 

@@ -72,10 +72,13 @@ class Callbacks:
         self("on_log", logs=dict(row))
 
     def saved(self, checkpoint: Path) -> None:
-        """Call ``on_save``."""
+        """Call ``on_save``, with the checkpoint's step as ``state.global_step``: it may have been written in the
+        background of later ones."""
+        now, self.state.global_step = self.state.global_step, int(checkpoint.name.rpartition("-")[2])
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(checkpoint)
         self("on_save")
+        self.state.global_step = now
 
     def _compare(self, step: int, accuracy: float | None) -> None:
         if accuracy is not None and (self.state.best_metric is None or accuracy > self.state.best_metric):

@@ -43,6 +43,7 @@ from asyppo.loop import TrainingLoop
 from asyppo.models.adapters import add_lora
 from asyppo.models.critics import Critics, LoraCritics, make_critics
 from asyppo.models.critics.inputs import PolicyInputs
+from asyppo.models.loading import critics_of, policy_of
 from asyppo.models.optimizers import make_optimizer
 from asyppo.models.policy import Policy
 from asyppo.rollout.samplers import Response
@@ -50,6 +51,9 @@ from asyppo.run.directory import open_run
 from asyppo.run.progress import Timer
 from asyppo.run.rng import generator_states
 from asyppo.trainer import AsyPPOTrainer
+
+sys.path.append(str(Path(__file__).parents[2]))
+from tests.trainer.accounting import HOST, accounting
 
 CHARACTERS = "abcdefghijklmnop"
 PAD, EOS = 0, 1
@@ -326,6 +330,58 @@ def moments(mesh: DeviceMesh | None, folder: Path, rows: int) -> dict[str, Any]:
     return {"saved": saved, "weights": whole(net)}
 
 
+def write_models(folder: Path) -> None:
+    """Models to load by name: in one file and in many, tied and not, without a value head and with one; adapters."""
+    changes = {"vocab_size": 23, "intermediate_size": 34, "num_hidden_layers": 8}  # odd, to be cut unevenly
+    for seed, (name, tied, files) in enumerate([("untied", False, "8KB"), ("tied", True, "5GB")]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(Qwen3Config(**shape(tie_word_embeddings=tied, **changes)))
+        model.bfloat16().save_pretrained(folder / name, max_shard_size=files)
+    critic(3).save_pretrained(folder / "critic")
+    add_lora(model.float(), r=2, alpha=4, target_modules=None)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.name_or_path = model.peft_config["default"].base_model_name_or_path = str(folder / "tied")
+    model.save_pretrained(folder / "adapter")
+    for path in folder.iterdir():
+        tokenizer().save_pretrained(path)
+
+
+def load_by_name(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
+    """Weights of models that are loaded by name, and the most that a rank had of them at once, of their bytes."""
+    lora = PolicyConfig(use_peft=True, lora_r=2, lora_alpha=4, dtype="bfloat16")
+    variants: dict[str, tuple[str, Any, dict[str, Any]]] = {
+        "stacked": ("untied", "tied", {"beta": 0.1}),
+        "a checkpoint each": ("tied", ["tied", "tied"], {"critic": {"policy_inputs": ["entropy"]}}),
+        "one by one": ("tied", "critic", {"critic": {"stacked": False, "gradient_checkpointing": True}}),
+        "adapters": ("untied", "tied", {"policy": lora, "critic": {"lora_r": 2}}),
+        "saved adapters": ("adapter", "critic", {"critic": {"lora_r": 2}}),
+    }
+    found = {}
+    for variant, (policy_name, critic_names, fields) in variants.items():
+        torch.manual_seed(0)
+        config, sharded = make_config(**fields), mesh is not None
+        names = str(folder / critic_names) if isinstance(critic_names, str) else [str(folder / n) for n in critic_names]
+        with accounting("meta") as accounts, accounts.phase("load"):
+            made = policy_of(str(folder / policy_name), config, sharded=sharded)
+            reference = made.reference() if config.beta else None
+            models: dict[str, Any] = {"policy": made, "reference": reference}
+            models["critics"] = critics_of(names, config, made, sharded=sharded)
+            for model in models.values():
+                if model is not None and mesh is not None:
+                    model.shard(mesh)
+        weights = {
+            f"{name}.{key}": weight
+            for name, model in models.items()
+            if model is not None
+            for key, weight in whole(model).items()
+        }
+        peak, size = accounts.peak["load"][HOST], sum(weight.nbytes for weight in weights.values())
+        found[variant] = {"weights": weights, "drawn next": torch.rand(3), "peak": peak / size}
+    return found
+
+
 def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
     """Runs whose results do not depend on the number of ranks, by name."""
     reading = {"policy_inputs": ["logprob", "entropy"]}
@@ -400,6 +456,7 @@ def main(folder: Path, chosen: Sequence[str]) -> None:
             "save": lambda: save(mesh, folder),
             "moments": lambda: [moments(mesh, folder / str(rows), rows) for rows in (128, 66)],
             "load": lambda: load(mesh, Path(os.environ["ASYPPO_TEST_CHECKPOINT"])),
+            "load_by_name": lambda: load_by_name(mesh, folder / "models"),
         }
         for name in chosen or every:
             result = (every | further)[name]()

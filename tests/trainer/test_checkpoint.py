@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, TrainerCallback
 
-from asyppo.checkpoint import load_checkpoint, trainer_state
+from asyppo.checkpoint import load_checkpoint, take_checkpoint, trainer_state
 from asyppo.config import ConfigError
-from asyppo.loop import TrainingLoop
+from asyppo.loop import TrainingError, TrainingLoop
 from asyppo.models.hub import save_model
 from asyppo.models.policy import Policy
+from asyppo.run import durable
 from asyppo.run.directory import RunDirectory
 from asyppo.trainer import AsyPPOTrainer
 
@@ -101,6 +105,74 @@ def test_training_goes_on_from_a_checkpoint(tiny_config: Make, tiny_trainer: Mak
     for trainer in (first, second):
         trainer.step(3)
     assert_same(state_of(second), state_of(first))
+
+
+@pytest.mark.parametrize(
+    "critic", [{}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"stacked": False}, {"lora_r": 2}))]
+)
+def test_a_copy_is_written_as_things_were(tiny_config: Make, tiny_trainer: Make, critic: dict[str, Any]) -> None:
+    config = tiny_config(critic=critic)
+    trainer, run = tiny_trainer(config, score), RunDirectory(config)
+    trainer.step(1)
+    parts = trainer.policy, trainer.critics, trainer.tokenizer, trainer.trained(), {"accuracy": None}
+    at_once = take_checkpoint(run.path, 1, *parts)()
+    before = copy.deepcopy(state_of(trainer))
+    later = take_checkpoint(run.path, 2, *parts, copied=True)
+    trainer.step(2)
+    found = later()
+    files = {path.relative_to(at_once): path for path in at_once.rglob("*") if path.is_file()}
+    different = {str(name) for name, path in files.items() if path.read_bytes() != (found / name).read_bytes()}
+    assert {name for name in different if not name.startswith("state/")} == {"trainer_state.json", "manifest.json"}
+    load_checkpoint(found, trainer.trained())
+    assert_same(state_of(trainer), before)
+
+
+class Overlap(TrainerCallback):
+    """Sealing of the first checkpoint waits until a later step has ended; ``events`` are in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None):
+        self.events: list[str] = []
+        self.gone_on, self.error, self.seal = Event(), error, durable.seal
+        monkeypatch.setattr(durable, "seal", self.sealing)
+
+    def sealing(self, directory: Path) -> None:
+        name = directory.name.removesuffix(".partial")
+        self.events.append(f"begin {name}")
+        assert self.gone_on.wait(60)
+        if self.error is not None:
+            raise self.error
+        self.seal(directory)
+        self.events.append(f"end {name}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            self.gone_on.set()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.events.append(f"saved {state.global_step}")
+        assert (Path(args.output_dir) / "run" / f"checkpoint-{state.global_step}").is_dir()
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(
+    tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlap = Overlap(monkeypatch)
+    config = tiny_config(max_steps=3, save_steps=1)
+    tiny_trainer(config, score, callbacks=[overlap]).train()
+    every = [f"{what} .checkpoint-{n}" if what != "saved" else f"saved {n}" for n in (1, 2, 3)
+             for what in ("begin", "end", "saved")]  # fmt: skip
+    assert overlap.events == every  # never two at once
+
+
+def test_an_error_in_the_background_ends_the_run(
+    tiny_config: Make, tiny_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlap = Overlap(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    config = tiny_config(max_steps=9, save_steps=1, run_name="full")
+    with pytest.raises(TrainingError, match=r"cannot write .*checkpoint-1: No space left on device; there is no check"):
+        tiny_trainer(config, score, callbacks=[overlap]).train()
+    assert overlap.events == ["begin .checkpoint-1"]
+    assert not list((Path(config.output_dir) / "full").glob("*checkpoint*"))
 
 
 def test_a_checkpoint_before_the_first_update(tiny_config: Make, tiny_trainer: Make) -> None:

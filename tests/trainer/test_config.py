@@ -239,6 +239,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "device",
         "save_steps",
         "save_total_limit",
+        "save_async",
         "save_dtype",
         "logging_samples",
         "log_completions",

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from asyppo.config import ConfigError
+from asyppo.config import ConfigError, PolicyConfig
+from asyppo.models.loading import policy_of
 from asyppo.run.directory import read_jsonl
 from asyppo.trainer import AsyPPOTrainer
 
@@ -58,6 +60,37 @@ def test_paths_and_models_train_alike(paths: dict[str, str], tiny_config: Make, 
     assert (
         next(trainer("half", tiny_lm().bfloat16(), tokenizer=by_path.tokenizer).policy.parameters()).dtype.itemsize == 4
     )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_that_are_read_later_are_the_same(paths: dict[str, str], tiny_config: Make, lora: bool) -> None:
+    config = tiny_config(policy=PolicyConfig(use_peft=lora, lora_r=2, lora_alpha=4))
+    torch.manual_seed(0)
+    whole = policy_of(paths["policy"], config)
+    torch.manual_seed(0)
+    later = policy_of(paths["policy"], config, sharded=True)
+    assert all(p.is_meta is ("lora_" not in name) for name, p in later.named_parameters())
+    later.read_weights("cpu")
+    for (name, weight), (other, found) in zip(whole.named_parameters(), later.named_parameters(), strict=True):
+        assert (name, weight.requires_grad) == (other, found.requires_grad)
+        assert torch.equal(weight, found), name
+    ids = torch.arange(6)[None]
+    assert torch.equal(whole.model(input_ids=ids).logits, later.model(input_ids=ids).logits)
+
+    file = Path(paths["policy"]) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"the weight model.layers.1.mlp.up_proj.weight in .*safetensors has NaN"):
+        policy_of(paths["policy"], config, sharded=True).read_weights("cpu")
+
+
+def test_other_families_are_loaded_whole(tmp_path: Path, tiny_config: Make, caplog: pytest.LogCaptureFixture) -> None:
+    shape = {"n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 19}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape)).save_pretrained(tmp_path)
+    policy = policy_of(str(tmp_path), tiny_config(), sharded=True)
+    assert {p.device.type for p in policy.parameters()} == {"cpu"}
+    assert "its family, gpt2, is none of llama, mistral, qwen2, qwen3" in caplog.text
 
 
 def test_what_does_not_fit(paths: dict[str, str], tiny_config: Make, tiny_lm: Make) -> None:

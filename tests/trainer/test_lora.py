@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyTargets
-from asyppo.checkpoint import load_checkpoint, publish_checkpoint, write_checkpoint
+from asyppo.checkpoint import load_checkpoint, publish_checkpoint, take_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.adapters import add_lora, has_adapters
@@ -137,7 +137,7 @@ def test_checkpoints_hold_the_adapters(
     own = logprobs(trainer.policy, batch)
     state = trainer.trained()
     path = publish_checkpoint(
-        write_checkpoint(tmp_path, 2, trainer.policy, trainer.critics, tokenizer, state, {}), None
+        take_checkpoint(tmp_path, 2, trainer.policy, trainer.critics, tokenizer, state, {}, copied=True)(), None
     )
     assert {file.name for file in (path / "policy").glob("*.safetensors")} == {"adapter_model.safetensors"}
     saved = FileSystemReader(path / "state").read_metadata().state_dict_metadata

@@ -115,7 +115,8 @@ def test_a_mesh_of_one_computes_the_same_bits(alone: dict[str, Any], tmp_path: P
 
 @pytest.mark.slow
 def test_saved_on_two_loaded_on_one_and_on_four(tmp_path: Path, rank_script: ModuleType) -> None:
-    launch(2, tmp_path, "save", "generate", "collectives")
+    rank_script.write_models(tmp_path / "models")
+    launch(2, tmp_path, "save", "generate", "collectives", "load_by_name")
     want = torch.load(tmp_path / "save.pt", weights_only=False)
     checkpoint = tmp_path / "run" / "checkpoint-1"
     assert damage(checkpoint) is None
@@ -155,6 +156,15 @@ def test_saved_on_two_loaded_on_one_and_on_four(tmp_path: Path, rank_script: Mod
         "update_actor": times(3, update + Counter(allreduce=2)) + Counter(allreduce=2),
         "step": sum((counts[phase] for phase in counts if phase != "step"), Counter()) + Counter(allreduce=1),
     }
+
+    # A rank reads its half of the weights, and the same bits as one process that loads them all.
+    halves = torch.load(tmp_path / "load_by_name.pt", weights_only=False)
+    for name, all_of_it in rank_script.load_by_name(None, tmp_path / "models").items():
+        half, weights = halves[name], all_of_it["weights"]
+        assert half["weights"].keys() == weights.keys()
+        assert [key for key in weights if not torch.equal(half["weights"][key], weights[key])] == [], name
+        assert torch.equal(half["drawn next"], all_of_it["drawn next"])
+        assert half["peak"] < 0.6 * all_of_it["peak"], name  # of small models, one of whose weights is a part of them
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from asyppo.algorithm.ops import FUSED, Ops
 from asyppo.data.batch import Batch, MicroBatch
 from asyppo.data.padding import PaddingCount
-from asyppo.models.hub import SaveDtype
+from asyppo.models.hub import Later, SaveDtype
 
 Loss = Callable[[int, MicroBatch, Tensor], Tensor]
 """``loss(m, micro, output)``: from what the head of critic m gives [N] at the response tokens of ``micro`` (values or,
@@ -97,5 +97,5 @@ class Critics(nn.Module, ABC):
         return self._padding.take()
 
     @abstractmethod
-    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto", later: Later | None = None) -> None:
         """Write one Hugging Face directory a critic: ``critic_0``, ``critic_1``, …; as ``save_model`` does."""

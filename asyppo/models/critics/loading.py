@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from asyppo.config import ConfigError
 from asyppo.models.critics.inputs import NAME, load_policy_inputs, save_policy_inputs
-from asyppo.models.hub import SaveDtype, load_pretrained, save_model
+from asyppo.models.hub import Later, SaveDtype, load_pretrained, save_model
 from asyppo.models.shards import files_of, read_weights, weights_come_later
 
 VALUE_HEAD = "value_head.safetensors"
@@ -153,12 +153,13 @@ def load_value_model(
     return model, head_is_new
 
 
-def save_value_model(model: Any, directory: Path, dtype: SaveDtype) -> None:
+def save_value_model(model: Any, directory: Path, dtype: SaveDtype, later: Later | None = None) -> None:
     """As ``save_model``; what the critic reads beside the tokens is projected by a file of its own, since transformers
     knows no such weight."""
     inputs = model._modules.pop(NAME, None)
     try:
-        save_model(model, directory, dtype)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_model(model, directory, dtype, later)
     finally:
         if inputs is not None:
             model.add_module(NAME, inputs)

@@ -27,7 +27,7 @@ from asyppo.models.critics.loading import (
 )
 from asyppo.models.critics.stacked import Stacked
 from asyppo.models.families import PROJECTIONS, why_unknown
-from asyppo.models.hub import SaveDtype
+from asyppo.models.hub import Later, SaveDtype
 from asyppo.models.quantized import compute_in, is_in_4_bits, product_in_4_bits
 from asyppo.models.shards import files_of
 
@@ -174,7 +174,7 @@ class LoraCritics(Stacked):
         """See Stacked."""
         return self.models[m], name.replace(".", "/")  # a module's parameter has no dot in its name
 
-    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto", later: Later | None = None) -> None:
         """Write ``critic_0``, ``critic_1``, …, each an adapter for peft's ``PeftModelForTokenClassification`` over the
         base checkpoint, loaded as a token classifier with one label."""
         config = {

@@ -19,7 +19,7 @@ from asyppo.models.critics.base import Critics, Loss
 from asyppo.models.critics.inputs import added_to_embedding, names_of
 from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model, value_head
 from asyppo.models.head import any_dtype_attention
-from asyppo.models.hub import SaveDtype, use_liger_kernels
+from asyppo.models.hub import Later, SaveDtype, use_liger_kernels
 from asyppo.models.packing import known_sequences
 from asyppo.models.shards import WeightFiles, files_of, read_shards, weights_come_later
 
@@ -125,8 +125,8 @@ class OneByOneCritics(Critics):
                 total[m] += part.detach()
         return sum_over_ranks(total)
 
-    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto", later: Later | None = None) -> None:
         """Write ``critic_0``, ``critic_1``, …: for ``AutoModelForTokenClassification``, or, where the family has no
         such class, for ``AutoModel`` with the head in ``value_head.safetensors``."""
         for m, model in enumerate(self.models):
-            save_value_model(model, Path(directory) / f"critic_{m}", dtype)
+            save_value_model(model, Path(directory) / f"critic_{m}", dtype, later)

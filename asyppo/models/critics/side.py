@@ -22,7 +22,7 @@ from asyppo.models.critics.layers import StackedLinear
 from asyppo.models.critics.layout import Layout
 from asyppo.models.critics.loading import draw_head, fitting_loss
 from asyppo.models.critics.stacked import OWN, Stacked
-from asyppo.models.hub import SaveDtype
+from asyppo.models.hub import Later, SaveDtype
 
 SHAPE, WEIGHTS = "side_critic.json", "side_critic.safetensors"
 HEADS = 4
@@ -184,7 +184,7 @@ class SideCritics(Stacked):
             return hidden
         return hidden + torch.matmul(beside, self.project.weight.float()).to(self.dtype)
 
-    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto", later: Later | None = None) -> None:
         """Write ``critic_0``, ``critic_1``, …: shape and weights, in float32 but for ``dtype`` bfloat16."""
         for m, model in enumerate(self.models):
             path = Path(directory) / f"critic_{m}"

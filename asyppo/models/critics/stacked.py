@@ -37,7 +37,7 @@ from asyppo.models.critics.layers import (
 from asyppo.models.critics.layout import Extent, Layout, VarlenAttention
 from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model
 from asyppo.models.families import FAMILIES, why_unknown
-from asyppo.models.hub import SaveDtype
+from asyppo.models.hub import Later, SaveDtype
 from asyppo.models.shards import WeightFiles, files_of, read_shards
 
 OWN = {"score": "score", "project": NAME}
@@ -352,10 +352,10 @@ class StackedCritics(Stacked):
             return self.models[m].get_submodule(OWN[path]), leaf
         return self.models[m].base_model.get_submodule(path), leaf
 
-    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto") -> None:
+    def save_pretrained(self, directory: str | Path, dtype: SaveDtype = "auto", later: Later | None = None) -> None:
         """Write ``critic_0``, ``critic_1``, …, each for ``AutoModelForTokenClassification``."""
         for m, model in enumerate(self.models):
-            save_value_model(model, Path(directory) / f"critic_{m}", dtype)
+            save_value_model(model, Path(directory) / f"critic_{m}", dtype, later)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
