@@ -147,8 +147,8 @@ def test_the_last_and_the_best_are_kept(
     monkeypatch.setattr(TrainingLoop, "evaluate", lambda self, run, step: scripted_evaluation(accuracy[step]))
     save = TrainingLoop.save
 
-    def look(self: TrainingLoop, run: Any, *arguments: Any) -> Path:
-        path = save(self, run, *arguments)
+    def look(self: TrainingLoop, run: Any, *arguments: Any, wait: bool) -> Path:
+        path = save(self, run, *arguments)  # written when it returns
         kept.append([int(p.name.split("-")[1]) for p in checkpoints(run.path)])
         return path
 
