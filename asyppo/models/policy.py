@@ -33,8 +33,8 @@ from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo.models.layers import of_size_one, outputs_of
 from asyppo.models.packing import known_sequences, packed_inputs, why_not_packed
 from asyppo.models.quantized import compute_in, is_in_4_bits
-from asyppo.models.sharing import SHARED, why_not_shared
 from asyppo.models.shards import files_of, read_shards, weights_come_later, weights_stood_in_for
+from asyppo.models.sharing import SHARED, why_not_shared
 from asyppo_kernels import LinearLogprob
 
 log = logging.getLogger("asyppo")
