@@ -200,7 +200,7 @@ class AsyPPOConfig:
         16_384, at_least=1, may_change=True, elsewhere=("ppo_max_token_len_per_gpu",)
     )
     """Upper bound on the tokens, padding included, of one forward and backward pass; a single longer sequence still
-    goes through alone. A CPU takes at most 1,024 for each of its threads: more are hardly faster, and take memory. The
+    goes through alone. A CPU takes at most 832 for each of its threads: more are hardly faster, and take memory. The
     gradient is the same for any value."""
     gradient_accumulation_steps: int = setting(1, at_least=1, may_change=True)
     """Least number of micro-batches a minibatch is cut into. Memory only: the gradient is the same for any value."""

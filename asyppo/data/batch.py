@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CPU_TOKENS = 1024
+CPU_TOKENS = 832
 """Most tokens of a model's pass on a CPU, for each of its threads: more are hardly faster, and take memory."""
 
 
