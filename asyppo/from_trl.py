@@ -122,6 +122,21 @@ NO_MATTER = (
 )
 """How fields begin that change nothing of what is learned."""
 
+OF_ADAPTERS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_alpha",
+    "peft_type",
+    "peft_version",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+)
+"""Fields of a ``LoraConfig`` that are translated, or change nothing of what is learned."""
+
 
 def settings_of(args: Any, num_rows: int) -> dict[str, Any]:
     """Return the settings that a ``GRPOConfig`` comes to, with ``num_rows`` rows of training data. Raises ConfigError
@@ -138,8 +153,14 @@ def settings_of(args: Any, num_rows: int) -> dict[str, Any]:
     settings = {name: getattr(args, name) for name in SAME}
     if settings["run_name"] is None or settings["run_name"] == args.output_dir:  # older transformers fill it in
         del settings["run_name"]
-    batches = args.steps_per_generation // args.gradient_accumulation_steps
-    updates = max(1, batches * args.num_iterations)
+    batches, over = divmod(args.steps_per_generation, args.gradient_accumulation_steps)
+    if over:  # an update would be of several generations
+        _refuse(
+            "gradient_accumulation_steps",
+            args.gradient_accumulation_steps,
+            f"a divisor of steps_per_generation {args.steps_per_generation}: an update is of one step's responses",
+        )
+    updates = batches * args.num_iterations
     prompts = args.generation_batch_size // args.num_generations
     epoch = max(1, num_rows // prompts)
     max_steps = math.ceil(args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs * epoch)
@@ -154,7 +175,7 @@ def settings_of(args: Any, num_rows: int) -> dict[str, Any]:
 
     settings |= {
         "prompts_per_step": prompts,
-        "num_mini_batches": max(1, batches),
+        "num_mini_batches": batches,
         "max_steps": max_steps,
         "warmup_steps": steps(args.warmup_steps),
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)).replace(
@@ -236,10 +257,14 @@ def adapters_of(peft_config: Any) -> dict[str, Any]:
     kind = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     if kind != "LORA":
         raise ConfigError(f"peft_config: got {kind}, needs a LoraConfig")
-    modules = peft_config.target_modules
-    if isinstance(modules, str) and modules != "all-linear":
+    modules, default = peft_config.target_modules, type(peft_config)()
+    if modules is None or (isinstance(modules, str) and modules != "all-linear"):
         raise ConfigError(f"peft_config.target_modules: got {modules!r}, needs a list of names, or all-linear")
-    names = None if modules is None or isinstance(modules, str) else sorted(modules)
+    for name in (declared.name for declared in fields(peft_config)):
+        got, usual = getattr(peft_config, name), getattr(default, name)
+        if name not in OF_ADAPTERS and got != usual:
+            raise ConfigError(f"peft_config.{name}: got {got!r}, needs {usual!r}: there is no such setting")
+    names = None if isinstance(modules, str) else sorted(modules)
     return {
         "use_peft": True,
         "lora_r": peft_config.r,

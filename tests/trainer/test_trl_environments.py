@@ -238,6 +238,10 @@ def test_what_arguments_come_to(tmp_path: Path) -> None:
     for changes, message in (
         ({"top_p": 0.9}, r"^args.top_p: got 0.9, needs 1.0: there is no such setting$"),
         ({"loss_type": "sapo"}, r"^args.loss_type: got 'sapo', needs one of dapo, bnpo, grpo$"),
+        (
+            {"gradient_accumulation_steps": 8, "steps_per_generation": 4},
+            r"^args.gradient_.*: got 8, needs a divisor of",
+        ),
         ({"model_init_kwargs": {"device_map": "auto"}}, r"^args.model_init_kwargs: .* attn_implementation and dtype"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -248,6 +252,11 @@ def test_what_arguments_come_to(tmp_path: Path) -> None:
         settings_of(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), 100)
     adapters = adapters_of(peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"]))
     assert adapters == {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj"]}
+    for name, value in (("use_rslora", True), ("lora_dropout", 0.1), ("modules_to_save", ["lm_head"])):
+        with pytest.raises(ConfigError, match=rf"^peft_config.{name}: got .*, needs .*: there is no such setting$"):
+            adapters_of(peft.LoraConfig(target_modules="all-linear", **{name: value}))
+    with pytest.raises(ConfigError, match=r"^peft_config.target_modules: got None, needs a list of names, or all-"):
+        adapters_of(peft.LoraConfig())  # peft's own choice by family is another than ours
     with pytest.raises(ConfigError, match=r"^peft_config: got PROMPT_TUNING, needs a LoraConfig$"):
         adapters_of(peft.PromptTuningConfig(num_virtual_tokens=2))
 
