@@ -180,7 +180,7 @@ def _loading(repo_id: str, critics: list[str]) -> list[str]:
     lines = ["## Loading", "", "```python", *code, "```", ""]
     if critics:
         names = ", ".join(f"`{name}`" for name in critics)
-        lines += [f"Its critics are in {names}; asyppo takes them as `critic.model_name_or_path`.", ""]
+        lines += [f"Its critics are in {names}, directories that asyppo takes as `critic.model_name_or_path`.", ""]
     return lines
 
 
