@@ -69,6 +69,7 @@ READ = (
     "model_init_kwargs",
     "num_generations_eval",
     "num_train_epochs",
+    "optim",
     "per_device_train_batch_size",
     "report_to",
     "save_steps",
@@ -92,6 +93,12 @@ READ = (
     "warmup_steps",
 )
 """Fields that are translated."""
+OPTIMIZERS = {
+    "adamw_torch_fused": "adamw",
+    "adamw_torch": "adamw",
+    "adamw_8bit": "adamw_8bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+}
 NO_MATTER = (
     "average_tokens_across_devices",
     "cast_lm_head_to_fp32",
@@ -185,6 +192,7 @@ def settings_of(args: Any, num_rows: int) -> dict[str, Any]:
         "loss_aggregation": _one_of(
             "loss_type", args, {"dapo": "token-mean", "bnpo": "token-mean", "grpo": "sequence-mean"}
         ),
+        "optim": _one_of("optim", args, OPTIMIZERS),
         "policy_loss": _one_of("importance_sampling_level", args, {"token": "ppo", "sequence": "gspo"}),
         "report_to": [name for name in _listed(args.report_to) if name != "none"],
         "save_steps": every(args.save_strategy, args.save_steps),
@@ -211,7 +219,8 @@ def _refuse(name: str, got: Any, needs: str) -> None:
 
 
 def _one_of(name: str, args: Any, known: Mapping[str, str]) -> str:
-    if (got := getattr(args, name)) not in known:
+    got = str(getattr(getattr(args, name), "value", getattr(args, name)))
+    if got not in known:
         _refuse(name, got, f"one of {', '.join(known)}")
     return known[got]
 

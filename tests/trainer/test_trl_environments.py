@@ -235,7 +235,10 @@ def test_what_arguments_come_to(tmp_path: Path) -> None:
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://there:8000"}
     vllm = load_config(made(**server))
     assert (vllm.sampler, vllm.vllm.url, vllm.importance_sampling_clip_max) == ("vllm", ["http://there:8000"], 3.0)
+    optimizers = {name: load_config(made(optim=name)).optim for name in ("adamw_torch", "adamw_bnb_8bit")}
+    assert (usual.optim, optimizers) == ("adamw", {"adamw_torch": "adamw", "adamw_bnb_8bit": "adamw_8bit"})
     for changes, message in (
+        ({"optim": "sgd"}, r"^args.optim: got 'sgd', needs one of adamw_torch_fused, adamw_torch, adamw_8bit, "),
         ({"top_p": 0.9}, r"^args.top_p: got 0.9, needs 1.0: there is no such setting$"),
         ({"loss_type": "sapo"}, r"^args.loss_type: got 'sapo', needs one of dapo, bnpo, grpo$"),
         (
