@@ -349,7 +349,7 @@ def test_what_an_environment_may_give_at_the_end(
 ) -> None:
     class Gives(Counter):
         def increment(self, step: int) -> str:
-            """Increment the counter.
+            """Increment the counter, and end the turn of the assistant.
 
             Args:
                 step: By how much.
@@ -366,6 +366,8 @@ def test_what_an_environment_may_give_at_the_end(
     if given is None or reward is not None:
         _, [one] = play(playing, scripts, [row], "<|im_end|>")
         assert (one.reward, one.response.turns[0].observation) == (reward, "?")
+        assert "<|im_start|>user" in chat.decode(one.response.tokens)  # a tool's answer, in Qwen3's template
+        assert "?<|im_end|>" not in chat.decode(one.response.tokens)  # nor the conversation that stands in
     else:
         with pytest.raises(RuntimeError, match=r"get_reward failed .*needs a finite number, or None"):
             play(playing, scripts, [row], "<|im_end|>")

@@ -13,7 +13,7 @@ from asyppo.config import ConfigError
 
 Message = dict[str, Any]
 
-MARK = "the turn of the assistant"
+MARK = "the-turn-that-stands-in-4e1d0b"  # in no docstring of a tool, which templates write before it
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
