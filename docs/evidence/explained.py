@@ -40,10 +40,11 @@ from asyppo.run.progress import Timer
 from asyppo.run.rng import seed_everything
 from asyppo.trainer import AsyPPOTrainer
 
-INPUTS = {"policy_inputs": ["logprob", "entropy"]}
+INPUTS: dict[str, Any] = {"policy_inputs": ["logprob", "entropy"]}
 ARMS: dict[str, dict[str, Any]] = {
     "mini": {},
     "mini, inputs": {"critic": INPUTS},
+    "mini, inputs, one learning rate": {"critic": INPUTS | {"policy_inputs_lr_ratio": 1.0}},
     "side transformer, inputs": {"critic": {"kind": "side"} | INPUTS},
     "side MLP, inputs": {"critic": {"kind": "side", "side": {"network": "mlp"}} | INPUTS},
 }
