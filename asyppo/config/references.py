@@ -67,10 +67,14 @@ def load(setting: str, reference: str, accept: Callable[[Any], bool] = callable)
     for part in name.split("."):
         found = getattr(found, part, None)
     if not accept(found):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        made_here = [
+            key
+            for key, value in vars(module).items()
+            if key[0] != "_" and (inspect.isfunction(value) or getattr(value, "__module__", None) == module.__name__)
+        ]
         raise ConfigError(
             f"{setting}: got {reference!r}, but {place} has no function {name!r}; "
-            f"it has {', '.join(functions) or 'none'}"
+            f"it has {', '.join(key for key in made_here if accept(getattr(module, key))) or 'none'}"
         )
     return found
 

@@ -17,6 +17,7 @@ from asyppo.distributed.processes import forked_rng, world_size
 from asyppo.models.adapters import without_peft
 from asyppo.models.critics import Critics, SideShape, load_critics, load_side_critics, make_critics
 from asyppo.models.critics.loading import load_value_models
+from asyppo.models.critics.side import SHAPE as SIDE_SHAPE
 from asyppo.models.hub import check_finite, load_config, remember_dtype
 from asyppo.models.layers import numbered, size_of
 from asyppo.models.policy import Policy, compute_dtype
@@ -127,6 +128,9 @@ def critics_of(
                 gradient_checkpointing=config.critic.gradient_checkpointing,
             )
         assert critics is not None
+        for path in [critics] if isinstance(critics, str) else critics:
+            if (Path(path) / SIDE_SHAPE).exists():
+                raise ConfigError(f"critic.kind: got 'mini', needs 'side' for {path!r}, which is a side critic")
         if isinstance(critics, str):
             return load_critics(critics, config.num_critics, config.critic, **options)
         if config.critic.lora_r:

@@ -172,6 +172,8 @@ def test_save_and_load(config_of: Make, policy: Policy, ragged_batch: Make, tmp_
             of_policy(policy, config_of(side(**{"loss": "bce"} | changes)), paths)
     with pytest.raises(ConfigError, match=r"has no side_critic\.json, needs a side critic of an earlier run, or none"):
         of_policy(policy, config, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"critic\.kind: got 'mini', needs 'side' for '.*critic_1', which is a side"):
+        of_policy(policy, config_of(side() | {"kind": "mini"}), paths)
     shape, weights = (Path(paths[0]) / name for name in ("side_critic.json", "side_critic.safetensors"))
     for damage, message in (
         (lambda: os.truncate(weights, 100), r"cannot load '.*critic_1': .*header"),
