@@ -178,7 +178,8 @@ class WordGuessing:
     def reset(self, entry: Mapping[str, Any], seed: int) -> str:
         """Begin with the word of ``entry``; the prompt has those that it may be."""
         self.secret, self.rng = entry["answer"], Random(seed)
-        self.possible = list(entry["metadata"]["words"])
+        self.words = list(entry["metadata"]["words"])
+        self.possible = list(self.words)
         return ""
 
     def step(self, action: str) -> tuple[str, float, bool]:
@@ -196,6 +197,7 @@ class WordGuessing:
 
 
 def guess_word(environment: WordGuessing, noise: float, guess: float, rng: Random) -> str:
-    """Guess a word that what was said leaves possible; with probability ``noise`` or ``guess`` any."""
+    """Guess a word that what was said leaves possible, as it stands in the prompt, behind a space; with probability
+    ``noise`` or ``guess`` any of the prompt's."""
     anything = rng.random() < noise or rng.random() < guess or not environment.possible
-    return rng.choice(sorted(set(WORDS)) if anything else environment.possible)
+    return f" {rng.choice(environment.words if anything else environment.possible)}"

@@ -110,6 +110,9 @@ def demonstration(row: Row, config: WarmStartConfig, environment: EnvironmentCon
     return parts
 
 
+OF_WORDS = ("word_guessing",)
+"""Environments whose words are tokens."""
+
 Solve = Callable[[Row, random.Random], list[str]]
 """What is learned of a row: turns and, between them and at the end, answers of an environment."""
 
@@ -163,6 +166,9 @@ def build(
     settings = {"warm_start": made_by, "data": asdict(data), "format": 1}
     if environment is not None and played is not None:
         settings["environment"] = {"name": played, "params": environment.params, "max_turns": environment.max_turns}
+    words = played in OF_WORDS
+    if words:
+        settings["tokens"] = "words"
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     directory = Path(config.cache_dir).expanduser() / f"warm-start-{key}"
     if not directory.exists():
@@ -173,12 +179,13 @@ def build(
                     shutil.rmtree(left)
             partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         try:
-            tokenizer = _make_tokenizer(
-                train_rows, solutions(replace(config, noise=0.0, guess=0.0, wrong_rule=0.0), environment)
-            )
+            right = solutions(replace(config, noise=0.0, guess=0.0, wrong_rule=0.0), environment)
+            tokenizer = _make_tokenizer(train_rows, right, words)
             solve = solutions(config, environment)
+            model = None
             for name, shape in (("policy", config.policy), ("critic", config.critic)):
-                model = _teach(name, shape, tokenizer, train_rows, solve, config, device)
+                if model is None or shape != config.policy:  # of one shape they come out the same
+                    model = _teach(name, shape, tokenizer, train_rows, solve, config, device)
                 with durable.writing(directory / name):
                     model.save_pretrained(partial / name)
                     tokenizer.save_pretrained(partial / name)
@@ -194,18 +201,19 @@ def build(
     return directory / "policy", directory / "critic"
 
 
-def _make_tokenizer(rows: Sequence[Row], solve: Solve) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question."""
+def _make_tokenizer(rows: Sequence[Row], solve: Solve, words: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the task's own text: one token a digit or sign, and one for the prose of a question; with
+    ``words`` one for a word and the space before it, so that a small model can take one out of its prompt."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?-?\d"), "isolated"),
+            pre_tokenizers.Split(Regex(r" ?[a-z]+" if words else r" ?-?\d"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384,
+        vocab_size=1024 if words else 384,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
