@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from asyppo.config import DistributedConfig
+from asyppo.data.batch import micro_batches
+from asyppo.distributed.processes import make_mesh, processes
 from asyppo_kernels import linear_ppo_loss
 from tests.trainer.accounting import DEVICE, HOST, OTHER, accounting
+from tests.trainer.distributed_rank import policy
 
 Make = Callable[..., Any]
 MIB = 2**20
@@ -72,3 +76,32 @@ def test_peaks_are_those_of_the_allocator() -> None:
         live += event.nbytes()
         peak = max(peak, live)
     assert ours == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sharded"),
+    [(torch.float32, False), (torch.bfloat16, False), pytest.param(torch.bfloat16, True, marks=pytest.mark.slow)],
+)
+def test_gradients_of_micro_batches_are_there_once(dtype: torch.dtype, sharded: bool, ragged_batch: Make) -> None:
+    """In float32, and beside them no more than what a pass takes whatever came before it: copies of the weights in its
+    precision, activations, gradients of a layer."""
+    batch = ragged_batch(num_prompts=1, longest=3)  # few tokens, so that weights are most of it
+    with processes(DistributedConfig(shard_single=sharded)):
+        mesh = make_mesh(DistributedConfig(), torch.device("cpu"))
+        with accounting() as accounts:
+            model = policy(dtype, hidden_size=64, intermediate_size=512, num_hidden_layers=6)
+            if mesh is not None:
+                model.shard(mesh)
+            micros = list(micro_batches(batch, torch.arange(1), 10_000)) * 3
+            before = accounts.alive[DEVICE]
+            for number, micro in enumerate(micros):
+                with accounts.phase(str(number)):
+                    model(micro).logprob.sum().backward()
+            size = accounts.alive[DEVICE] - before
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            assert {g.dtype for g in gradients} == {torch.float32}
+            assert size == pytest.approx(sum(p.numel() * 4 for p in model.parameters()), rel=0.01)
+    casts = 0 if dtype == torch.float32 or sharded else size // 2
+    beside = 0.6 if sharded else 0.45  # FSDP2 has buffers of further layers of the six
+    for number in range(1, len(micros)):
+        assert accounts.peak[str(number)][DEVICE] - before <= size + casts + beside * size
