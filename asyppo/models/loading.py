@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from asyppo.config import AsyPPOConfig, ConfigError
@@ -53,6 +54,8 @@ def policy_of(
     """Return the policy that ``config`` asks for: of a model by directory or hub name, put on its device, or around a
     causal language model, which stays where it is. A Policy stays itself. ``changes`` go to Policy, in place of what
     ``config`` says. What is to be ``sharded`` is read then, where it can be. Raises ConfigError."""
+    if not isinstance(policy, str):
+        _check_bits("policy", policy, config.policy.load_in_4bit)
     if isinstance(policy, Policy):
         return policy
     options: dict[str, Any] = {
@@ -109,6 +112,8 @@ def critics_of(
     place. ``sharded``: see ``policy_of``. Raises ConfigError."""
     side = config.critic.kind == "side" and config.num_critics > 0
     if not isinstance(critics, str | list) and not (critics is None and side):
+        if critics is not None:
+            _check_bits("critic", critics, config.critic.load_in_4bit)
         return critics
     if not config.num_critics:
         raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
@@ -150,6 +155,15 @@ def _shared(config: AsyPPOConfig, sharded: bool) -> dict[str, Any]:
         "attn_implementation": config.policy.attn_implementation,
         "trust_remote_code": config.policy.trust_remote_code,
     }
+
+
+def _check_bits(branch: str, given: nn.Module, in_4_bits: bool) -> None:
+    """Raise ConfigError if what is ``given`` was to be kept ``in_4_bits`` and is not: that is done in loading."""
+    if in_4_bits and not is_in_4_bits(given):
+        raise ConfigError(
+            f"{branch}.load_in_4bit: got True and a {type(given).__name__} with whole weights, needs one that was "
+            "loaded in 4 bits, or where to load one from: a directory or hub name"
+        )
 
 
 def tokenizer_of(policy: Policy | PreTrainedModel | str, config: AsyPPOConfig) -> PreTrainedTokenizerBase:

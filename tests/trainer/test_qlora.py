@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyTargets
-from asyppo.checkpoint import load_checkpoint, publish_checkpoint, write_checkpoint
+from asyppo.checkpoint import load_checkpoint, publish_checkpoint, take_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig, PolicyConfig
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.critics import LoraCritics
@@ -179,7 +179,7 @@ def test_a_run_goes_on_from_its_adapters(
     assert next(layers_in_4_bits(trainer.critics), None) is not None
     trainer.step(1)
     path = publish_checkpoint(
-        write_checkpoint(tmp_path, 1, trainer.policy, trainer.critics, tokenizer, trainer.trained(), {})
+        take_checkpoint(tmp_path, 1, trainer.policy, trainer.critics, tokenizer, trainer.trained(), {}, copied=True)()
     )
     saved = FileSystemReader(path / "state").read_metadata().state_dict_metadata
     assert {name for name in saved if name.startswith("policy.model.") and "lora_" not in name} == set()
@@ -240,6 +240,8 @@ def test_what_cannot_be(base: str, tiny_config: Make, tiny_trainer: Make, monkey
     config = tiny_config(policy=PolicyConfig(load_in_4bit=True, use_peft=True))
     with pytest.raises(ConfigError, match=r"policy\.load_in_4bit: got True, needs False for weights that are sharded"):
         tiny_trainer(config, lambda completions, **_: [0.0], mesh=object())
+    with pytest.raises(ConfigError, match=r"policy\.load_in_4bit: got True and a Policy with whole weights, needs one"):
+        tiny_trainer(config, lambda completions, **_: [0.0])
     monkeypatch.setattr("asyppo.models.quantized.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"policy\.load_in_4bit: got True, needs bitsandbytes, which is not"):
         tiny_trainer(config, lambda completions, **_: [0.0])
