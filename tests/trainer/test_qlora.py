@@ -151,7 +151,6 @@ def test_responses_are_sampled_from_it(in_4_bits: Make, kind: type[ModelSampler]
         torch.testing.assert_close(response.logprob, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_its_adapters(
     base: str, tiny_critic: Make, tiny_config: Make, tokenizer: Any, prompts: Any, tmp_path: Path
 ) -> None:
