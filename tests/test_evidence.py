@@ -84,6 +84,7 @@ def test_the_effects_of_the_second_part_are_of_its_arms(effects: ModuleType) -> 
     assert {arm for pair in effects.OF_CRITICS.values() for arms in pair for arm in arms} <= set(arms)
 
 
+@pytest.mark.slow
 def test_the_luck_of_environments(tmp_path: Path) -> None:
     """The grid has every method at every slip probability; what the script says of it, and of what has been run."""
     environments = module("environments")
