@@ -18,13 +18,13 @@ from asyppo.cli.plan.passes import Activations, activations, side_activations
 from asyppo.config import AsyPPOConfig, ConfigError
 from asyppo.models.critics.side import SideShape
 from asyppo.models.loading import room_for_prompts
+from asyppo.models.offload import LOT_BYTES
 from asyppo.models.optimizers import optimizer_bytes_per_parameter
 from asyppo.models.policy import compute_dtype
+from asyppo.models.quantized import BYTES_PER_PARAMETER
 from asyppo_kernels._policy_head import BLOCKS, GPU_WORKSPACE_BYTES
 
 GIB = 2**30
-LOT_BYTES = 512 * 2**20
-BYTES_PER_PARAMETER = 0.516
 
 ASSUMPTIONS = (
     "every response is {completion} tokens long, every prompt {prompt}",

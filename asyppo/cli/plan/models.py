@@ -201,15 +201,16 @@ def _adapter_parameters(model: Any, rank: int, ends: list[str] | None) -> int:
     return sum(rank * (m.in_features + m.out_features) for m in chosen)
 
 
-def from_config(model_config: PreTrainedConfig, is_critic: bool) -> Any:
+def from_config(model_config: PreTrainedConfig, is_critic: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model of this configuration, with weights in ``dtype``."""
     made = copy.deepcopy(model_config)
     if not is_critic:
-        return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(made, dtype=dtype)
     if type(made) in AutoModelForTokenClassification._model_mapping:
         made.num_labels = 1
-        return AutoModelForTokenClassification.from_config(made, dtype=torch.float32)
+        return AutoModelForTokenClassification.from_config(made, dtype=dtype)
     head = AutoModelForCausalLM.from_config(made).get_output_embeddings()
-    return BackboneWithValueHead(AutoModel.from_config(made, dtype=torch.float32), head.in_features)
+    return BackboneWithValueHead(AutoModel.from_config(made, dtype=dtype), head.in_features)
 
 
 def layers_of(model: Any) -> list[nn.Module]:

@@ -63,9 +63,7 @@ def _counted(
     model: Model, rows: int, width: int, dtype: torch.dtype, checkpointing: bool, sharded: bool
 ) -> Activations:
     with FakeTensorMode(allow_non_fake_inputs=True):
-        made = from_config(model.config, model.is_critic)
-        if sharded:
-            made.to(dtype)
+        made = from_config(model.config, model.is_critic, dtype if sharded else torch.float32)
         body = made.base_model
         with _counting(made) as count, _GroupedProducts():
             ids = torch.zeros(rows, width, dtype=torch.int64)
