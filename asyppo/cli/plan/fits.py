@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 from asyppo.cli.plan.estimate import GIB, Plan, make_plan
@@ -69,26 +70,19 @@ def fitting(config: AsyPPOConfig, kind: str, *, gpus: int, gib: float, prompt_le
 
 
 def _cheapest_first(config: AsyPPOConfig, gpus: int) -> Iterator[AsyPPOConfig]:
-    """Variants of ``config``, from the one that costs least time to the one that needs least memory."""
+    """Variants of ``config``, from the one that costs least time to the one that needs least memory: what moves takes
+    seconds a step, fewer responses at once make as many more passes of a response's length."""
     single = [False, True] if gpus == 1 and not config.policy.use_peft else [config.distributed.shard_single]
     levels: list[Level] = ["none", "optimizer", "all"]
+    most = config.generation_batch_size
+    halves = [most >> n for n in range(most.bit_length()) if most >> n >= min(FEWEST, most)]
     for checkpointing in dict.fromkeys([config.policy.gradient_checkpointing, True]):
         policy = replace(config.policy, gradient_checkpointing=checkpointing)
         critic = replace(config.critic, gradient_checkpointing=checkpointing or config.critic.gradient_checkpointing)
-        for offload in levels[levels.index(config.offload) :]:
-            for shard_single in single:
-                distributed = replace(config.distributed, shard_single=shard_single)
-                together = config.generation_batch_size
-                while together >= min(FEWEST, config.generation_batch_size):
-                    yield replace(
-                        config,
-                        policy=policy,
-                        critic=critic,
-                        offload=offload,
-                        distributed=distributed,
-                        generation_batch_size=together,
-                    )
-                    together //= 2
+        trained = replace(config, policy=policy, critic=critic)
+        for together, offload, shard_single in product(halves, levels[levels.index(config.offload) :], single):
+            distributed = replace(config.distributed, shard_single=shard_single)
+            yield replace(trained, offload=offload, distributed=distributed, generation_batch_size=together)
 
 
 def _differences(one: object, other: object, prefix: str = "") -> dict[str, object]:

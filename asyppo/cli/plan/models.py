@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,29 +151,40 @@ def known_shape(name: str) -> PreTrainedConfig | None:
     )
 
 
+_DESCRIBED: dict[tuple[Any, ...], Model] = {}
+
+
 def describe(
     name: str, source: str, model_config: PreTrainedConfig, *, config: AsyPPOConfig, is_critic: bool = False
 ) -> Model:
     """Count a model's parameters on the meta device."""
+    branch: Any = config.critic if is_critic else config.policy
+    targets = None if is_critic else branch.lora_target_modules
+    rank = branch.lora_r if is_critic or branch.use_peft else 0
+    key = model_config.to_json_string(), is_critic, rank, str(targets), branch.load_in_4bit
+    if key not in _DESCRIBED:
+        _DESCRIBED[key] = _described(model_config, is_critic, rank, targets, branch.load_in_4bit)
+    return replace(_DESCRIBED[key], name=name, source=source, config=model_config)
+
+
+def _described(
+    model_config: PreTrainedConfig, is_critic: bool, rank: int, targets: list[str] | None, in_4_bits: bool
+) -> Model:
     with torch.device("meta"):
         model = from_config(model_config, is_critic)
     parameters = sum(p.numel() for p in model.parameters())
     products = sum(p.numel() for p in weights_of_products(model))
-    layers = layers_of(model)
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
     largest, outside = max(sizes, default=parameters), parameters - sum(sizes)
     linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, nn.Linear))
-    branch: Any = config.critic if is_critic else config.policy
     trainable = parameters
-    if config.policy.use_peft and not is_critic:
-        trainable = _adapter_parameters(model, config.policy.lora_r, config.policy.lora_target_modules)
-        parameters += trainable
-    if config.critic.lora_r and is_critic:
-        trainable = _adapter_parameters(model, config.critic.lora_r, None)
-        trainable += sum(p.numel() for p in value_head(model).parameters())
-        parameters += trainable - sum(p.numel() for p in value_head(model).parameters())
-    sizes_of = parameters, trainable, largest, is_critic, products, outside, linear
-    return Model(name, source, model_config, *sizes_of, in_4_bits=branch.load_in_4bit)
+    if rank:
+        adapters = trainable = _adapter_parameters(model, rank, targets)
+        if is_critic:
+            trainable += sum(p.numel() for p in value_head(model).parameters())
+        parameters += adapters
+    found = parameters, trainable, largest, is_critic, products, outside, linear
+    return Model("", "", model_config, *found, in_4_bits=in_4_bits)
 
 
 def side_shape(policy: Model, config: AsyPPOConfig) -> SideShape:
