@@ -109,10 +109,16 @@ def _of_shape(shape: ModelShape) -> PreTrainedConfig:
     )
 
 
+_KNOWN: dict[str, PreTrainedConfig] = {}
+"""Shapes known here that no file on this machine has: looked for once."""
+
+
 def load_config(name: str, config: AsyPPOConfig) -> tuple[str, PreTrainedConfig]:
     """Return where a model's configuration is from, and it: a directory or transformers' cache, else the shapes known
     here, else the hub. Raises ConfigError."""
     remote = {"trust_remote_code": config.policy.trust_remote_code}
+    if name in _KNOWN:
+        return "shape known here, not looked up on the hub", copy.deepcopy(_KNOWN[name])
     try:
         return "its config.json", AutoConfig.from_pretrained(name, local_files_only=True, **remote)
     except (OSError, ValueError, KeyError) as error:
@@ -120,7 +126,8 @@ def load_config(name: str, config: AsyPPOConfig) -> tuple[str, PreTrainedConfig]
             raise ConfigError(f"model_name_or_path: {name!r}: {' '.join(str(error).split())}") from error
     known = known_shape(name)
     if known is not None:
-        return "shape known here, not looked up on the hub", known
+        _KNOWN[name] = known
+        return "shape known here, not looked up on the hub", copy.deepcopy(known)
     try:
         return "the hub", AutoConfig.from_pretrained(name, **remote)
     except (OSError, ValueError, KeyError) as error:
