@@ -74,6 +74,12 @@ def test_the_grid_of_optimizers() -> None:
         assert accuracy.strip() in (ROOT / "docs" / "running.md").read_text()
 
 
+def test_what_critics_explain_is_what_was_found() -> None:
+    found = json.loads((RESULTS / "explained-long.json").read_text())
+    assert module("explained").table(found) in SECOND_PAGE.read_text()
+    assert f"explains {found['scores explained by the oracle']:.3f}" in SECOND_PAGE.read_text().replace("\n", " ")
+
+
 @pytest.mark.parametrize("name", ["stage1", "gcd"])
 def test_the_effects_are_those_of_the_runs(name: str, effects: ModuleType) -> None:
     assert effects.table(RESULTS / f"{name}.json") in PAGE.read_text()

@@ -161,6 +161,24 @@ def values(trainer: AsyPPOTrainer, batches: list[Sampled]) -> Tensor:
     return torch.cat(found, dim=1)
 
 
+def table(found: dict[str, Any]) -> str:
+    """Return what V̄ explains of the oracle's value, by arm and by responses of a critic, as a Markdown table."""
+    value = {(row["arm"], row["responses of a critic"]): row for row in found["rows"]}
+    arms, counts = ([*dict.fromkeys(key[i] for key in value)] for i in (0, 1))
+    lines = [
+        f"| explained by V̄, after responses of a critic | {' | '.join(f'{count:,}' for count in counts)} "
+        "| CPU s of the steps |",
+        f"|---|{'--:|' * (len(counts) + 1)}",
+    ]
+    for arm in arms:
+        own = [value[arm, count] for count in counts]
+        cells = [f"{round(row['oracle explained by V'], 2) + 0.0:.2f}" for row in own] + [
+            str(own[-1]["CPU s of the steps"])
+        ]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print a row of each arm as it learns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,6 +235,7 @@ def main() -> None:
             print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
         if chosen.out:
             chosen.out.write_text(json.dumps({**about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    print(table({"rows": rows}))
 
 
 if __name__ == "__main__":
