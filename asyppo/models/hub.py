@@ -180,12 +180,14 @@ def save_model(model: Any, directory: Path, dtype: SaveDtype = "auto", later: La
             where = weight.device if later is None else "cpu"
             taken[weight.data_ptr()] = weight.to(where, kind, copy=later is not None)
     weights = {name: taken[weight.data_ptr()] for name, weight in every.items()}
+    stored = "bfloat16" if is_half else str(model.dtype).removeprefix("torch.")
 
     def write() -> None:
         model.save_pretrained(directory, state_dict=weights)
-        if is_half:
-            config = json.loads((directory / "config.json").read_text())
-            (directory / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
+        # It writes the dtype that the model has by now, which of a sharded one in a pass is that of the pass.
+        config = json.loads((directory / "config.json").read_text())
+        if config["dtype"] != stored:
+            (directory / "config.json").write_text(json.dumps(config | {"dtype": stored}, indent=2) + "\n")
 
     if later is None:
         write()

@@ -56,6 +56,8 @@ def _check_settings(config: AsyPPOConfig, file: Path) -> None:
     # A setting that is newer than the run had its default then, in a branch that may be absent, too.
     warm_start = WarmStartConfig() if any(key.startswith("warm_start.") for key in stored) else None
     now, default = flatten(settings(config)), flatten(settings(AsyPPOConfig(warm_start=warm_start)))
+    if stored.get("critic.policy_inputs"):  # their projection was at the rate of the rest before it had one
+        default["critic.policy_inputs_lr_ratio"] = 1.0
     stored = {key: value for key, value in default.items() if key in now} | stored
     fixed = [key for key in {**stored, **now} if not stands_in(key, may)]
     different = [key for key in fixed if stored.get(key) != now.get(key)]

@@ -292,6 +292,24 @@ def save(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
     return {"rows": [row], "signals": [], "weights": weights(trainer), "saved": saved}
 
 
+def save_in_background(mesh: DeviceMesh | None, folder: Path) -> None:
+    """Save one state at once and in the background of two steps, which compute in bfloat16: ``folder/at-once`` and
+    ``folder/background``."""
+    config = make_config(output_dir=str(folder), run_name="at-once", report_to=[])
+    trainer = make_trainer(config, mesh, sampler=Scripted(12), dtype=torch.bfloat16, stacked=False)
+    trainer.step(1)
+    with open_run(config) as run, open_run(replace(config, run_name="background")) as other:
+        loop = TrainingLoop(trainer)
+        loop.save(run, 1)
+        loop.save(other, 1, wait=False)
+        for step in (2, 3):
+            trainer.step(step)
+            loop.finish_saving(wait=False)
+        loop.save(other, 3, wait=False)
+        loop.finish_saving()
+        loop.writer.close()
+
+
 def load(mesh: DeviceMesh | None, checkpoint: Path) -> dict[str, Any]:
     """Go on from a checkpoint of ``save``."""
     trainer = make_trainer(make_config(), mesh, sampler=Scripted(12), policy={"tie_word_embeddings": True})
@@ -455,6 +473,7 @@ def main(folder: Path, chosen: Sequence[str]) -> None:
             "generate": lambda: generate(mesh),
             "save": lambda: save(mesh, folder),
             "moments": lambda: [moments(mesh, folder / str(rows), rows) for rows in (128, 66)],
+            "save_in_background": lambda: save_in_background(mesh, folder),
             "load": lambda: load(mesh, Path(os.environ["ASYPPO_TEST_CHECKPOINT"])),
             "load_by_name": lambda: load_by_name(mesh, folder / "models"),
         }

@@ -116,7 +116,7 @@ def test_a_mesh_of_one_computes_the_same_bits(alone: dict[str, Any], tmp_path: P
 @pytest.mark.slow
 def test_saved_on_two_loaded_on_one_and_on_four(tmp_path: Path, rank_script: ModuleType) -> None:
     rank_script.write_models(tmp_path / "models")
-    launch(2, tmp_path, "save", "generate", "collectives", "load_by_name")
+    launch(2, tmp_path, "save", "generate", "collectives", "load_by_name", "save_in_background")
     want = torch.load(tmp_path / "save.pt", weights_only=False)
     checkpoint = tmp_path / "run" / "checkpoint-1"
     assert damage(checkpoint) is None
@@ -165,6 +165,14 @@ def test_saved_on_two_loaded_on_one_and_on_four(tmp_path: Path, rank_script: Mod
         assert [key for key in weights if not torch.equal(half["weights"][key], weights[key])] == [], name
         assert torch.equal(half["drawn next"], all_of_it["drawn next"])
         assert half["peak"] < 0.6 * all_of_it["peak"], name  # of small models, one of whose weights is a part of them
+
+    # Checkpoints that are written in the background of steps are those that steps wait for, and load.
+    at_once, background = (tmp_path / name / "checkpoint-1" for name in ("at-once", "background"))
+    assert damage(background) is damage(background.with_name("checkpoint-3")) is None
+    files = {path.relative_to(at_once): path for path in at_once.rglob("*") if path.is_file()}
+    assert files.keys() == {path.relative_to(background) for path in background.rglob("*") if path.is_file()}
+    different = {str(name) for name, path in files.items() if path.read_bytes() != (background / name).read_bytes()}
+    assert different <= {"config.yaml", "manifest.json", "state/.metadata"}  # the run's name
 
 
 @pytest.mark.slow

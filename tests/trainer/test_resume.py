@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainerCallback
 
 from asyppo.config import AsyPPOConfig, ConfigError, MonteCarloConfig, SideConfig, WarmStartConfig
@@ -359,6 +360,20 @@ def test_a_setting_newer_than_the_run_had_its_default(resumed: Make, tiny_config
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("beta:")))
     with pytest.raises(ConfigError, match=r"beta is 0\.0 there, got 0\.5"):
         resumed(beta=0.5)
+
+
+def test_critics_from_before_their_projection_had_a_rate_of_its_own(run: Make) -> None:
+    inputs = {"policy_inputs": ["entropy"], "policy_inputs_lr_ratio": 1.0}
+    few = {"evaluation": {"on_start": False, "every": 0}, "report_to": []}
+    file = run("old", max_steps=1, critic=inputs, **few).run.path / "config.yaml"
+    text = file.read_text()
+    assert text.count("\n  policy_inputs_lr_ratio: 1.0\n") == 1
+    file.write_text(text.replace("\n  policy_inputs_lr_ratio: 1.0\n", "\n"))
+    with pytest.raises(ConfigError, match=r"critic\.policy_inputs_lr_ratio is 1\.0 there, got 30\.0"):
+        run("old", max_steps=2, resume=True, critic={"policy_inputs": ["entropy"]}, **few)
+    saved = FileSystemReader(file.parent / "checkpoint-1" / "state").read_metadata().state_dict_metadata
+    assert not [key for key in saved if key.startswith("critics.optimizer.param_groups.1.")]  # as they were then
+    run("old", max_steps=2, resume=True, critic=inputs, **few)
 
 
 def test_so_had_one_of_a_branch_that_may_be_absent(tiny_config: Make) -> None:

@@ -34,10 +34,13 @@ class CriticOptimizer:
         self.critics = critics
         named = [[(name, p) for name, p in m.named_parameters() if p.requires_grad] for m in critics.models]
         self.parameters = [[p for _, p in own] for own in named]
-        projections = [p for own in named for name, p in own if is_projection(name)]
-        groups: list[dict[str, Any]] = [{"params": [p for own in named for name, p in own if not is_projection(name)]}]
+        ratio = policy_inputs_lr_ratio
+        every = [pair for own in named for pair in own]
+        # At 1 all are one group, as in checkpoints from before there was a ratio.
+        projections = [p for name, p in every if ratio != 1.0 and is_projection(name)]
+        rest = [p for name, p in every if ratio == 1.0 or not is_projection(name)]
+        groups: list[dict[str, Any]] = [{"params": rest}]
         if projections:
-            ratio = policy_inputs_lr_ratio
             groups.append({"params": projections, "lr_ratio": ratio, "weight_decay": weight_decay / ratio})
         self.adamw = make_optimizer(groups, optim, learning_rate=learning_rate, weight_decay=weight_decay)
         set_learning_rate(self.adamw, learning_rate)
