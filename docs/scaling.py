@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyppo.cli.main import parse
-from asyppo.cli.plan import GIB, make_plan
+from asyppo.cli.plan import GIB, fits_table, make_plan
 from asyppo.config import AsyPPOConfig
 
 PAGE = Path(__file__).with_name("scaling.md")
@@ -22,6 +22,16 @@ PROMPT = 1024  # tokens
 # receives within a node and from other nodes.
 FLOPS = 400e12
 WITHIN, BETWEEN = 300e9, 40e9  # bytes a second
+FITS = """## What fits where
+
+GiB that each GPU needs, 10 % of it left free, and what has to be set for that beside how the policy and the critics are
+trained: 8-bit moments are `optim: adamw_8bit`; LoRA is `policy.use_peft` and `critic.lora_r`, both of rank 16; QLoRA
+adds `load_in_4bit` to both, which is for one GPU. `offload` and `shard_single` (`distributed.shard_single`) leave
+results as they are, the latter up to bfloat16's rounding; "at once" is `generation_batch_size`, by which the key-value
+cache grows. What costs least time is tried first. `asyppo plan --fits` prints the table of a configuration,
+`asyppo plan --gpus N --memory GIB` says what to set for a machine.
+"""
+
 ELEMENT, FLOAT = 2, 4  # bytes of compute weights and of gradients' sums
 
 
@@ -90,7 +100,8 @@ def traffic(config: AsyPPOConfig, policy: int, critic: int, gpus: int) -> Traffi
 
 
 def tables() -> str:
-    """Return both tables as Markdown."""
+    """Return the tables as Markdown."""
+    fits = []
     memory = [
         "| policy and critics | GPUs | copies × shards | peak | in the phase |",
         "|---|---|---|---|---|",
@@ -102,6 +113,7 @@ def tables() -> str:
     ]
     for name in CONFIGURATIONS:
         config = parse(["train", "--config", name])
+        fits += [f"### `{name}`", "", *fits_table(config, prompt_length=PROMPT), ""]
         for gpus in GPUS:
             replicas = max(1, gpus // GPUS_A_NODE)
             config = replace(config, distributed=replace(config.distributed, replicate=replicas))
@@ -119,7 +131,7 @@ def tables() -> str:
                 f"| `{name}` | {gpus} | {near / GIB:,.0f} GiB | {far / GIB:,.0f} GiB | {found.seconds(gpus):,.0f} s "
                 f"| {found.arithmetic:,.0f} s | {100 * part:.0f} % |"
             )
-    return "\n".join([*memory, "", *communication, ""])
+    return "\n".join([*memory, "", *communication, "", FITS, "", *fits])
 
 
 def with_tables(text: str) -> str:

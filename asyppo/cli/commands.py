@@ -208,6 +208,12 @@ def _plan_arguments(parser: ArgumentParser) -> None:
         metavar="TOKENS",
         help="Longest prompt to expect, where data.max_prompt_length does not say.",
     )
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="Say what to set to fit GPUs of this memory; default: those here."
+    )
+    parser.add_argument(
+        "--fits", action="store_true", help="A table of what fits 1, 2, 4, 8 GPUs of 24, 48, 80, 141 GiB, and how."
+    )
 
 
 def _plan(namespace: Namespace) -> int:
@@ -215,10 +221,27 @@ def _plan(namespace: Namespace) -> int:
     for name in ("gpus", "prompt_length"):
         if namespace[name] < 1:
             raise ConfigError(f"--{name}: got {namespace[name]}, needs an integer of at least 1")
-    from asyppo.cli.plan import make_plan
+    if namespace.memory is not None and namespace.memory <= 0:
+        raise ConfigError(f"--memory: got {namespace.memory:g}, needs a number of GiB above 0")
+    from asyppo.cli.plan import advice, fits_table, make_plan
 
-    print(make_plan(config, gpus=namespace.gpus, prompt_length=namespace.prompt_length).table())
+    length = namespace.prompt_length
+    if namespace.fits:
+        print("\n".join(fits_table(config, prompt_length=length)))
+        return 0
+    print(make_plan(config, gpus=namespace.gpus, prompt_length=length).table())
+    memory = namespace.memory or memory_here()
+    if memory is not None:
+        print(advice(config, gpus=namespace.gpus, gib=memory, prompt_length=length))
     return 0
+
+
+def memory_here() -> float | None:
+    """Return the GiB of the smallest GPU here; None without one."""
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return round(min(sizes) / 2**30, 1) if sizes else None
 
 
 def _push_arguments(parser: ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Ge
 
 from asyppo.cli.build import build_trainer
 from asyppo.cli.main import main, parse
-from asyppo.cli.plan import GIB, activations, describe, known_shape, make_plan
+from asyppo.cli.plan import GIB, activations, advice, describe, fits_table, known_shape, make_plan
+from asyppo.cli.plan.fits import fitting
 from asyppo.config import AsyPPOConfig, ConfigError, PolicyConfig
 from asyppo.config.files import READY_CONFIGS
 from asyppo.models.policy import Policy
+from asyppo.models.quantized import BYTES_PER_PARAMETER
 
 
 @pytest.mark.parametrize(
@@ -211,7 +214,7 @@ def test_adapters(tiny_lm: Callable[..., Any]) -> None:
 
 
 def test_sharding_divides_what_is_sharded(tiny_run: Callable[..., AsyPPOConfig]) -> None:
-    config = tiny_run(prompts_per_step=8)
+    config = tiny_run(prompts_per_step=8, max_tokens_per_micro_batch=64)  # a response each, however many there are
     one, four = make_plan(config).phases["policy update"], make_plan(config, gpus=4).phases["policy update"]
     config.distributed.replicate = 2
     copies = make_plan(config, gpus=4).phases["policy update"]
@@ -269,6 +272,52 @@ def test_checkpointing_and_shorter_responses_save_memory() -> None:
     assert "vLLM is not counted: its process takes up to vllm.gpu_memory_utilization = 0.3 of the GPU" in apart.table()
 
 
+def test_what_lies_in_the_hosts_memory_is_not_there(tiny_run: Callable[..., AsyPPOConfig]) -> None:
+    config = tiny_run(beta=0.1)
+    plain = make_plan(config).phases
+    config.offload = "optimizer"
+    moments = make_plan(config).phases
+    config.offload = "all"
+    everything = make_plan(config).phases
+    for name, parts in plain.items():
+        assert {"policy weights", "policy optimizer", "critics weights", "reference weights"} <= parts.keys()
+        assert not {"policy optimizer", "critics optimizer"} & moments[name].keys()
+        assert {n: parts[n] for n in moments[name] if n in parts} == {
+            n: moments[name][n] for n in parts if n in moments[name]
+        }
+        there = {n.removesuffix(" weights") for n in everything[name] if n.endswith(" weights")}
+        assert there == ({"critics"} if name in ("critic update", "values") else {"policy"}), name
+
+
+def test_moments_in_8_bits_and_weights_in_4(tiny_run: Callable[..., AsyPPOConfig]) -> None:
+    config = tiny_run()
+    plain = make_plan(config).phases["policy update"]
+    config.optim = "adamw_8bit"
+    eight = make_plan(config).phases["policy update"]
+    for name in ("policy optimizer", "critics optimizer"):
+        assert eight[name] == pytest.approx(plain[name] * 2 * (1 + 4 / 256) / 8, abs=1)
+    config.policy.use_peft, config.policy.dtype = True, "bfloat16"
+    whole = make_plan(config)
+    config.policy.load_in_4bit = True
+    four = make_plan(config).phases["policy update"]["policy weights"]
+    saved = whole.models[0].linear * (2 - BYTES_PER_PARAMETER)
+    assert four == pytest.approx(whole.phases["policy update"]["policy weights"] - saved, abs=1)
+
+
+def test_what_to_set_for_it_to_fit(tiny_run: Callable[..., AsyPPOConfig]) -> None:
+    config = tiny_run(generation_batch_size=1)
+    room = make_plan(replace(config, offload="optimizer")).peak[1] / GIB / 0.899
+    assert advice(config, gpus=1, gib=1).startswith("fits 1 GPU of 1 GiB: ")
+    lines = advice(config, gpus=1, gib=room).splitlines()
+    assert lines[0].endswith("of which 10 % are left free; it does with")
+    assert lines[1].startswith("  full: offload: optimizer  (")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["full", "8-bit moments", "LoRA", "QLoRA"]
+    assert advice(config, gpus=2, gib=1e-9).count("nothing that is known here") == 4
+    table = fits_table(config, cards=(1,))
+    assert table[2].startswith("| full | 1 | 0 | 0 | 0 | 0 |")
+    assert table[-1] == "| QLoRA | 1 | 0 | — | — | — |"  # 4 bits are not sharded
+
+
 def test_the_table(tiny_run: Callable[..., AsyPPOConfig]) -> None:
     plan = make_plan(tiny_run(), gpus=2)
     lines = plan.table().splitlines()
@@ -285,6 +334,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch:
     out = capsys.readouterr().out
     assert "warm_start" in out.splitlines()[0]
     assert "every response is 16 tokens long, every prompt 32" in out
+    assert main(["plan", "--config", "default", "--memory", "24"]) == 0
+    assert "fits 1 GPU of 24 GiB" in capsys.readouterr().out
+    assert main(["plan", "--config", "default", "--memory", "0"]) == 2
+    assert "--memory: got 0, needs a number of GiB above 0" in capsys.readouterr().err
     assert main(["plan", "--config", "default", "--gpus", "0"]) == 2
     assert "--gpus: got 0, needs an integer of at least 1" in capsys.readouterr().err
 
@@ -322,6 +375,12 @@ def test_ready_configurations(name: str) -> None:
     plan = make_plan(config, gpus=gpus)
     assert [m.source for m in plan.models] == ["shape known here, not looked up on the hub"] * 2
     assert plan.peak[1] < 0.9 * 80 * GIB, plan.table()
+    # Full fine-tuning of the 4B policy fits one of them, and that of 14B eight.
+    fewer = {"4B": 1, "14B": 8}.get(size)
+    if fewer is not None:
+        way = fitting(config, "full", gpus=fewer, gib=80)
+        assert way is not None
+        assert way.settings == {"offload": "optimizer"}
     page = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
     critics = (config.critic.model_name_or_path or "").split("-")[1]
     assert f"| `{name}` | {size} | 2 × {critics} | {gpus} | {plan.peak[1] / GIB:.1f} GiB, {plan.peak[0]} |" in page

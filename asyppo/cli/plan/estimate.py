@@ -1,0 +1,340 @@
+"""The estimate: bytes on each GPU, by phase of a step and by component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from asyppo.cli.plan.models import (
+    Model,
+    critic_config,
+    describe,
+    describe_side,
+    policy_config,
+    side_shape,
+)
+from asyppo.cli.plan.passes import Activations, activations, side_activations
+from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.models.critics.side import SideShape
+from asyppo.models.loading import room_for_prompts
+from asyppo.models.offload import LOT_BYTES
+from asyppo.models.optimizers import optimizer_bytes_per_parameter
+from asyppo.models.policy import compute_dtype
+from asyppo.models.quantized import BYTES_PER_PARAMETER
+from asyppo_kernels._policy_head import BLOCKS, GPU_WORKSPACE_BYTES
+
+GIB = 2**30
+
+ASSUMPTIONS = (
+    "every response is {completion} tokens long, every prompt {prompt}",
+    "activations are what transformers' own forward pass keeps; Liger's and the stacked critics' kernels keep less",
+    "a backward pass needs, beside what is kept, as much as one layer keeps; so does a pass without gradients",
+    "weights are sharded over several GPUs, the batch and activations are not: each has its own micro-batch",
+    "layers with a state in place of a cache (Mamba's and their like) keep little of it: it is not counted",
+    "the context of CUDA, other libraries' workspaces and fragmentation are not counted: leave 10 % free",
+)
+
+LOTS = 3
+"""Lots of moments on the GPU while an optimizer steps whose moments lie in the host's memory."""
+
+
+@dataclass
+class Plan:
+    """Bytes on each GPU, by phase of a step and by component, at the moment of the phase that needs most."""
+
+    models: list[Model]
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    assumptions: list[str] = field(default_factory=list)
+    gpus: int = 1
+
+    @property
+    def peak(self) -> tuple[str, int]:
+        """The phase that needs most, and its bytes."""
+        totals = {name: sum(parts.values()) for name, parts in self.phases.items()}
+        name = max(totals, key=lambda phase: totals[phase])
+        return name, totals[name]
+
+    def table(self) -> str:
+        """Return the plan as text."""
+        lines = [f"{m.name}: {m.parameters / 1e9:,.3f} billion parameters ({m.source})" for m in self.models]
+        components = list(dict.fromkeys(c for parts in self.phases.values() for c in parts))
+        rows = [["GiB on each GPU", *self.phases]]
+        for component in components:
+            rows.append([component, *(_gib(parts.get(component)) for parts in self.phases.values())])
+        rows.append(["total", *(_gib(sum(parts.values())) for parts in self.phases.values())])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines.append("")
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            lines.append("  ".join(cells).rstrip())
+        name, total = self.peak
+        lines += ["", f"peak: {total / GIB:.1f} GiB on each of {self.gpus} GPU{'s' * (self.gpus > 1)}, {name}"]
+        return "\n".join([*lines, "assumed:", *(f"  - {text}" for text in self.assumptions)])
+
+
+def _gib(size: int | None) -> str:
+    return "" if not size else f"{size / GIB:.2f}" if size >= GIB / 100 else "<0.01"
+
+
+def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024, device: str = "cuda") -> Plan:
+    """Estimate the memory of ``config`` on each of ``gpus`` GPUs. Raises ConfigError where a model is unknown, or
+    ``distributed.replicate`` does not divide ``gpus``. ``device``: of the one that it is for, a type."""
+    replicas = config.distributed.replicate
+    if gpus % replicas:
+        raise ConfigError(f"distributed.replicate: got {replicas}, needs a divisor of the number of GPUs, {gpus}")
+    return _Estimate(config, gpus, prompt_length, compute_dtype(config.policy.dtype, torch.device(device))).plan()
+
+
+class _Estimate:
+    """What the phases of a step have in common."""
+
+    def __init__(self, config: AsyPPOConfig, gpus: int, prompt_length: int, dtype: torch.dtype):
+        self.config, self.gpus, self.dtype, self.element = config, gpus, dtype, dtype.itemsize
+        self.shards = gpus // config.distributed.replicate
+        self.sharded = gpus > 1 or config.distributed.shard_single
+        self.policy = describe(*policy_config(config), config=config)
+        side = config.num_critics > 0 and config.critic.kind == "side"
+        self.shape: SideShape | None = None
+        self.critic: Model | None = None
+        if config.num_critics and not side:
+            self.critic = describe(*critic_config(config), config=config, is_critic=True)
+        read = [m.config for m in (self.policy, self.critic) if m is not None]
+        room = room_for_prompts(config, read)
+        if side:
+            self.shape = side_shape(self.policy, config)
+            self.critic = describe_side(self.shape, config)
+        self.prompt = min(config.data.max_prompt_length or prompt_length, room)
+        self.width = self.prompt + config.max_completion_length
+        self.everyones = config.prompts_per_step * config.num_generations
+        self.responses = -(-self.everyones // gpus)
+        self.engine = config.sampler == "vllm"
+
+    def plan(self) -> Plan:
+        """Return the plan."""
+        models = [self.policy, *([self.critic] if self.critic else [])]
+        plan = Plan(models, gpus=self.gpus)
+        about = {"completion": self.config.max_completion_length, "prompt": self.prompt}
+        plan.assumptions = [a.format(**about) for a in ASSUMPTIONS]
+        plan.phases["generation"] = self._generation(plan)
+        plan.phases["log-probs"] = self._logprobs()
+        if self.critic is not None:
+            plan.phases["critic update"] = self._critic_update(self.critic)
+            plan.phases["values"] = self._values(self.critic)
+        plan.phases["policy update"] = self._policy_update()
+        return plan
+
+    # --- what is there in every phase ---
+
+    def _there(self, *computing: str) -> dict[str, int]:
+        """What is there while the models of these names compute: all others' weights, too, unless they move."""
+        config, there = self.config, {}
+        moves = config.offload == "all"
+        optim = {"policy": config.optim, "critics": config.critic.optim}
+        for name, model, count in (("policy", self.policy, 1), ("critics", self.critic, config.num_critics)):
+            if model is None:
+                continue
+            if not moves or name in computing:
+                there[f"{name} weights"] = self._weights(model, count)
+            if config.offload == "none":
+                moments = optimizer_bytes_per_parameter(optim[name] or config.optim)
+                there[f"{name} optimizer"] = round(count * moments * model.trainable) // self.shards
+        if config.beta > 0 and not config.policy.use_peft and (not moves or "reference" in computing):
+            whole = 4 * self.policy.parameters - (4 - self.element) * self.policy.products
+            there["reference weights"] = whole // self.shards
+        there["batch"] = self.everyones * (8 * self.width + _BATCH_BYTES * config.max_completion_length)
+        # Of shards a copy is gathered for each time; a single process keeps one where its weights are not what it
+        # samples with.
+        if not self.sharded and self.element < 4 and not config.policy.use_peft and not self.engine:
+            there |= self._copy_to_sample_with()
+        return there
+
+    def _weights(self, model: Model, count: int) -> int:
+        """Trained weights in float32; frozen weights, which all critics share, as they are computed with, or in 4
+        bits."""
+        frozen = model.parameters - model.trainable
+        in_4_bits = model.linear if model.in_4_bits else 0
+        frozen_bytes = self.element * (frozen - in_4_bits) + BYTES_PER_PARAMETER * in_4_bits
+        return round(4 * count * model.trainable + frozen_bytes) // self.shards
+
+    def _copy_to_sample_with(self) -> dict[str, int]:
+        return {"policy copy to sample with": self.element * self.policy.parameters}
+
+    def _step(self, name: str, model: Model, count: int) -> dict[str, int]:
+        """While the optimizer steps: what comes of the moments that lie in the host's memory."""
+        if self.config.offload == "none":
+            return {}
+        optim = (self.config.optim if name == "policy" else self.config.critic.optim) or self.config.optim
+        moments = round(count * optimizer_bytes_per_parameter(optim) * model.trainable) // self.shards
+        return {f"{name} optimizer, in lots": min(LOTS * LOT_BYTES, moments)}
+
+    # --- phases ---
+
+    def _generation(self, plan: Plan) -> dict[str, int]:
+        config, policy = self.config, self.policy
+        there = self._there("policy")
+        # `generate` has a batch of sequences side by side; continuous batching has as many as there is room for.
+        sequences = max(1, min(config.generation_batch_size, self.responses))
+        cache = self.width * policy.kv_bytes_per_token(self.element)
+        flash = "flash" in (config.policy.attn_implementation or "")
+        if self.engine:
+            share = f"up to vllm.gpu_memory_utilization = {config.vllm.gpu_memory_utilization:g} of the GPU"
+            plan.assumptions.append(
+                f"vLLM is not counted: its process takes {share}"
+                if not config.vllm.url
+                else "vLLM is on servers, and not counted"
+            )
+            return there
+        if config.sampler not in ("generate", "auto") or (config.sampler == "auto" and flash):
+            plan.assumptions.append(
+                f"continuous batching has as many responses under way, up to {sequences}, as there is room for: one is "
+                f"counted here, each more takes {cache / GIB:.2f} GiB while it is at its longest"
+            )
+            sequences = 1
+        return there | {
+            **(self._copy_to_sample_with() if self.sharded else {}),
+            "key-value cache": sequences * cache,
+            "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
+            "prompts in one pass": _prefill(policy, sequences * self.prompt, self.element),
+        }
+
+    def _logprobs(self) -> dict[str, int]:
+        found = self._policy_activations()
+        head = {k: v for k, v in self._head().items() if "gradient" not in k}
+        inside = {"weights as computed with": self._in_use(self.policy), "within a layer": found.layer, **head}
+        moments = [self._there("policy") | self._kept_states() | inside]
+        if self.config.beta > 0 and not self.config.policy.use_peft:
+            moments.append(self._there("reference") | self._kept_states() | inside)
+        return _most(*moments)
+
+    def _critic_update(self, critic: Model) -> dict[str, int]:
+        config = self.config
+        found = self._critic_activations(critic)
+        there = self._there("critics", *(["policy"] if self.shape is not None else [])) | self._kept_states()
+        there["gradients"] = 4 * config.num_critics * critic.trainable // self.shards
+        in_use = self._critics_in_use(critic, kept=not config.critic.gradient_checkpointing)
+        inside = {
+            **self._states_made_again(),
+            "weights as computed with": in_use,
+            "activations": found.kept,
+            "within a layer": found.layer,
+        }
+        return _most(there | inside, there | self._step("critics", critic, config.num_critics))
+
+    def _values(self, critic: Model) -> dict[str, int]:
+        found = self._critic_activations(critic)
+        there = self._there("critics", *(["policy"] if self.shape is not None else []))
+        return there | {
+            **self._kept_states(),
+            **self._states_made_again(),
+            "weights as computed with": self._critics_in_use(critic, kept=not self.config.critic.stacked),
+            "within a layer": found.layer,
+        }
+
+    def _policy_update(self) -> dict[str, int]:
+        config, policy = self.config, self.policy
+        found, head = self._policy_activations(), self._head()
+        checkpointed = config.policy.gradient_checkpointing
+        there = self._there("policy")
+        there["gradients"] = 4 * policy.trainable // self.shards
+        in_use = self._in_use(policy)
+        # Autocast's copies of weights live as long as its context: with checkpointing, as long as a pass of the body,
+        # or as a layer that is computed again.
+        behind = self._in_use(policy, layers=2) if checkpointed else in_use
+        gradients = {name: size for name, size in head.items() if "gradient" in name}
+        forward = {"weights as computed with": in_use, "activations": found.kept}
+        at_head = {"weights as computed with": 0 if checkpointed and not self.sharded else in_use, **head}
+        backward = {"weights as computed with": behind, "within a layer": found.layer, **gradients} | self._summed(
+            policy.largest_layer
+        )
+        kept = {"activations": found.kept}
+        return _most(
+            there | forward | {"within a layer": found.layer if checkpointed else 0},
+            there | kept | at_head,
+            there | kept | backward,
+            there | self._summed(policy.outside),
+            there | self._step("policy", policy, 1),
+        )
+
+    # --- passes ---
+
+    def _rows(self, at_least: int = 1) -> int:
+        return max(at_least, self.config.max_tokens_per_micro_batch // self.width)
+
+    def _policy_activations(self) -> Activations:
+        checkpointing = self.config.policy.gradient_checkpointing
+        rows = min(self._rows(), self.responses)
+        return activations(self.policy, rows, self.width, self.dtype, checkpointing, sharded=self.sharded)
+
+    def _critic_activations(self, critic: Model) -> Activations:
+        config = self.config
+        rows = self._rows(config.num_critics)
+        if self.shape is not None:
+            return side_activations(self.shape, rows, config.max_completion_length, self.dtype)
+        rounded = self.sharded or config.critic.stacked  # the stream, too
+        return activations(critic, rows, self.width, self.dtype, config.critic.gradient_checkpointing, sharded=rounded)
+
+    def _in_use(self, model: Model, layers: int | None = None) -> int:
+        """Copies of weights in the precision of the pass: all that are trained under autocast, or of so many
+        ``layers``; of shards two layers and what is no layer, gathered by FSDP2."""
+        if self.sharded:
+            return self.element * (2 * model.largest_layer + model.outside)
+        widened = self.element * model.largest_layer if model.in_4_bits else 0
+        rounds = self.element < 4 and model.trainable == model.parameters
+        casts = self.element * model.linear if rounds else 0
+        return widened + (casts if layers is None else min(casts, layers * self.element * model.largest_layer))
+
+    def _critics_in_use(self, critic: Model, *, kept: bool) -> int:
+        """As ``_in_use``, of all critics. A frozen backbone is there once, and in the precision of the pass already."""
+        if self.config.critic.lora_r:
+            return self._in_use(critic)
+        stacked = self.config.critic.stacked and not self.sharded
+        return self.config.num_critics * self._in_use(critic, layers=None if kept or not stacked else 2)
+
+    def _summed(self, parameters: int) -> dict[str, int]:
+        """Gradients of so many gathered parameters, before they are summed over ranks in float32."""
+        return {"gradients being summed": (self.element + 4) * parameters} if self.sharded else {}
+
+    def _head(self) -> dict[str, int]:
+        """Of ``linear_ppo_loss``: logits of some rows at a time, the gradients formed in the forward."""
+        tokens = min(self._rows(), self.responses) * self.config.max_completion_length
+        hidden, vocabulary = self.policy.text.hidden_size, self.policy.text.vocab_size
+        weight = 0 if self.config.policy.use_peft else 4 * hidden * vocabulary
+        return {
+            "head as computed with": self.element * hidden * vocabulary if self.element < 4 and not self.sharded else 0,
+            "head workspace": min(GPU_WORKSPACE_BYTES, 4 * BLOCKS * tokens * vocabulary),
+            "head gradients": weight + 4 * hidden * tokens,
+        }
+
+    def _kept_states(self) -> dict[str, int]:
+        """Hidden states of all response tokens that side critics read, where they are kept."""
+        tokens = self.everyones * self.config.max_completion_length
+        size = 0 if self.shape is None else tokens * self.shape.states_size * self.element
+        return {"hidden states that critics read": size} if 0 < size <= self.config.critic.side.keep_bytes else {}
+
+    def _states_made_again(self) -> dict[str, int]:
+        """What the policy takes where its hidden states are not kept."""
+        if self.shape is None or self._kept_states():
+            return {}
+        found, tokens = self._policy_activations(), self._rows(self.config.num_critics)
+        size = tokens * self.config.max_completion_length * self.shape.states_size * self.element
+        return {
+            "policy's weights as computed with": self._in_use(self.policy),
+            "within a layer of the policy": found.layer,
+            "hidden states that critics read": size,
+        }
+
+
+# Per response token: eight float32 (rewards, log-probs and their like), four of the advantages, masks.
+_BATCH_BYTES = 4 * 16
+
+
+def _most(*moments: dict[str, int]) -> dict[str, int]:
+    """The moment that needs most."""
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _prefill(policy: Model, tokens: int, element: int) -> int:
+    """The widest place of the pass over all prompts at once: gate, up and their product, and the stream beside them."""
+    text = policy.text
+    return tokens * (3 * getattr(text, "intermediate_size", 4 * text.hidden_size) * element + 4 * text.hidden_size)
