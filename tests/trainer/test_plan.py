@@ -289,6 +289,12 @@ def test_what_lies_in_the_hosts_memory_is_not_there(tiny_run: Callable[..., AsyP
         assert there == ({"critics"} if name in ("critic update", "values") else {"policy"}), name
 
 
+def test_log_probs_have_body_or_head(tiny_run: Callable[..., AsyPPOConfig]) -> None:
+    """A pass without gradients keeps nothing of its body until the head."""
+    log_probs = make_plan(tiny_run()).phases["log-probs"]
+    assert ("within a layer" in log_probs) != ("head workspace" in log_probs)
+
+
 def test_moments_in_8_bits_and_weights_in_4(tiny_run: Callable[..., AsyPPOConfig]) -> None:
     config = tiny_run()
     plain = make_plan(config).phases["policy update"]

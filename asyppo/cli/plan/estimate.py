@@ -22,7 +22,7 @@ from asyppo.models.offload import LOT_BYTES
 from asyppo.models.optimizers import optimizer_bytes_per_parameter
 from asyppo.models.policy import compute_dtype
 from asyppo.models.quantized import BYTES_PER_PARAMETER
-from asyppo_kernels._policy_head import BLOCKS, GPU_WORKSPACE_BYTES
+from asyppo_kernels._policy_head import BLOCKS, GPU_WORKSPACE_BYTES, lines_per_block
 
 GIB = 2**30
 
@@ -83,14 +83,16 @@ def make_plan(config: AsyPPOConfig, *, gpus: int = 1, prompt_length: int = 1024,
     replicas = config.distributed.replicate
     if gpus % replicas:
         raise ConfigError(f"distributed.replicate: got {replicas}, needs a divisor of the number of GPUs, {gpus}")
-    return _Estimate(config, gpus, prompt_length, compute_dtype(config.policy.dtype, torch.device(device))).plan()
+    return _Estimate(config, gpus, prompt_length, torch.device(device)).plan()
 
 
 class _Estimate:
     """What the phases of a step have in common."""
 
-    def __init__(self, config: AsyPPOConfig, gpus: int, prompt_length: int, dtype: torch.dtype):
-        self.config, self.gpus, self.dtype, self.element = config, gpus, dtype, dtype.itemsize
+    def __init__(self, config: AsyPPOConfig, gpus: int, prompt_length: int, device: torch.device):
+        self.config, self.gpus, self.device = config, gpus, device
+        self.dtype = compute_dtype(config.policy.dtype, device)
+        self.element = self.dtype.itemsize
         self.shards = gpus // config.distributed.replicate
         self.sharded = gpus > 1 or config.distributed.shard_single
         self.policy = describe(*policy_config(config), config=config)
@@ -199,13 +201,16 @@ class _Estimate:
         }
 
     def _logprobs(self) -> dict[str, int]:
-        found = self._policy_activations()
+        found, in_use = self._policy_activations(), self._in_use(self.policy)
         head = {k: v for k, v in self._head().items() if "gradient" not in k}
-        inside = {"weights as computed with": self._in_use(self.policy), "within a layer": found.layer, **head}
-        moments = [self._there("policy") | self._kept_states() | inside]
+        body = {"weights as computed with": in_use, "within a layer": found.layer}
+        # What a pass without gradients makes inside the body is gone by then.
+        at_head = {"weights as computed with": in_use if self.sharded else 0, **head}
+        passes = ["policy"]
         if self.config.beta > 0 and not self.config.policy.use_peft:
-            moments.append(self._there("reference") | self._kept_states() | inside)
-        return _most(*moments)
+            passes.append("reference")
+        there = [self._there(name) | self._kept_states() for name in passes]
+        return _most(*(parts | inside for parts in there for inside in (body, at_head)))
 
     def _critic_update(self, critic: Model) -> dict[str, int]:
         config = self.config
@@ -302,9 +307,15 @@ class _Estimate:
         weight = 0 if self.config.policy.use_peft else 4 * hidden * vocabulary
         return {
             "head as computed with": self.element * hidden * vocabulary if self.element < 4 and not self.sharded else 0,
-            "head workspace": min(GPU_WORKSPACE_BYTES, 4 * BLOCKS * tokens * vocabulary),
+            "head workspace": self._head_workspace(tokens, vocabulary),
             "head gradients": weight + 4 * hidden * tokens,
         }
+
+    def _head_workspace(self, tokens: int, vocabulary: int) -> int:
+        """On a CPU one block of logits, of which all is made in place."""
+        if self.device.type == "cpu":
+            return 4 * vocabulary * min(tokens, lines_per_block(vocabulary, self.device))
+        return min(GPU_WORKSPACE_BYTES, 4 * BLOCKS * tokens * vocabulary)
 
     def _kept_states(self) -> dict[str, int]:
         """Hidden states of all response tokens that side critics read, where they are kept."""
