@@ -7,7 +7,7 @@ SITE := .venv/.site
 VLLM := .cache/vllm
 HUB := .cache/hub
 
-.PHONY: train test test-slow test-vllm test-integrations test-triton test-versions test-versions-shard browser bench docs lint clean
+.PHONY: train test test-slow test-vllm test-vllm-slow test-integrations test-triton test-versions test-versions-shard browser bench docs lint clean
 
 train: $(READY)
 	$(BIN)/asyppo train
@@ -25,7 +25,11 @@ $(HUB): | $(READY)
 
 # The sampler on vLLM itself, its package for CPUs, which pins an older transformers than ours: an environment apart.
 test-vllm: $(VLLM)/.ready
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -m "not slow"
+
+# On two ranks, with an engine each and with one server: minutes.
+test-vllm-slow: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -m slow
 
 # What vLLM asks for beside the CPU's torch is made for CUDA, and fails on import where transformers finds it.
 $(VLLM)/.ready: tests/vllm/constraints.txt

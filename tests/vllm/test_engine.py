@@ -238,6 +238,7 @@ def test_a_server_gets_weights_and_its_log_probs_have_to_be_the_tempered_ones(
         settle(sampler, engine, policy, PROMPTS, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["processes", "server"])
 def test_two_ranks(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """They have an engine each, or share a server: each draws its half of the prompts, by the weights of both."""
