@@ -29,33 +29,11 @@ from transformers.masking_utils import flash_attention_mask
 from asyppo.data.batch import Batch, micro_batches
 from asyppo.models.adapters import add_lora
 from asyppo.models.policy import Policy
+from tests.trainer.layouts import SHAPE, results
 
 TinyLM = Callable[..., Qwen3ForCausalLM]
 MakeBatch = Callable[..., Batch]
-SHAPE: dict[str, Any] = {
-    "vocab_size": 19,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "initializer_range": 0.3,
-}
 FLASH = "flash_attention_of_a_test"
-
-
-def results(policy: Policy, batch: Batch, packed: bool, budget: int = 40) -> list[Tensor]:
-    """Log-probs and entropies [B, T], and the gradient of a function of both."""
-    micros = list(micro_batches(batch, torch.arange(len(batch)), budget, packed=packed))
-    assert len(micros) > 1
-    stats = policy.logprobs(batch, micros)
-    policy.zero_grad()
-    for micro in micros:
-        found = policy(micro)
-        assert found.entropy is not None
-        (found.logprob.sum() + 0.3 * found.entropy.square().sum()).backward()
-    return [*stats, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])]
 
 
 def assert_alike(got: list[Tensor], expected: list[Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,36 +22,14 @@ from asyppo.data.batch import Batch, empty_micro_batch, micro_batch, micro_batch
 from asyppo.models.adapters import add_lora
 from asyppo.models.policy import Policy
 from asyppo.models.sharing import why_not_shared
+from tests.trainer.layouts import SHAPE, results
 
 TinyLM = Callable[..., Qwen3ForCausalLM]
 MakeBatch = Callable[..., Batch]
-SHAPE: dict[str, Any] = {
-    "vocab_size": 19,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "initializer_range": 0.3,
-}
 
 
 def mistral(**changes: Any) -> MistralForCausalLM:
     return MistralForCausalLM(MistralConfig(**SHAPE, num_key_value_heads=1, intermediate_size=32, **changes))
-
-
-def results(policy: Policy, batch: Batch, shared: bool) -> list[Tensor]:
-    """Log-probs and entropies [B, T], and the gradient of a function of both."""
-    micros = list(micro_batches(batch, torch.randperm(len(batch)), 20, shared=shared))
-    assert len(micros) > 1
-    stats = policy.logprobs(batch, micros)
-    policy.zero_grad()
-    for micro in micros:
-        found = policy(micro)
-        assert found.entropy is not None
-        (found.logprob.sum() + 0.3 * found.entropy.square().sum()).backward()
-    return [*stats, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "lora", "checkpointing", "mistral", "gpt2"])
@@ -70,9 +48,9 @@ def test_shared_is_padded(tiny_lm: TinyLM, ragged_batch: MakeBatch, kind: str) -
     policy.choose_packing("auto")
     assert policy.shares
     for batch in (ragged_batch(), ragged_batch(2, 8, longest=2)):  # of the second, some groups are of one length
-        expected = results(policy, batch, shared=False)
+        expected = results(policy, batch, 20, shared=False)
         assert policy.padding_frac() > 0
-        for got, one in zip(results(policy, batch, shared=True), expected, strict=True):
+        for got, one in zip(results(policy, batch, 20, shared=True), expected, strict=True):
             torch.testing.assert_close(got, one, atol=2e-5 * float(one.abs().max()), rtol=1e-5)
         assert policy.padding_frac() == 0
     policy(empty_micro_batch(batch, shared=True))
