@@ -126,10 +126,15 @@ WORDS = [
 
 
 class WordPuzzles:
-    """Rows: ``candidates`` words, one of which is meant."""
+    """Rows: ``candidates`` words, one of which is meant. All rows are of the same ``words`` words (None: of all there
+    are): with few of them a small model can learn what each says of the others."""
 
-    def __init__(self, size: int, seed: int, candidates: int = 8):
+    def __init__(self, size: int, seed: int, candidates: int = 8, words: int | None = None):
         self.words = sorted(set(WORDS))
+        if words is not None:
+            if not 2 <= words <= len(self.words):
+                raise ValueError(f"words: got {words}, needs 2 to {len(self.words)}")
+            self.words = sorted(Random("words").sample(self.words, words))
         if not 2 <= candidates <= len(self.words):
             raise ValueError(f"candidates: got {candidates}, needs 2 to {len(self.words)}")
         self.size, self.seed, self.candidates = size, seed, candidates

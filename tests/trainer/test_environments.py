@@ -22,6 +22,7 @@ from asyppo.config import AsyPPOConfig, ConfigError, DataConfig, EnvironmentConf
 from asyppo.data.tasks import generate_rows
 from asyppo.environments import ENVIRONMENTS
 from asyppo.environments.protocol import Step, reset, step
+from asyppo.environments.word_guessing import WordPuzzles
 from asyppo.evaluate import evaluate
 from asyppo.models import warm_start
 from asyppo.models.warm_start import demonstration
@@ -561,6 +562,15 @@ def test_words_to_guess_are_tokens_and_as_they_are_in_the_prompt() -> None:
     for row in rows[:30]:
         prompt, actions = tokenizer(row["prompt"])["input_ids"], solve(row, Random(0))[::2]
         assert all(len(ids) == 1 and ids[0] in prompt for ids in tokenizer(actions)["input_ids"])
+
+
+def test_puzzles_of_few_words() -> None:
+    rows = [WordPuzzles(200, seed, candidates=4, words=6)[i]["metadata"]["words"] for seed in (0, 1) for i in range(200)]
+    assert all(len(set(words)) == 4 for words in rows)
+    assert len({word for words in rows for word in words}) == 6
+    for wrong in ({"words": 1}, {"words": 1000}, {"words": 6, "candidates": 7}):
+        with pytest.raises(ValueError, match=r"(words|candidates): got \d+, needs 2 to \d+"):
+            WordPuzzles(1, 0, **wrong)
 
 
 def test_chance_is_a_parameter() -> None:
