@@ -565,7 +565,8 @@ def test_words_to_guess_are_tokens_and_as_they_are_in_the_prompt() -> None:
 
 
 def test_puzzles_of_few_words() -> None:
-    rows = [WordPuzzles(200, seed, candidates=4, words=6)[i]["metadata"]["words"] for seed in (0, 1) for i in range(200)]
+    puzzles = [WordPuzzles(200, seed, candidates=4, words=6) for seed in (0, 1)]
+    rows = [made[i]["metadata"]["words"] for made in puzzles for i in range(200)]
     assert all(len(set(words)) == 4 for words in rows)
     assert len({word for words in rows for word in words}) == 6
     for wrong in ({"words": 1}, {"words": 1000}, {"words": 6, "candidates": 7}):
