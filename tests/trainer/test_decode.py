@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from asyppo.rollout.samplers import DecodingSampler, one_token
+from asyppo.rollout.samplers import DecodingSampler, Response, decode, one_token
 from asyppo.rollout.samplers.draw import draw, inverse
 
 PAD, EOS = 0, 1
@@ -173,6 +173,15 @@ def of_family(name: str, **changes: Any) -> Any:
     return model
 
 
+def assert_the_models(model: Any, prompts: list[Tensor], responses: list[Response]) -> None:
+    """Log-probs are those of passes over whole sequences."""
+    for prompt, response in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, response.tokens])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, response.tokens[:, None])[:, 0]
+        torch.testing.assert_close(response.logprob, expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -199,13 +208,24 @@ def test_a_pass_over_one_token_is_the_models(
     monkeypatch.setattr(model, "forward", counted)
     prompts = [torch.randint(2, 23, (n,)) for n in (2, 2, 5, 3, 7, 7, 7, 2)]
     sampler = DecodingSampler(model, eos_token_ids=[EOS], pad_token_id=PAD, batch_size=5)
-    responses = sampler.sample([p for p in prompts for _ in range(3)], max_completion_length=9, temperature=1.0)
+    prompts = [p for p in prompts for _ in range(3)]
+    responses = sampler.sample(prompts, max_completion_length=9, temperature=1.0)
     assert min(widths) > 1
-    for prompt, response in zip([p for p in prompts for _ in range(3)], responses, strict=True):
-        with torch.no_grad():
-            logits = forward(input_ids=torch.cat([prompt, response.tokens])[None]).logits[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, response.tokens[:, None])[:, 0]
-        torch.testing.assert_close(response.logprob, expected, atol=2e-5, rtol=0)
+    assert_the_models(forward, prompts, responses)
+
+
+@pytest.mark.parametrize("once", [("cpu",), ()])
+def test_prompts_are_kept_once_or_with_their_rows(monkeypatch: pytest.MonkeyPatch, once: tuple[str, ...]) -> None:
+    """Of rows that end one by one; so many of one prompt and so few of the others that a grid of all would be mostly
+    padding; and even ones."""
+    monkeypatch.setattr(decode, "ONCE", once)
+    model = of_family("qwen3")
+    sampler = DecodingSampler(model, eos_token_ids=[EOS], pad_token_id=PAD)
+    for counts in ((30, 2, 1, 1, 1), (3, 3, 3, 3, 3)):
+        prompts = [torch.randint(2, 23, (n,)) for n in (2, 3, 5, 5, 7)]
+        prompts = [p for p, count in zip(prompts, counts, strict=True) for _ in range(count)]
+        responses = sampler.sample(prompts, max_completion_length=9, temperature=1.0)
+        assert_the_models(model, prompts, responses)
 
 
 def test_what_is_not_known_goes_through_the_model() -> None:

@@ -1,8 +1,9 @@
 """A decoding loop over a cache of keys and values, for models that keep nothing else of the tokens they have read.
 
-Each prompt is read once, and its cache repeated for its responses. Rows that have ended leave batch and cache, and
-waiting prompts take their places. Rows are aligned on the right: the last column of the cache is the newest token of
-every row, and what a shorter row has on its left is masked.
+Each prompt is read once, and its cache repeated for its responses, or, on a CPU and where the pass over one token is
+our own, kept once beside what is theirs. Rows that have ended leave batch and cache, and waiting prompts take their
+places. Rows are aligned on the right: the last column of the cache is the newest token of every row, and what a shorter
+row has on its left is masked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from asyppo.rollout.samplers.base import ModelSampler, Response, cut_at_the_end, evaluating
 from asyppo.rollout.samplers.draw import draw
-from asyppo.rollout.samplers.one_token import OneTokenPass, why_not_by_token
+from asyppo.rollout.samplers.one_token import OneTokenPass, Prompts, why_not_by_token
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -77,6 +78,8 @@ class DecodingSampler(ModelSampler):
 
 ROOM = 64
 """Columns that a cache has to spare, at least."""
+ONCE = ("cpu",)
+"""Where prompts are kept once. A GPU's attention reads one cache in one launch."""
 
 
 @dataclass
@@ -90,6 +93,14 @@ class _Rows:
     logits: Tensor
     """[b, V], of its next token."""
     cache: DynamicCache
+    """Of all its tokens, or of those behind its prompt."""
+    prompts: Prompts | None = None
+    """None: the cache has them."""
+
+    @property
+    def own_length(self) -> Tensor:
+        """int64 [b]: tokens in ``cache``, on the CPU."""
+        return self.length if self.prompts is None else self.length - self.prompts.length[self.prompts.of]
 
 
 class _Reader:
@@ -131,6 +142,9 @@ class _Reader:
         rows = _Rows(torch.arange(len(prompts)), length, torch.empty(0), _cache())
         self._forward(rows, ids.to(self.model.device))
         self._check([type(layer) is _Layer and layer.get_seq_length() == width for layer in rows.cache.layers])
+        if self.one_token is not None and self.model.device.type in ONCE:
+            rows.prompts = Prompts(rows.cache.layers, length, rows.response)
+            rows.cache = _cache([layer.without_columns() for layer in rows.cache.layers])
         return rows
 
     def _check(self, layers: Sequence[bool]) -> None:
@@ -144,12 +158,13 @@ class _Reader:
         if self.one_token is None:
             self._forward(rows, tokens[:, None])
             return
-        width = rows.cache.get_seq_length() + 1
-        seen = None
-        if int(rows.length.min()) < width:
-            seen = (torch.arange(width) >= (width - rows.length)[:, None]).to(tokens.device)
+        prompts, columns = rows.prompts, torch.arange(rows.cache.get_seq_length() + 1)
+        seen = columns >= (len(columns) - rows.own_length)[:, None]
+        if prompts is not None:
+            seen = torch.cat([prompts.seen, seen], dim=1)
+        mask = None if bool(seen.all()) else seen.to(tokens.device)
         position = (rows.length - 1).to(tokens.device)
-        rows.logits = self.one_token(tokens, position, seen, rows.cache.layers)
+        rows.logits = self.one_token(tokens, position, mask, rows.cache.layers, prompts)
 
     def _forward(self, rows: _Rows, ids: Tensor) -> None:
         width = rows.cache.get_seq_length() + ids.shape[1]
@@ -167,28 +182,44 @@ class _Reader:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values [b, heads, columns, width] of a layer: views of buffers that have room for the next tokens."""
+    """Keys and values of a layer, ``both``, each [heads, b, columns, d]: views of buffers that have room for the next
+    tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append to keys and values, and return all of them."""
-        if not self.is_initialized:
-            self.hold(key_states, value_states, key_states.shape[2])
-            return self.keys, self.values
-        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if end > self.buffers[0].shape[2]:
-            everyone = torch.arange(len(key_states), device=key_states.device)
-            self.hold(_aligned([(self.keys, everyone)], start), _aligned([(self.values, everyone)], start), start)
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.hold(*self.buffers, end)
+        """Append to keys and values [b, heads, columns, d], and return all of them."""
+        new = key_states.transpose(0, 1), value_states.transpose(0, 1)
+        if self.is_initialized:
+            self.append(*new)
+        else:
+            self.lazy_initialization(key_states, value_states)
+            self.hold(new, new[0].shape[2])
+        self.keys, self.values = (x.transpose(0, 1) for x in self.both)
         return self.keys, self.values
 
-    def hold(self, keys: Tensor, values: Tensor, columns: int) -> None:
-        """Take these buffers, of which the first ``columns`` are in use."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        self.buffers = keys, values
-        self.keys, self.values = keys[:, :, :columns], values[:, :, :columns]
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append [heads, b, columns, d] each."""
+        start, end = self.both[0].shape[2], self.both[0].shape[2] + keys.shape[2]
+        if end > self.buffers[0].shape[2]:
+            everyone, room = torch.arange(keys.shape[1], device=keys.device), max(ROOM, start // 16)
+            self.hold([_aligned([(x, everyone)], start, room) for x in self.both], start)
+        for buffer, states in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, start:end] = states
+        self.hold(self.buffers, end)
+
+    def hold(self, buffers: Sequence[Tensor], columns: int) -> None:
+        """Take these buffers, of keys and of values, of which the first ``columns`` are in use."""
+        self.is_initialized, self.buffers = True, buffers
+        self.both = [x[:, :, :columns] for x in buffers]
+
+    def get_seq_length(self) -> int:
+        """Return the columns in use."""
+        return self.both[0].shape[2] if self.is_initialized else 0
+
+    def without_columns(self) -> _Layer:
+        """Return an empty layer for as many rows."""
+        empty = _Layer()
+        empty.hold([x[:, :, :0].clone() for x in self.both], 0)
+        return empty
 
 
 def _cache(layers: Sequence[_Layer] = ()) -> DynamicCache:
@@ -205,24 +236,49 @@ def _gathered(parts: Sequence[tuple[_Rows, Tensor, Tensor]]) -> _Rows:
     length = torch.cat([rows.length[chosen] for rows, chosen, _ in parts])
     on_device = [chosen.to(rows.logits.device) for rows, chosen, _ in parts]
     logits = torch.cat([rows.logits[chosen] for (rows, _, _), chosen in zip(parts, on_device, strict=True)])
-    width, layers = int(length.max()), []
-    for _ in range(len(parts[0][0].cache.layers)):
-        old = [rows.cache.layers.pop(0) for rows, _, _ in parts]
-        keys = _aligned([(layer.keys, chosen) for layer, chosen in zip(old, on_device, strict=True)], width)
-        values = _aligned([(layer.values, chosen) for layer, chosen in zip(old, on_device, strict=True)], width)
+    own = int(torch.cat([rows.own_length[chosen] for rows, chosen, _ in parts]).max())
+    cache = _taken([rows.cache.layers for rows, _, _ in parts], on_device, own, max(ROOM, own // 16))
+    prompts = _gathered_prompts([(rows.prompts, chosen) for rows, chosen, _ in parts if rows.prompts is not None])
+    return _Rows(torch.cat([responses for _, _, responses in parts]), length, logits, _cache(cache), prompts)
+
+
+def _gathered_prompts(parts: Sequence[tuple[Prompts, Tensor]]) -> Prompts | None:
+    """Return the prompts of the chosen rows (int64 [b]) of several parts; None if there are none."""
+    if not parts:
+        return None
+    chosen, places, count = [], [], 0
+    for prompts, rows in parts:
+        kept, place = prompts.of[rows].unique(return_inverse=True)
+        chosen.append(kept)
+        places.append(count + place)
+        count += len(kept)
+    of = torch.cat(places)
+    if count * int(of.bincount().max()) > 4 * len(of):  # the grid would be padding for the most part
+        chosen, of = [prompts.of[rows] for prompts, rows in parts], torch.arange(len(of))
+    length = torch.cat([prompts.length[kept] for (prompts, _), kept in zip(parts, chosen, strict=True)])
+    layers = _taken([prompts.layers for prompts, _ in parts], chosen, int(length.max()), room=0)
+    return Prompts(layers, length, of)
+
+
+def _taken(caches: Sequence[list[Any]], chosen: Sequence[Tensor], width: int, room: int) -> list[Any]:
+    """Return the layers of several caches as those of one, of each the chosen rows: see ``_aligned``."""
+    layers = []
+    for _ in range(len(caches[0])):
+        old = [cache.pop(0).both for cache in caches]
         layers.append(_Layer())
-        layers[-1].hold(keys, values, width)
-    return _Rows(torch.cat([responses for _, _, responses in parts]), length, logits, _cache(layers))
+        both = [_aligned(list(zip(same, chosen, strict=True)), width, room) for same in zip(*old, strict=True)]
+        layers[-1].hold(both, width)
+    return layers
 
 
-def _aligned(parts: Sequence[tuple[Tensor, Tensor]], width: int) -> Tensor:
-    """Return the chosen rows (int64 [b]) of tensors [n, heads, columns, d] one under another, with their last columns
-    at ``width``, zeros on the left of what is shorter, and room on the right."""
+def _aligned(parts: Sequence[tuple[Tensor, Tensor]], width: int, room: int) -> Tensor:
+    """Return the chosen rows (int64 [b]) of tensors [heads, n, columns, d] one under another, with their last columns
+    at ``width``, zeros on the left of what is shorter, and ``room`` on the right."""
     first, count = parts[0][0], sum(len(chosen) for _, chosen in parts)
-    aligned = first.new_zeros(count, first.shape[1], width + max(ROOM, width // 16), first.shape[3])
+    aligned = first.new_zeros(first.shape[0], count, width + room, first.shape[3])
     start = 0
     for tensor, chosen in parts:
         end, columns = start + len(chosen), min(tensor.shape[2], width)
-        aligned[start:end, :, width - columns : width] = tensor[chosen, :, tensor.shape[2] - columns :]
+        aligned[:, start:end, width - columns : width] = tensor[:, chosen, tensor.shape[2] - columns :]
         start = end
     return aligned
