@@ -41,11 +41,13 @@ def attention(
     if refused:
         raise ValueError(f"attention with {', '.join(refused)} does not take shared prompts")
     outputs = []
-    for part in shared_prompts.parts:
-        own = [x[:, :, part.start : part.middle] for x in (query, key, value)]
+    # Gradients of pieces that are split are put together; each that is cut out would be added to zeros elsewhere.
+    sizes = [size for part in shared_prompts.parts for size in (part.length, part.end - part.middle)]
+    pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    for part, own, responses in zip(shared_prompts.parts, pieces, pieces, strict=True):
         outputs.append(sdpa_attention_forward(module, *own, None, **options)[0])
         if part.end > part.middle:
-            grids = [_grid(x[:, :, part.middle : part.end], part) for x in (query, key, value)]
+            grids = [_grid(x, part) for x in responses]
             q, k, v = grids[0], *(_behind(*of) for of in zip(own[1:], grids[1:], strict=True))
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(part.length)
             outputs.append(_row(sdpa_attention_forward(module, q, k, v, seen[None, None], **options)[0], part))
