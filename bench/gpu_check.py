@@ -6,6 +6,7 @@ one that fails stops no other, and the exit status is 1 if any did.
     repeats    twenty runs of every op, bit-identical
     tests      tests/ops with the Triton forms on the device
     bench      python -m bench.run, the policy head's ops first and the trainer last, for what the others leave
+    plan       ``asyppo plan`` beside the allocator's peaks, by phase of a step (``bench.planned``)
     capture    the ensemble ops, the stacked layers, and the loss without compaction, replayed from a CUDA graph
     large      rows beyond logit number 2^31, in one chunk
     small      every kernel on small shapes, compiled here so that the next two only run them
@@ -35,11 +36,12 @@ from bench.ops import OPS
 ROOT = Path(__file__).parents[1]
 SECONDS = 570.0
 REPEATS = 20
-AFTER_BENCH = 220.0  # seconds
+AFTER_BENCH = 310.0  # seconds
 HEAD, TRAINING = ("linear_ppo_loss", "linear_logprob"), ("update", "train_step")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the CPU, in its own tests only
 LIMITS = {
     "repeats": 60.0,
+    "plan": 90.0,
     "capture": 60.0,
     "large": 60.0,
     "tests": 150.0,
@@ -182,6 +184,13 @@ def repeats() -> None:
         assert same, name
 
 
+def plan() -> None:
+    """What ``asyppo plan`` says beside what the allocator saw."""
+    from bench import planned  # it needs transformers
+
+    planned.run()
+
+
 def large() -> None:
     """The last rows of a chunk of more than 2^31 logits are right; raises AssertionError otherwise."""
     from asyppo_kernels import linear_logprob, linear_ppo_loss
@@ -253,6 +262,9 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
         chosen = "(triton or policy_head_kernels) and not dtensor and not errors_name and not anything"
         return _python("-m", "pytest", "tests/ops", "-q", "-m", "not slow", "-k", chosen, *workers)
 
+    def plan() -> list[str] | None:
+        return [*here, "plan"] if importlib.util.find_spec("transformers") else None
+
     def sanitizer(tool: str) -> list[str] | None:
         found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         return [found, "--tool", tool, "--error-exitcode", "1", *here, "small"] if Path(found).exists() else None
@@ -266,6 +278,7 @@ def steps(left: Callable[[], float]) -> Sequence[tuple[str, Callable[[], list[st
         ("repeats", lambda: [*here, "repeats"]),
         ("tests", tests),
         ("bench", bench),
+        ("plan", plan),
         ("capture", lambda: [*here, "capture"]),
         ("large", lambda: [*here, "large"]),
         ("small", lambda: [*here, "small"]),
@@ -278,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run all steps, or one in this process."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     parser.add_argument(
-        "--step", choices=["repeats", "capture", "large", "small"], help="this one only, in this process"
+        "--step", choices=["repeats", "plan", "capture", "large", "small"], help="this one only, in this process"
     )
     parser.add_argument("--only", action="append", default=[], help="of the list, this step (may be repeated)")
     chosen = parser.parse_args(arguments)
@@ -286,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("no GPU")
         return 1
     if chosen.step:
-        {"repeats": repeats, "capture": capture, "large": large, "small": small}[chosen.step]()
+        {"repeats": repeats, "plan": plan, "capture": capture, "large": large, "small": small}[chosen.step]()
         return 0
 
     end = time.monotonic() + SECONDS

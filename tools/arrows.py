@@ -45,7 +45,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     ),
     "bench": (
         "__init__ conftest test_ops test_scaling run gpu_check aot host_time data_rows trainers",
-        "compare report plots",
+        "compare report plots planned",
         "behind",
         "suite",
         "contenders",

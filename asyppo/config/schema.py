@@ -143,9 +143,10 @@ class AsyPPOConfig:
     end, or, for models whose cache is of another kind, transformers' ``generate``. ``continuous``: transformers'
     continuous batching, which is at its best with ``policy.attn_implementation`` ``flash_attention_2`` or ``_3``.
     ``auto``: continuous on a GPU with such attention, where the model can, or else generate. In bfloat16 each decodes
-    with a copy of the policy's weights in it, 2 bytes a parameter. ``vllm``: vLLM, see ``vllm``. Or one's own,
-    ``module:factory`` or ``path.py:factory``: called with the policy, the tokenizer and the configuration, it returns a
-    ``Sampler``. Before the first step, and before an evaluation, each has to show that it samples from the policy."""
+    with a copy of the policy's weights in it, 2 bytes a parameter while it samples. ``vllm``: vLLM, see ``vllm``. Or
+    one's own, ``module:factory`` or ``path.py:factory``: called with the policy, the tokenizer and the configuration,
+    it returns a ``Sampler``. Before the first step, and before an evaluation, each has to show that it samples from the
+    policy."""
     sampling_logp_tolerance: float | None = setting(None, at_least=0, may_change=True)
     """Nats by which the log-probs of the sampler and of the trainer may differ, in the mean over tokens: what is beyond
     it is not sampled from the policy. At the start that is an error, or ``auto`` samples in another way; in a step, a

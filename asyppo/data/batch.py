@@ -315,7 +315,7 @@ def empty_micro_batch(batch: Batch, *, packed: bool = False, shared: bool = Fals
     return MicroBatch(none, token, token.new_ones(1), *((none, none),) * 2, none, none, 1, 1, 1, packing, sharing)
 
 
-def _at_most(max_tokens: int, models: int, device: torch.device) -> int:
+def at_most(max_tokens: int, models: int, device: torch.device) -> int:
     """Tokens of a pass of so many models side by side."""
     return min(max_tokens, models * CPU_TOKENS * _threads()) if device.type == "cpu" else max_tokens
 
@@ -333,7 +333,7 @@ def micro_batches(
     also of at most ``CPU_TOKENS`` a thread, and at least ``at_least`` of them where there are that many rows. Rows of
     like length go together, so that padding is small; ``packed``, there is none; ``shared``, rows of one prompt go
     together, which is there once. Every rank gets the same number, some of them empty if need be."""
-    max_tokens = _at_most(max_tokens, 1, batch.tokens.device)
+    max_tokens = at_most(max_tokens, 1, batch.tokens.device)
     parts = divide_rows(rows.cpu(), batch.host_length)
     pieces = [list(_pieces(batch, own, max_tokens, at_least, packed, shared)) for own in parts]
     for own in _in_step(pieces):
@@ -380,7 +380,7 @@ def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int)
     """Cut this rank's part of M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a
     share, that have at most ``max_tokens`` tokens together, padding included, on a CPU also at most ``CPU_TOKENS`` each
     for a thread. The micro-batch of a share that has run out has no rows. Every rank gets the same number."""
-    max_tokens = _at_most(max_tokens, len(shares), batch.tokens.device)
+    max_tokens = at_most(max_tokens, len(shares), batch.tokens.device)
     by_rank = zip(*(divide_rows(rows.cpu(), batch.host_length) for rows in shares), strict=True)
     pieces = [list(_pieces_side_by_side(batch, rank_rows, max_tokens)) for rank_rows in by_rank]
     for own in _in_step(pieces):

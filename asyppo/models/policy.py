@@ -98,8 +98,8 @@ class Policy(nn.Module):
         self.packs = self.shares = False
         self._padding = PaddingCount()
         for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+            if parameter.is_floating_point():  # new adapters come in the precision of what is under them
+                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
         compute_in(model, dtype)
         if is_in_4_bits(model) and not has_adapters(model):
             raise ConfigError(

@@ -34,11 +34,12 @@ def test_the_head_is_measured_before_the_trainer(monkeypatch: pytest.MonkeyPatch
     assert set(ops) == set(OPS)
 
 
-def test_what_the_tests_need_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    tests = dict(gpu_check.steps(lambda: 570.0))["tests"]
-    assert tests() is not None
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "hypothesis" else name)
-    assert tests() is None
+@pytest.mark.parametrize(("step", "package"), [("tests", "hypothesis"), ("plan", "transformers")])
+def test_what_a_step_needs_is_asked_for(step: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = dict(gpu_check.steps(lambda: 570.0))[step]
+    assert make() is not None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
+    assert make() is None
 
 
 def test_a_step_that_cannot_start_ends_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -56,3 +57,37 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
         pytest.skip("there is one")
     assert gpu_check.main([]) == 1
     assert capsys.readouterr().out == "no GPU\n"
+
+
+def test_peaks_of_phases_that_lie_in_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the most there was in it, what was there before apart."""
+    pytest.importorskip("transformers")
+    from asyppo.run.progress import Timer
+    from bench import planned
+
+    most = 0
+
+    def allocate(size: int) -> None:
+        nonlocal most
+        most = max(most, size)
+
+    def reset() -> None:
+        nonlocal most
+        most = 100
+
+    fakes = {"memory_allocated": lambda: 100, "max_memory_allocated": lambda: most, "reset_peak_memory_stats": reset}
+    for name, fake in {**fakes, "synchronize": lambda: None, "empty_cache": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, **kw: ones(*shape, **kw))
+    timer = Timer(torch.device("cpu"))
+    with planned.peaks_of_the_allocator() as noted:
+        allocate(900)
+        with timer.phase("step"):
+            allocate(300)
+            with timer.phase("gen"):
+                allocate(200)
+            with timer.phase("values"):
+                allocate(700)
+            allocate(400)
+    assert noted() == {"step": 600, "gen": 100, "values": 600}

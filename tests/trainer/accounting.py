@@ -137,6 +137,7 @@ class Accounts(TorchDispatchMode):
                 known is not None
                 and known.place == HOST
                 and tensor.dim()
+                and not tensor.is_meta  # no memory at all
                 and func not in COPIES
                 and not self._is_host()
             ):

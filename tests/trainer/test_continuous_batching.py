@@ -136,27 +136,26 @@ def test_in_the_loop(tiny_config: Make, tiny_trainer: Make) -> None:
 
 def test_float32_weights_are_the_models_own(tiny_lm: Make) -> None:
     model = tiny_lm()
-    assert WorkingWeights(model, torch.float32).current() is model
+    with WorkingWeights(model, torch.float32).current() as used:
+        assert used is model
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_copy_follows_the_policy_in_place(tiny_lm: Make, tied: bool) -> None:
+def test_a_copy_follows_the_policy_and_is_there_only_inside(tiny_lm: Make, tied: bool) -> None:
     model = tiny_lm(tie_word_embeddings=tied)
     weights = WorkingWeights(model, torch.bfloat16)
-    first = weights.current()
-    where = [p.data_ptr() for p in first.parameters()]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    second = weights.current()
-    assert second is first
-    assert [p.data_ptr() for p in second.parameters()] == where
-    assert (second.lm_head.weight is second.model.embed_tokens.weight) == tied
-    for own, copied in zip(model.parameters(), second.parameters(), strict=True):
-        assert (own.dtype, copied.dtype) == (torch.float32, torch.bfloat16)
-        assert torch.equal(own.bfloat16(), copied)
-        assert own.requires_grad
-        assert not copied.requires_grad
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        with weights.current() as used:
+            assert (used.lm_head.weight is used.model.embed_tokens.weight) == tied
+            for own, copied in zip(model.parameters(), used.parameters(), strict=True):
+                assert (own.dtype, copied.dtype) == (torch.float32, torch.bfloat16)
+                assert torch.equal(own.bfloat16(), copied)
+                assert own.requires_grad
+                assert not copied.requires_grad
+        assert not any(p.untyped_storage().nbytes() for p in used.parameters())
 
 
 @pytest.mark.parametrize("kind", [GenerateSampler, DecodingSampler, ContinuousBatchingSampler])
@@ -181,4 +180,5 @@ def test_sampling_in_bfloat16_weights(tiny_lm: Make, kind: Any) -> None:
 
 def test_the_trainer_samples_in_the_policys_dtype(tiny_config: Make, tiny_trainer: Make, tiny_lm: Make) -> None:
     trainer = tiny_trainer(tiny_config(), likes_a, policy=Policy(tiny_lm(), dtype=torch.bfloat16))
-    assert {p.dtype for p in trainer.engine.chosen.weights.current().parameters()} == {torch.bfloat16}
+    with trainer.engine.chosen.weights.current() as model:
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

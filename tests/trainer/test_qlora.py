@@ -108,6 +108,11 @@ def test_logprobs_and_gradients_are_those_of_the_widened_weights(
         assert (gradient - want[name]).norm() <= tolerance * want[name].norm(), name
 
 
+def test_adapters_are_trained_in_float32(in_4_bits: Make) -> None:
+    """Steps of a usual learning rate would be lost in bfloat16."""
+    assert {p.dtype for p in in_4_bits(torch.bfloat16).parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_bytes(in_4_bits: Make) -> None:
     """Blocks of this small model's scales are not full."""
     for layer in layers_in_4_bits(in_4_bits().model):

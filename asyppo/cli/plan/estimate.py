@@ -16,20 +16,21 @@ from asyppo.cli.plan.models import (
 )
 from asyppo.cli.plan.passes import Activations, activations, side_activations
 from asyppo.config import AsyPPOConfig, ConfigError
+from asyppo.data.batch import at_most
 from asyppo.models.critics.side import SideShape
 from asyppo.models.loading import room_for_prompts
 from asyppo.models.offload import LOT_BYTES
 from asyppo.models.optimizers import optimizer_bytes_per_parameter
 from asyppo.models.policy import compute_dtype
 from asyppo.models.quantized import BYTES_PER_PARAMETER
+from asyppo.rollout.samplers.decode import columns_of_cache
 from asyppo_kernels._policy_head import BLOCKS, GPU_WORKSPACE_BYTES, lines_per_block
 
 GIB = 2**30
 
 ASSUMPTIONS = (
     "every response is {completion} tokens long, every prompt {prompt}",
-    "activations are what transformers' own forward pass keeps; Liger's and the stacked critics' kernels keep less",
-    "a backward pass needs, beside what is kept, as much as one layer keeps; so does a pass without gradients",
+    "passes are torch's own, by transformers or of stacked critics, on fake tensors; Liger's and Triton's keep less",
     "weights are sharded over several GPUs, the batch and activations are not: each has its own micro-batch",
     "layers with a state in place of a cache (Mamba's and their like) keep little of it: it is not counted",
     "the context of CUDA, other libraries' workspaces and fragmentation are not counted: leave 10 % free",
@@ -58,7 +59,7 @@ class Plan:
     def table(self) -> str:
         """Return the plan as text."""
         lines = [f"{m.name}: {m.parameters / 1e9:,.3f} billion parameters ({m.source})" for m in self.models]
-        components = list(dict.fromkeys(c for parts in self.phases.values() for c in parts))
+        components = list(dict.fromkeys(c for parts in self.phases.values() for c, size in parts.items() if size))
         rows = [["GiB on each GPU", *self.phases]]
         for component in components:
             rows.append([component, *(_gib(parts.get(component)) for parts in self.phases.values())])
@@ -145,10 +146,6 @@ class _Estimate:
             whole = 4 * self.policy.parameters - (4 - self.element) * self.policy.products
             there["reference weights"] = whole // self.shards
         there["batch"] = self.everyones * (8 * self.width + _BATCH_BYTES * config.max_completion_length)
-        # Of shards a copy is gathered for each time; a single process keeps one where its weights are not what it
-        # samples with.
-        if not self.sharded and self.element < 4 and not config.policy.use_peft and not self.engine:
-            there |= self._copy_to_sample_with()
         return there
 
     def _weights(self, model: Model, count: int) -> int:
@@ -160,6 +157,9 @@ class _Estimate:
         return round(4 * count * model.trainable + frozen_bytes) // self.shards
 
     def _copy_to_sample_with(self) -> dict[str, int]:
+        """Of shards, and of weights that are not what is sampled with."""
+        if not self.sharded and (self.element == 4 or self.config.policy.use_peft):
+            return {}
         return {"policy copy to sample with": self.element * self.policy.parameters}
 
     def _step(self, name: str, model: Model, count: int) -> dict[str, int]:
@@ -177,7 +177,7 @@ class _Estimate:
         there = self._there("policy")
         # `generate` has a batch of sequences side by side; continuous batching has as many as there is room for.
         sequences = max(1, min(config.generation_batch_size, self.responses))
-        cache = self.width * policy.kv_bytes_per_token(self.element)
+        cache, columns = policy.kv_bytes_per_token(self.element), columns_of_cache(self.prompt, self.width)
         flash = "flash" in (config.policy.attn_implementation or "")
         if self.engine:
             share = f"up to vllm.gpu_memory_utilization = {config.vllm.gpu_memory_utilization:g} of the GPU"
@@ -190,12 +190,12 @@ class _Estimate:
         if config.sampler not in ("generate", "auto") or (config.sampler == "auto" and flash):
             plan.assumptions.append(
                 f"continuous batching has as many responses under way, up to {sequences}, as there is room for: one is "
-                f"counted here, each more takes {cache / GIB:.2f} GiB while it is at its longest"
+                f"counted here, each more takes {self.width * cache / GIB:.2f} GiB while it is at its longest"
             )
-            sequences = 1
+            sequences, columns = 1, self.width
         return there | {
-            **(self._copy_to_sample_with() if self.sharded else {}),
-            "key-value cache": sequences * cache,
+            **self._copy_to_sample_with(),
+            "key-value cache": sequences * columns * cache,
             "next-token logits": 4 * 4 * sequences * policy.text.vocab_size,
             "prompts in one pass": _prefill(policy, sequences * self.prompt, self.element),
         }
@@ -203,7 +203,7 @@ class _Estimate:
     def _logprobs(self) -> dict[str, int]:
         found, in_use = self._policy_activations(), self._in_use(self.policy)
         head = {k: v for k, v in self._head().items() if "gradient" not in k}
-        body = {"weights as computed with": in_use, "within a layer": found.layer}
+        body = {"weights as computed with": in_use, "within a layer": found.passing}
         # What a pass without gradients makes inside the body is gone by then.
         at_head = {"weights as computed with": in_use if self.sharded else 0, **head}
         passes = ["policy"]
@@ -217,12 +217,13 @@ class _Estimate:
         found = self._critic_activations(critic)
         there = self._there("critics", *(["policy"] if self.shape is not None else [])) | self._kept_states()
         there["gradients"] = 4 * config.num_critics * critic.trainable // self.shards
-        in_use = self._critics_in_use(critic, kept=not config.critic.gradient_checkpointing)
+        most = critic.largest_layer if config.critic.gradient_checkpointing else critic.parameters
+        in_use = self._critics_in_use(critic, most=most)
         inside = {
             **self._states_made_again(),
             "weights as computed with": in_use,
             "activations": found.kept,
-            "within a layer": found.layer,
+            "within a layer": found.back + (found.layer if config.critic.gradient_checkpointing else 0),
         }
         return _most(there | inside, there | self._step("critics", critic, config.num_critics))
 
@@ -232,8 +233,8 @@ class _Estimate:
         return there | {
             **self._kept_states(),
             **self._states_made_again(),
-            "weights as computed with": self._critics_in_use(critic, kept=not self.config.critic.stacked),
-            "within a layer": found.layer,
+            "weights as computed with": self._critics_in_use(critic, most=critic.matrix),
+            "within a layer": found.passing,
         }
 
     def _policy_update(self) -> dict[str, int]:
@@ -245,16 +246,16 @@ class _Estimate:
         in_use = self._in_use(policy)
         # Autocast's copies of weights live as long as its context: with checkpointing, as long as a pass of the body,
         # or as a layer that is computed again.
-        behind = self._in_use(policy, layers=2) if checkpointed else in_use
+        behind = self._in_use(policy, policy.largest_layer) if checkpointed else in_use
         gradients = {name: size for name, size in head.items() if "gradient" in name}
         forward = {"weights as computed with": in_use, "activations": found.kept}
         at_head = {"weights as computed with": 0 if checkpointed and not self.sharded else in_use, **head}
-        backward = {"weights as computed with": behind, "within a layer": found.layer, **gradients} | self._summed(
-            policy.largest_layer
-        )
+        again = found.layer if checkpointed else 0
+        inside = {"weights as computed with": behind, "within a layer": again + found.back}
+        backward = inside | gradients | self._summed(policy.largest_layer)
         kept = {"activations": found.kept}
         return _most(
-            there | forward | {"within a layer": found.layer if checkpointed else 0},
+            there | forward | {"within a layer": again},
             there | kept | at_head,
             there | kept | backward,
             there | self._summed(policy.outside),
@@ -263,8 +264,10 @@ class _Estimate:
 
     # --- passes ---
 
-    def _rows(self, at_least: int = 1) -> int:
-        return max(at_least, self.config.max_tokens_per_micro_batch // self.width)
+    def _rows(self, models: int = 1) -> int:
+        """Responses of a pass for each of so many models side by side."""
+        tokens = at_most(self.config.max_tokens_per_micro_batch, models, self.device)
+        return max(1, tokens // (models * self.width))
 
     def _policy_activations(self) -> Activations:
         checkpointing = self.config.policy.gradient_checkpointing
@@ -272,29 +275,35 @@ class _Estimate:
         return activations(self.policy, rows, self.width, self.dtype, checkpointing, sharded=self.sharded)
 
     def _critic_activations(self, critic: Model) -> Activations:
-        config = self.config
-        rows = self._rows(config.num_critics)
+        config, count = self.config.critic, self._side_by_side()
+        rows = count * self._rows(count)
         if self.shape is not None:
-            return side_activations(self.shape, rows, config.max_completion_length, self.dtype)
-        rounded = self.sharded or config.critic.stacked  # the stream, too
-        return activations(critic, rows, self.width, self.dtype, config.critic.gradient_checkpointing, sharded=rounded)
+            return side_activations(self.shape, count, rows, self.config.max_completion_length, self.dtype)
+        stacked, checkpointing = count if config.stacked or config.lora_r else 0, config.gradient_checkpointing
+        how = rows, self.width, self.dtype, checkpointing
+        return activations(critic, *how, sharded=self.sharded, stacked=stacked)
 
-    def _in_use(self, model: Model, layers: int | None = None) -> int:
-        """Copies of weights in the precision of the pass: all that are trained under autocast, or of so many
-        ``layers``; of shards two layers and what is no layer, gathered by FSDP2."""
+    def _side_by_side(self) -> int:
+        """Critics of a pass."""
+        critic = self.config.critic
+        return self.config.num_critics if critic.stacked or critic.lora_r or self.shape is not None else 1
+
+    def _in_use(self, model: Model, most: int | None = None) -> int:
+        """Copies of weights in the precision of the pass: all that are trained under autocast, or ``most`` parameters
+        of them; of 4 bits one matrix; of shards two layers and what is no layer, gathered by FSDP2."""
         if self.sharded:
             return self.element * (2 * model.largest_layer + model.outside)
-        widened = self.element * model.largest_layer if model.in_4_bits else 0
         rounds = self.element < 4 and model.trainable == model.parameters
-        casts = self.element * model.linear if rounds else 0
-        return widened + (casts if layers is None else min(casts, layers * self.element * model.largest_layer))
+        casts = model.linear if rounds else 0
+        widened = model.matrix if model.in_4_bits else 0
+        return self.element * (widened + (casts if most is None else min(casts, most)))
 
-    def _critics_in_use(self, critic: Model, *, kept: bool) -> int:
-        """As ``_in_use``, of all critics. A frozen backbone is there once, and in the precision of the pass already."""
+    def _critics_in_use(self, critic: Model, *, most: int) -> int:
+        """As ``_in_use``, of all critics; ``most`` where they are stacked. A frozen backbone is there once, and in the
+        precision of the pass already."""
         if self.config.critic.lora_r:
             return self._in_use(critic)
-        stacked = self.config.critic.stacked and not self.sharded
-        return self.config.num_critics * self._in_use(critic, layers=None if kept or not stacked else 2)
+        return self.config.num_critics * self._in_use(critic, most if self.config.critic.stacked else None)
 
     def _summed(self, parameters: int) -> dict[str, int]:
         """Gradients of so many gathered parameters, before they are summed over ranks in float32."""
@@ -305,16 +314,20 @@ class _Estimate:
         tokens = min(self._rows(), self.responses) * self.config.max_completion_length
         hidden, vocabulary = self.policy.text.hidden_size, self.policy.text.vocab_size
         weight = 0 if self.config.policy.use_peft else 4 * hidden * vocabulary
+        copies = 0
+        if self.element < 4:
+            copies += 0 if self.sharded or self.config.policy.use_peft else self.element
+            copies += 4 if self.device.type == "cpu" else 0  # whose products are float32's
         return {
-            "head as computed with": self.element * hidden * vocabulary if self.element < 4 and not self.sharded else 0,
+            "head as computed with": copies * hidden * vocabulary,
             "head workspace": self._head_workspace(tokens, vocabulary),
             "head gradients": weight + 4 * hidden * tokens,
         }
 
     def _head_workspace(self, tokens: int, vocabulary: int) -> int:
-        """On a CPU one block of logits, of which all is made in place."""
+        """On a CPU one block of logits, and their exponentials."""
         if self.device.type == "cpu":
-            return 4 * vocabulary * min(tokens, lines_per_block(vocabulary, self.device))
+            return 2 * 4 * vocabulary * min(tokens, lines_per_block(vocabulary, self.device))
         return min(GPU_WORKSPACE_BYTES, 4 * BLOCKS * tokens * vocabulary)
 
     def _kept_states(self) -> dict[str, int]:
@@ -327,11 +340,12 @@ class _Estimate:
         """What the policy takes where its hidden states are not kept."""
         if self.shape is None or self._kept_states():
             return {}
-        found, tokens = self._policy_activations(), self._rows(self.config.num_critics)
+        count = self.config.num_critics
+        found, tokens = self._policy_activations(), count * self._rows(count)
         size = tokens * self.config.max_completion_length * self.shape.states_size * self.element
         return {
             "policy's weights as computed with": self._in_use(self.policy),
-            "within a layer of the policy": found.layer,
+            "within a layer of the policy": found.passing,
             "hidden states that critics read": size,
         }
 

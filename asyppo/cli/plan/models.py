@@ -52,6 +52,14 @@ class Model:
     linear: int = 0
     """Parameters of the body's linear layers, which may be kept in 4 bits."""
     in_4_bits: bool = False
+    matrix: int = 0
+    """Parameters of the largest of these layers."""
+    rank: int = 0
+    """Of its adapters; 0: all its weights are trained."""
+    targets: list[str] | None = None
+    """Layers that have adapters, as ``policy.lora_target_modules``."""
+    uniform: bool = False
+    """Whether its layers are all of one kind and size."""
 
     @property
     def text(self) -> Any:
@@ -68,6 +76,14 @@ class Model:
         """Whether transformers' own code of a layer loops over the tokens, rather than over chunks of them."""
         stateful = not hasattr(self.text, "num_attention_heads") or any(kind in STATEFUL for kind in self.kinds)
         return stateful and not any(name.endswith("chunk_size") or name == "block_size" for name in vars(self.text))
+
+    def of_layers(self, count: int) -> Model:
+        """Return it with so many layers, as far as its configuration goes."""
+        changed = copy.deepcopy(self.config)
+        changed.num_hidden_layers = count
+        if self.kinds:
+            changed.layer_types = self.kinds[:count]
+        return replace(self, config=changed, uniform=False)
 
     def kv_bytes_per_token(self, element: int) -> int:
         """Bytes of the key-value cache for one token of one sequence; layers with a state have none."""
@@ -183,15 +199,18 @@ def _described(
     products = sum(p.numel() for p in weights_of_products(model))
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
     largest, outside = max(sizes, default=parameters), parameters - sum(sizes)
-    linear = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, nn.Linear))
+    matrices = [m.weight.numel() for m in model.base_model.modules() if isinstance(m, nn.Linear)]
+    linear, matrix = sum(matrices), max(matrices, default=0)
     trainable = parameters
     if rank:
         adapters = trainable = _adapter_parameters(model, rank, targets)
         if is_critic:
             trainable += sum(p.numel() for p in value_head(model).parameters())
         parameters += adapters
-    found = parameters, trainable, largest, is_critic, products, outside, linear
-    return Model("", "", model_config, *found, in_4_bits=in_4_bits)
+    found = Model("", "", model_config, parameters, trainable, largest, is_critic, products, outside, linear, in_4_bits)
+    alike = len(set(sizes)) == len({type(layer) for layer in layers_of(model)}) == 1 and len(set(found.kinds)) < 2
+    uniform = alike and found.text is model_config and len(sizes) == model_config.num_hidden_layers
+    return replace(found, matrix=matrix, rank=rank, targets=targets, uniform=uniform)
 
 
 def side_shape(policy: Model, config: AsyPPOConfig) -> SideShape:

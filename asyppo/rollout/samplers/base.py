@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyppo.distributed.processes import agreed, divided, own_part, own_randomness
+from asyppo.distributed.sharding import WholeCopy
 from asyppo.models.adapters import has_adapters
 
 NamedWeights = Iterable[tuple[str, Tensor]]
@@ -187,25 +187,23 @@ class WorkingWeights:
     """The weights that a sampler decodes with: the model's own where they have ``dtype``, or else a copy in ``dtype``.
 
     Decoding reads every weight for every token, so it is done in bfloat16 weights rather than in float32 masters that
-    autocast would cast again and again. The copy takes 2 bytes a parameter beside the masters' 4. A model with
-    adapters has no copy: what is large in it is frozen, and in ``dtype`` anyway.
+    autocast would cast again and again. The copy takes 2 bytes a parameter beside the masters' 4, while it is used. A
+    model with adapters has no copy: what is large in it is frozen, and in ``dtype`` anyway.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         self.model, self.copy = model, None
         if not has_adapters(model) and any(p.dtype != dtype for p in model.parameters()):
-            # Parameters are replaced while the model is copied, so that no second float32 copy exists on the way.
-            cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
-            self.copy = copy.deepcopy(model, cast)
+            self.copy = WholeCopy(model, dtype, model.device)
 
-    @torch.no_grad()
-    def current(self) -> PreTrainedModel:
-        """Return a model with the weights as they are now; a copy is updated in place."""
+    @contextmanager
+    def current(self) -> Iterator[PreTrainedModel]:
+        """Give, for the time inside, a model with the weights as they are now."""
         if self.copy is None:
-            return self.model
-        for target, source in zip(self.copy.parameters(), self.model.parameters(), strict=True):
-            target.copy_(source)
-        return self.copy
+            yield self.model
+            return
+        with self.copy.of(self.model):
+            yield self.copy.module
 
 
 @contextmanager

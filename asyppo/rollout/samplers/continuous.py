@@ -31,7 +31,12 @@ class ContinuousBatchingSampler(ModelSampler):
         """Return one response for each prompt (int64 [length]). Raises RuntimeError where transformers cannot."""
         if not prompts:
             return []
-        model = self.weights.current()
+        with self.weights.current() as model:
+            return self._sample(model, prompts, max_completion_length, temperature)
+
+    def _sample(
+        self, model: PreTrainedModel, prompts: Sequence[Tensor], max_completion_length: int, temperature: float
+    ) -> list[Response]:
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # the cache takes what is free, and what training keeps for reuse is not
         generation = GenerationConfig(

@@ -39,16 +39,16 @@ class DecodingSampler(ModelSampler):
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
         """Return one response for each prompt (int64 [length]). Raises RuntimeError where the model's cache is of
         another kind."""
-        model = self.weights.current()
-        ends = torch.tensor(self.eos_token_ids, dtype=torch.int64, device=model.device)
-        tokens = torch.zeros(len(prompts), max_completion_length, dtype=torch.int64, device=model.device)
-        logprob = torch.zeros(tokens.shape, device=model.device)
+        device = self.model.device
+        ends = torch.tensor(self.eos_token_ids, dtype=torch.int64, device=device)
+        tokens = torch.zeros(len(prompts), max_completion_length, dtype=torch.int64, device=device)
+        logprob = torch.zeros(tokens.shape, device=device)
         age = torch.zeros(len(prompts), dtype=torch.int64)  # tokens drawn of each response
         ended = torch.zeros(len(prompts), dtype=torch.bool)
         # Prompts of like length go together, so that padding is small, and equal ones are neighbours.
         waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i].tolist()))
         rows: _Rows | None = None
-        with evaluating(model):
+        with self.weights.current() as model, evaluating(model):
             reader = _Reader(model, self.pad_token_id, self.max_tokens)
             while waiting or rows is not None:
                 free = self.batch_size - (0 if rows is None else len(rows.response))
@@ -59,7 +59,7 @@ class DecodingSampler(ModelSampler):
                 assert rows is not None
                 drawn, drawn_logprob = draw(rows.logits, temperature)
                 of = rows.response
-                at = of.to(model.device), age[of].to(model.device)
+                at = of.to(device), age[of].to(device)
                 tokens[at], logprob[at] = drawn, drawn_logprob
                 age[of] += 1
                 ended[of] |= torch.isin(drawn, ends).cpu()
@@ -80,6 +80,19 @@ ROOM = 64
 """Columns that a cache has to spare, at least."""
 ONCE = ("cpu",)
 """Where prompts are kept once. A GPU's attention reads one cache in one launch."""
+
+
+def columns_of_cache(prompt: int, width: int) -> int:
+    """Return how many a cache comes to in which sequences grow from ``prompt`` to ``width`` tokens."""
+    columns = prompt
+    while columns < width:
+        columns += _room(columns)
+    return columns
+
+
+def _room(columns: int) -> int:
+    """To spare behind so many columns."""
+    return max(ROOM, columns // 16)
 
 
 @dataclass
@@ -200,8 +213,8 @@ class _Layer(DynamicLayer):
         """Append [heads, b, columns, d] each."""
         start, end = self.both[0].shape[2], self.both[0].shape[2] + keys.shape[2]
         if end > self.buffers[0].shape[2]:
-            everyone, room = torch.arange(keys.shape[1], device=keys.device), max(ROOM, start // 16)
-            self.hold([_aligned([(x, everyone)], start, room) for x in self.both], start)
+            everyone = torch.arange(keys.shape[1], device=keys.device)
+            self.hold([_aligned([(x, everyone)], start, _room(start)) for x in self.both], start)
         for buffer, states in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, start:end] = states
         self.hold(self.buffers, end)
@@ -237,7 +250,7 @@ def _gathered(parts: Sequence[tuple[_Rows, Tensor, Tensor]]) -> _Rows:
     on_device = [chosen.to(rows.logits.device) for rows, chosen, _ in parts]
     logits = torch.cat([rows.logits[chosen] for (rows, _, _), chosen in zip(parts, on_device, strict=True)])
     own = int(torch.cat([rows.own_length[chosen] for rows, chosen, _ in parts]).max())
-    cache = _taken([rows.cache.layers for rows, _, _ in parts], on_device, own, max(ROOM, own // 16))
+    cache = _taken([rows.cache.layers for rows, _, _ in parts], on_device, own, _room(own))
     prompts = _gathered_prompts([(rows.prompts, chosen) for rows, chosen, _ in parts if rows.prompts is not None])
     return _Rows(torch.cat([responses for _, _, responses in parts]), length, logits, _cache(cache), prompts)
 

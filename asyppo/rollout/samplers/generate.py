@@ -30,19 +30,19 @@ class GenerateSampler(ModelSampler):
     @torch.no_grad()
     def sample(self, prompts: Sequence[Tensor], *, max_completion_length: int, temperature: float) -> list[Response]:
         """Return one response for each prompt (int64 [length])."""
-        model = self.weights.current()
         # Prompts of like length go together, so that padding is small.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[Response | None] = [None] * len(prompts)
         start = 0
-        while start < len(order):
-            width = len(prompts[order[start]])
-            batch = order[start : start + self.batch_size]
-            chosen = [i for i in batch if self.pads or len(prompts[i]) == width]
-            start += len(chosen)
-            drawn = self._generate(model, [prompts[i] for i in chosen], max_completion_length, temperature)
-            for index, response in zip(chosen, drawn, strict=True):
-                responses[index] = response
+        with self.weights.current() as model:
+            while start < len(order):
+                width = len(prompts[order[start]])
+                batch = order[start : start + self.batch_size]
+                chosen = [i for i in batch if self.pads or len(prompts[i]) == width]
+                start += len(chosen)
+                drawn = self._generate(model, [prompts[i] for i in chosen], max_completion_length, temperature)
+                for index, response in zip(chosen, drawn, strict=True):
+                    responses[index] = response
         return [response for response in responses if response is not None]
 
     def _generate(
