@@ -66,10 +66,10 @@ def activations(
     """Count what passes over int64 [rows, width] tokens take.
 
     They run on fake tensors, which have shapes and no memory. With ``checkpointing`` a layer keeps its input only. Of
-    layers that are alike three are looked at, and the others follow. Weights that are ``sharded`` are gathered in ``dtype``, and so is the stream; under autocast that is float32.
-    ``stacked``: of so many critics side by side, if their layers can be, each with its part of the rows. Layers that go
-    through the tokens one by one would take minutes: what they keep is at most quadratic in the width, and found from
-    three short passes.
+    layers that are alike three are looked at, and the others follow. Weights that are ``sharded`` are gathered in
+    ``dtype``, and so is the stream; under autocast that is float32. ``stacked``: of so many critics side by side, if
+    their layers can be, each with its part of the rows. Layers that go through the tokens one by one would take
+    minutes: what they keep is at most quadratic in the width, and found from three short passes.
     """
     if model.uniform and (more := model.config.num_hidden_layers - FEW) > 0:
         few = activations(model.of_layers(FEW), rows, width, dtype, checkpointing, sharded=sharded, stacked=stacked)
