@@ -376,12 +376,24 @@ def _pieces(
         at_least -= 1
 
 
-def share_micro_batches(batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Iterator[list[MicroBatch]]:
+def share_micro_batches(
+    batch: Batch, shares: Sequence[Tensor], max_tokens: int, *, shared: bool = False
+) -> Iterator[list[MicroBatch]]:
     """Cut this rank's part of M shares (int64 [b_m] each) side by side: yield M micro-batches of one width, one a
     share, that have at most ``max_tokens`` tokens together, padding included, on a CPU also at most ``CPU_TOKENS`` each
-    for a thread. The micro-batch of a share that has run out has no rows. Every rank gets the same number."""
+    for a thread. The micro-batch of a share that has run out has no rows. Every rank gets the same number. ``shared``:
+    rows of one prompt go together, which is there once, and each micro-batch is of its own width."""
     max_tokens = at_most(max_tokens, len(shares), batch.tokens.device)
     by_rank = zip(*(divide_rows(rows.cpu(), batch.host_length) for rows in shares), strict=True)
+    if shared:
+        own_tokens = max(1, max_tokens // len(shares))
+        every = [[_pieces(batch, rows, own_tokens, 1, False, True) for rows in rank_rows] for rank_rows in by_rank]
+        for piece in _in_step([list(itertools.zip_longest(*own, fillvalue=())) for own in every]):
+            yield [
+                micro_batch(batch, own, shared=True) if own else empty_micro_batch(batch, shared=True)
+                for own in piece or [()] * len(shares)
+            ]
+        return
     pieces = [list(_pieces_side_by_side(batch, rank_rows, max_tokens)) for rank_rows in by_rank]
     for own in _in_step(pieces):
         if own is None:

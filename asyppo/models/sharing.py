@@ -21,6 +21,8 @@ from asyppo.models.packing import why_not_attention
 
 SHARED = "shared_prompts"
 """What a decoder's pass hands on to attention."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention [b, T, heads, D] of query, key and value [b, heads, T, D], by a mask, or, without one, a causal one."""
 OTHER_ATTENTION = ("sliding_window", "softcap", "position_bias", "s_aux", "cache")
 
 
@@ -40,21 +42,30 @@ def attention(
     refused = [name for name in OTHER_ATTENTION if options.get(name) is not None]
     if refused:
         raise ValueError(f"attention with {', '.join(refused)} does not take shared prompts")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+
+    return by_prompts(attend, query, key, value, shared_prompts), None
+
+
+AttentionInterface.register("sdpa", attention)
+
+
+def by_prompts(attend: Attend, query: Tensor, key: Tensor, value: Tensor, shared_prompts: SharedPrompts) -> Tensor:
+    """Return [1, S, heads, D] of query, key and value [1, heads, S, D]."""
     outputs = []
     # Gradients of pieces that are split are put together; each that is cut out would be added to zeros elsewhere.
     sizes = [size for part in shared_prompts.parts for size in (part.length, part.end - part.middle)]
     pieces = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     for part, own, responses in zip(shared_prompts.parts, pieces, pieces, strict=True):
-        outputs.append(sdpa_attention_forward(module, *own, None, **options)[0])
+        outputs.append(attend(own[0], own[1], own[2], None))
         if part.end > part.middle:
             grids = [_grid(x, part) for x in responses]
             q, k, v = grids[0], *(_behind(*of) for of in zip(own[1:], grids[1:], strict=True))
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(part.length)
-            outputs.append(_row(sdpa_attention_forward(module, q, k, v, seen[None, None], **options)[0], part))
-    return torch.cat(outputs, dim=1), None
-
-
-AttentionInterface.register("sdpa", attention)
+            outputs.append(_row(attend(q, k, v, seen[None, None]), part))
+    return torch.cat(outputs, dim=1)
 
 
 def _grid(x: Tensor, part: SharedPrompt) -> Tensor:

@@ -110,16 +110,17 @@ def test_ranks_take_equally_many_micro_batches(
     assert torch.equal(cells[rows], batch.mask[rows])
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 20])
 def test_ranks_take_equally_many_micro_batches_of_the_critics_shares(
-    ranks: Make, ragged_batch: Make, size: int
+    ranks: Make, ragged_batch: Make, size: int, shared: bool
 ) -> None:
     batch: Batch = ragged_batch()
     shares = [torch.arange(0, 7), torch.arange(7, 12)]
     of_ranks = []
     for rank in range(size):
         ranks(rank, size)
-        of_ranks.append(list(share_micro_batches(batch, shares, 40)))
+        of_ranks.append(list(share_micro_batches(batch, shares, 40, shared=shared)))
     assert len({len(of_rank) for of_rank in of_ranks}) == 1
     for m, rows in enumerate(shares):
         seen = torch.cat([micros[m].rows for of_rank in of_ranks for micros in of_rank])

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import asyppo.algorithm.advantage
+import asyppo.models.critics.stacked as stacked_critics
 from asyppo.algorithm.advantage import LearningSignal
 from asyppo.checkpoint import load_checkpoint
 from asyppo.config import AsyPPOConfig, ConfigError
@@ -504,14 +505,17 @@ def test_shares_side_by_side(ragged_batch: Callable[..., Batch]) -> None:
     assert len(list(share_micro_batches(batch, shares, 10_000))) == 1
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize("budget", [20, 10_000])
 @pytest.mark.parametrize("disjoint", [True, False])
-def test_shares(ragged_batch: Callable[..., Batch], disjoint: bool, packed: bool, budget: int) -> None:
+def test_shares(
+    ragged_batch: Callable[..., Batch], monkeypatch: pytest.MonkeyPatch, disjoint: bool, layout: str, budget: int
+) -> None:
     """Values, losses and gradients on unequal shares are those of critics run one after another."""
     models = make_models("qwen3", 3)
     one, critics = OneByOneCritics(copy.deepcopy(models)), StackedCritics(copy.deepcopy(models))
-    critics.varlen = reference_varlen if packed else None
+    critics.varlen = reference_varlen if layout == "packed" else None
+    monkeypatch.setattr(stacked_critics, "WORTH_SHARING", 0 if layout == "shared" else 1)
     batch = ragged_batch()
     shares = [torch.tensor([0, 3, 5, 7]), torch.tensor([11]), torch.tensor([2, 4, 6, 8, 10])]
     if not disjoint:
@@ -532,6 +536,18 @@ def test_shares(ragged_batch: Callable[..., Batch], disjoint: bool, packed: bool
             assert distance(p.grad, q.grad) < 1e-5
     critics.release_gradients()
     assert all(p.grad is None for module in (critics, *critics.models) for p in module.parameters())
+
+
+def test_prompts_are_shared_where_that_saves_enough(ragged_batch: Callable[..., Batch]) -> None:
+    """Not where a prompt has one response, nor by critics with a window or what is read beside the tokens."""
+    critics, batch = StackedCritics(make_models("llama")), ragged_batch(2, 8, longest=2)
+    everything = torch.arange(len(batch))
+    assert critics.shares(batch, [everything])
+    assert critics.shares(batch, [everything[:4], everything[4:8]])
+    assert not critics.shares(batch, [everything[:4], everything[[0, 8]]])
+    assert not StackedCritics(make_models("mistral, window")).shares(batch, [everything])
+    critics.policy_inputs = ("entropy",)
+    assert not critics.shares(batch, [everything])
 
 
 def test_a_pass_is_within_the_budget(ragged_batch: Callable[..., Batch]) -> None:

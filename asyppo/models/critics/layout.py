@@ -2,18 +2,22 @@
 
 Every layer but attention sees tokens only, [M, N, ·]: sequences are packed one behind the other, so that padding is not
 computed. Attention reads them as they lie where ``varlen_attn`` runs, and otherwise sees them padded to the longest.
-Padding is dropped or moved to the end in any case, so causal attention needs no mask for it.
+Padding is dropped or moved to the end in any case, so causal attention needs no mask for it. Or sequences share their
+prompts: see ``asyppo/models/sharing.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from asyppo.data.sharing import SharedPrompts
+from asyppo.models.sharing import by_prompts
 
 VarlenAttention = Callable[..., Tensor]
 """``torch.nn.attention.varlen.varlen_attn``, or what has its signature."""
@@ -154,3 +158,38 @@ class Layout:
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
             repeat = 1
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=repeat > 1)
+
+
+class SharedLayout(Layout):
+    """The tokens of a pass over sequences that share their prompts, as they lie in ``input_ids`` int64 [K, N], where K
+    is M, or 1 if all critics read the same; ``sharings`` are K. Padding is at the end."""
+
+    def __init__(self, input_ids: Tensor, sharings: Sequence[SharedPrompts]):
+        self.tokens, self.sharings = input_ids, sharings
+        positions = [sharing.position_ids[0] for sharing in sharings]
+        self.columns = torch.nn.utils.rnn.pad_sequence(positions, batch_first=True)
+        self.width = int(self.columns.max()) + 1
+
+    def index(self, flat: Tensor) -> Tensor:
+        """See Layout."""
+        return flat
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """See Layout; without a window."""
+        if len(self.sharings) == 1:
+            return self._attend(q, k, v, self.sharings[0])
+        own = zip(*(x.split(1) for x in (q, k, v)), self.sharings, strict=True)
+        return torch.cat([self._attend(*of) for of in own])
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sharing: SharedPrompts) -> Tensor:
+        """Critics with the same tokens are more heads."""
+        m, padded, heads, d = q.shape
+        n, gqa = sharing.position_ids.shape[1], heads != k.shape[2]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=gqa)
+            return out.transpose(1, 2)
+
+        by_head = [x[:, :n].transpose(1, 2).reshape(1, -1, n, d) for x in (q, k, v)]
+        out = by_prompts(attend, by_head[0], by_head[1], by_head[2], sharing)
+        return F.pad(out.view(n, m, heads * d).transpose(0, 1), (0, 0, 0, padded - n))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from asyppo.config import ConfigError
 from asyppo.data.batch import Batch, MicroBatch, micro_batches, share_micro_batches
+from asyppo.data.sharing import SharedPrompts
 from asyppo.distributed.processes import sum_over_ranks
 from asyppo.distributed.sharding import (
     between_replicas_once,
@@ -34,7 +35,7 @@ from asyppo.models.critics.layers import (
     StackedPolicyInputs,
     tie,
 )
-from asyppo.models.critics.layout import Extent, Layout, VarlenAttention
+from asyppo.models.critics.layout import Extent, Layout, SharedLayout, VarlenAttention
 from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model
 from asyppo.models.families import FAMILIES, why_unknown
 from asyppo.models.hub import Later, SaveDtype
@@ -42,6 +43,8 @@ from asyppo.models.shards import WeightFiles, files_of, read_shards
 
 OWN = {"score": "score", "project": NAME}
 """Parts of the stack that are a value model's own, not its body's, and their names there."""
+WORTH_SHARING = 1 / 6
+"""Share of the tokens that prompts read once have to save: attention goes prompt by prompt then, which costs a part."""
 
 
 class Stacked(Critics):
@@ -149,6 +152,7 @@ class Stacked(Critics):
         inputs: Tensor | None = None,
         states: Tensor | None = None,
         *,
+        sharings: Sequence[SharedPrompts] = (),
         outputs: bool = False,
     ) -> Tensor:
         """Return values, float32 and differentiable.
@@ -164,6 +168,8 @@ class Stacked(Critics):
             inputs: float32 [B, T, F] or [M, B, T, F], as ``input_ids``: what critics with ``policy_inputs`` read beside
                 the tokens.
             states: [S, D], for side critics alone: hidden states, whose rows ``input_ids`` are.
+            sharings: of sequences that share their prompts, which are one row of ``input_ids`` then, without inputs and
+                padded at the end alone; one, or M, to each critic its own.
             outputs: what the heads give, of which ``value_of`` makes values.
 
         Returns:
@@ -183,8 +189,12 @@ class Stacked(Critics):
             got = None if inputs is None else f"shape {list(inputs.shape)}"
             raise ValueError(f"inputs: got {got}, needs {read} of critics with policy_inputs {self.policy_inputs}")
         mask = torch.ones_like(own, dtype=torch.bool) if attention_mask is None else attention_mask.view_as(own).bool()
-        layout = Layout(self.readable(own), mask, count, self.varlen, known)
-        self._padding.add(mask.sum(), layout.tokens.numel())
+        if sharings:
+            layout: Layout = SharedLayout(self.readable(own.flatten(1)), sharings)
+            self._padding.add(sum(sharing.position_ids.numel() for sharing in sharings), layout.tokens.numel())
+        else:
+            layout = Layout(self.readable(own), mask, count, self.varlen, known)
+            self._padding.add(mask.sum(), layout.tokens.numel())
         beside = None if inputs is None else layout.take(inputs.view(*own.shape, -1))
         wanted = positions
         if wanted is None:
@@ -220,13 +230,34 @@ class Stacked(Critics):
         """Return what is read in place of tokens, if anything is, and ``micros`` as they are read."""
         return None, micros
 
+    def shares(self, batch: Batch, rows: Sequence[Tensor]) -> bool:
+        """Whether the responses among ``rows`` (int64 [b] each) share their prompts: on a CPU, where that saves enough,
+        and critics read whole sequences and nothing but tokens."""
+        layers: Any = self.layers
+        windows = any(layer.self_attn.window is not None for layer in layers if layer.attends)
+        if windows or self.varlen is not None or self.policy_inputs or self.read_layers:
+            return False
+        if batch.tokens.device.type != "cpu":
+            return False
+        prompts, responses = batch.on_host
+        for own in (of_critic.tolist() for of_critic in rows):
+            once = {batch.prompt_number[row]: prompts[row] for row in own}
+            saved = sum(prompts[row] for row in own) - sum(once.values())
+            if saved < WORTH_SHARING * sum(prompts[row] + responses[row] for row in own):
+                return False
+        return True
+
     @torch.no_grad()
     def values(self, batch: Batch, max_tokens: int) -> Tensor:
         """See Critics."""
         value = batch.reward.new_zeros(len(self), *batch.reward.shape)
         everything = torch.arange(len(batch), device=batch.tokens.device)
-        for micro in micro_batches(batch, everything, max(1, max_tokens // len(self))):
+        shared = self.shares(batch, [everything])
+        for micro in micro_batches(batch, everything, max(1, max_tokens // len(self)), shared=shared):
             row, position = micro.grid
+            if micro.sharing is not None:
+                value[:, row, position] = self(micro.input_ids, None, micro.flat_predicts, sharings=[micro.sharing])
+                continue
             states, [seen] = self.seen(batch, [micro])
             known = Extent(seen.longest, seen.tokens, seen.tokens)
             read = self.read(batch, seen)
@@ -238,7 +269,7 @@ class Stacked(Critics):
     def own_values(self, batch: Batch, shares: Sequence[Tensor], max_tokens: int) -> Tensor:
         """See Critics."""
         value = batch.reward.new_zeros(len(self), *batch.reward.shape)
-        for micros in share_micro_batches(batch, shares, max_tokens):
+        for micros in share_micro_batches(batch, shares, max_tokens, shared=self.shares(batch, shares)):
             for critic_value, micro, own in zip(value, micros, self._on_shares(batch, micros), strict=True):
                 critic_value[micro.grid] = self.value_of(own)
         release(self)
@@ -247,7 +278,8 @@ class Stacked(Critics):
     def backward(self, batch: Batch, shares: Sequence[Tensor], loss: Loss, max_tokens: int) -> Tensor:
         """See Critics."""
         total = torch.zeros(len(self), device=batch.tokens.device)
-        for micros in between_replicas_once(self, share_micro_batches(batch, shares, max_tokens)):
+        pieces = share_micro_batches(batch, shares, max_tokens, shared=self.shares(batch, shares))
+        for micros in between_replicas_once(self, pieces):
             parts = torch.stack(
                 [loss(*of) for of in zip(range(len(self)), micros, self._on_shares(batch, micros), strict=True)]
             )
@@ -259,6 +291,12 @@ class Stacked(Critics):
         """What the head of critic m gives [N_m] at the response tokens of its own micro-batch, for all m in one
         pass."""
         pad = nn.utils.rnn.pad_sequence
+        sharings = [m.sharing for m in micros if m.sharing is not None]
+        if sharings:
+            ids = pad([m.input_ids[0] for m in micros], batch_first=True)[:, None]
+            positions = pad([m.flat_predicts for m in micros], batch_first=True)
+            output = self(ids, None, positions, sharings=sharings, outputs=True)
+            return [own[: len(m.flat_predicts)] for own, m in zip(output, micros, strict=True)]
         states, micros = self.seen(batch, micros)
         ids = pad([m.input_ids for m in micros], batch_first=True)
         mask = pad([m.attention_mask for m in micros], batch_first=True)
