@@ -168,7 +168,7 @@ MPT = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 16}
 
 @pytest.mark.parametrize(
     ("family", "changes", "algorithm"),
-    [("mamba", {}, "grpo"), ("mamba", {}, "ppo"), ("olmoe", MOE, "grpo"), ("mpt", MPT, "grpo")],
+    [("mamba", {"num_hidden_layers": 4}, "grpo"), ("mamba", {}, "ppo"), ("olmoe", MOE, "grpo"), ("mpt", MPT, "grpo")],
 )
 def test_any_family_that_trains_has_a_plan(
     tiny_config: Callable[..., AsyPPOConfig], tmp_path: Path, family: str, changes: dict[str, Any], algorithm: str

@@ -81,8 +81,9 @@ class Model:
         """Return it with so many layers, as far as its configuration goes."""
         changed = copy.deepcopy(self.config)
         changed.num_hidden_layers = count
-        if self.kinds:
-            changed.layer_types = self.kinds[:count]
+        for name in ("layer_types", "layers_block_type"):
+            if vars(changed).get(name):
+                setattr(changed, name, getattr(changed, name)[:count])
         return replace(self, config=changed, uniform=False)
 
     def kv_bytes_per_token(self, element: int) -> int:
