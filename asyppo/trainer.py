@@ -59,7 +59,7 @@ from asyppo.models.loading import (
 from asyppo.models.offload import Offload
 from asyppo.models.optimizers import make_optimizer
 from asyppo.models.policy import Objective, Policy, Reference, TokenStats
-from asyppo.models.quantized import check_bitsandbytes
+from asyppo.models.quantized import check_bitsandbytes, kept_whole
 from asyppo.models.tokenizer import eos_token_ids
 from asyppo.rewards.function import RewardFuncs, RewardFunction, resolve_reward_funcs
 from asyppo.rollout.collecting import Rollout, Sampled
@@ -129,7 +129,7 @@ class AsyPPOTrainer:
     ):
         """``mesh``: shard the models over it (``asyppo/distributed/``)."""
         config.validate()
-        check_bitsandbytes(config, sharded=mesh is not None)
+        check_bitsandbytes(config)
         environment = environment_of(config, environment_factory, tools)
         self.advantage, self.surrogate = advantage_of(config), surrogate_of(config)
         self.own_values = values_of(config)
@@ -239,7 +239,7 @@ class AsyPPOTrainer:
         policy = self.policy
         if mesh is not None and sampler is None and self.config.sampler in ON_THE_MODEL:
             # It decodes with whole weights, which are only there while it samples.
-            whole = WholeCopy(policy, policy.dtype, torch.device(mesh.device_type))
+            whole = WholeCopy(policy, policy.dtype, torch.device(mesh.device_type), kept_whole(policy))
             engine = make_sampler(whole.module, self.tokenizer, self.config)
             called: Sampler = DividedSampler(engine, partial(whole.of, policy))
         else:

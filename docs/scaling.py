@@ -26,10 +26,10 @@ FITS = """## What fits where
 
 GiB that each GPU needs, 10 % of it left free, and what has to be set for that beside how the policy and the critics are
 trained: 8-bit moments are `optim: adamw_8bit`; LoRA is `policy.use_peft` and `critic.lora_r`, both of rank 16; QLoRA
-adds `load_in_4bit` to both, which is for one GPU. `offload` and `shard_single` (`distributed.shard_single`) leave
-results as they are, the latter up to bfloat16's rounding; "at once" is `generation_batch_size`, by which the key-value
-cache grows. What costs least time is tried first. `asyppo plan --fits` prints the table of a configuration,
-`asyppo plan --gpus N --memory GIB` says what to set for a machine.
+adds `load_in_4bit` to both, and each GPU has all that is frozen. `offload` and `shard_single`
+(`distributed.shard_single`) leave results as they are, the latter up to bfloat16's rounding; "at once" is
+`generation_batch_size`, by which the key-value cache grows. What costs least time is tried first. `asyppo plan --fits`
+prints the table of a configuration, `asyppo plan --gpus N --memory GIB` says what to set for a machine.
 """
 
 ELEMENT, FLOAT = 2, 4  # bytes of compute weights and of gradients' sums

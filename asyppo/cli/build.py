@@ -17,7 +17,7 @@ from asyppo.data.checks import Checks, fitting
 from asyppo.data.prompts import prompt_tokens
 from asyppo.data.rows import Row
 from asyppo.data.sources import load_eval_rows, load_train_rows
-from asyppo.distributed.processes import agreed, from_main, make_mesh, world_size
+from asyppo.distributed.processes import agreed, from_main, make_mesh
 from asyppo.evaluate import Evaluation, evaluate
 from asyppo.loop import trial_prompts
 from asyppo.metrics.introduction import introduction_of_evaluation
@@ -123,7 +123,7 @@ def _checked(
     functions, and the policy's tokenizer, where there is one before the work."""
     run_path(config)
     check_writers(config)
-    check_bitsandbytes(config, sharded=world_size() > 1 or config.distributed.shard_single)
+    check_bitsandbytes(config)
     reward_funcs = resolve_reward_funcs(config.reward_funcs, config.reward_timeout, config.reward_weights)
     advantage_of(config), surrogate_of(config), sampler_factory(config), environment_of(config)
     device = choose_device(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -25,9 +25,19 @@ from asyppo.distributed.processes import rank, sum_over_ranks
 T = TypeVar("T")
 
 
-def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, **options: Any) -> None:
+def shard(
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    *,
+    whole: Collection[nn.Parameter] = (),
+    **options: Any,
+) -> None:
     """Shard ``module`` over ``mesh`` in place: each of ``layers`` on its own, the rest of it as the root. Passes run in
-    ``dtype``; ``options`` go to ``fully_shard``."""
+    ``dtype``; parameters that are to be ``whole`` on every rank stay as they are; ``options`` go to ``fully_shard``."""
+    for parameter in whole:  # fully_shard puts the others on the device
+        parameter.data = parameter.to(mesh.device_type).data  # of one in 4 bits this moves the scales, too
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
@@ -36,7 +46,7 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, dtyp
     # Outputs of custom ops count as views. Nothing writes to them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in (*layers, module):
-        fully_shard(part, mesh=mesh, mp_policy=policy, **options)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=set(whole) or None, **options)
     for sharded in fsdp_modules(module):
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
@@ -116,16 +126,18 @@ def sum_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def whole_weights(module: nn.Module, *, tied: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of ``module`` by name, whole, one part after another: one all-gather a layer where they are
-    sharded, by all ranks. Each is only good until the next. ``tied``: weights that are one tensor come under each of
-    their names."""
-    parts = fsdp_modules(module)
+    """Yield the weights of ``module`` by name, whole, one part after another, the root last: one all-gather a layer
+    where they are sharded, by all ranks. Each is only good until the next; what is whole on every rank comes with its
+    layer. ``tied``: weights that are one tensor come under each of their names."""
+    parts: list[tuple[str, Any]] = [(at, part) for at, part in module.named_modules() if isinstance(part, FSDPModule)]
     if not parts:
         yield from ((name, p.detach()) for name, p in module.named_parameters(remove_duplicate=not tied))
-    for part in parts:
+    given: set[str] = set()
+    for place, part in (*parts[1:], *parts[:1]):
         part.unshard()
-        for name, parameter in module.named_parameters(remove_duplicate=not tied):
-            if not isinstance(parameter, DTensor):  # of this part
+        for name, parameter in part.named_parameters(place, remove_duplicate=not tied):
+            if not isinstance(parameter, DTensor) and name not in given:
+                given.add(name)
                 yield name, parameter.detach()
         part.reshard()
 
@@ -137,10 +149,14 @@ class WholeCopy:
     it gathers once and keeps, its hooks still run in each layer for each token.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device):
-        """Make the copy before ``module`` is sharded. Weights are never in memory twice."""
-        empty: dict[int, Any] = {}
-        for parameter in module.parameters():
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, shared: Collection[nn.Parameter] = ()
+    ):
+        """Make the copy before ``module`` is sharded. Weights are never in memory twice; those that are ``shared`` are
+        the module's own, and so are their scales, if they are in 4 bits."""
+        self.shared = shared
+        empty: dict[int, Any] = {id(own): own for p in shared for own in (p, getattr(p, "quant_state", None))}
+        for parameter in (p for p in module.parameters() if p not in shared):
             like = torch.empty_like(parameter, dtype=dtype, device=device)
             empty[id(parameter)] = nn.Parameter(like, requires_grad=False)
             like.untyped_storage().resize_(0)
@@ -149,16 +165,18 @@ class WholeCopy:
     @torch.no_grad()
     def fill(self, source: nn.Module) -> None:
         """Take the weights of ``source``, of which this is a copy: one all-gather a layer."""
-        own = dict(self.module.named_parameters())
+        own = {name: p for name, p in self.module.named_parameters() if p not in self.shared}
         for parameter in own.values():
             parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
         for name, weight in whole_weights(source, tied=False):
-            own[name].copy_(weight)
+            if name in own:
+                own[name].copy_(weight)
 
     def empty(self) -> None:
         """Give the memory of the weights back."""
         for parameter in self.module.parameters():
-            parameter.untyped_storage().resize_(0)
+            if parameter not in self.shared:
+                parameter.untyped_storage().resize_(0)
 
     @contextmanager
     def of(self, source: nn.Module) -> Iterator[None]:

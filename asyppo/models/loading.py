@@ -53,7 +53,8 @@ def policy_of(
 ) -> Policy:
     """Return the policy that ``config`` asks for: of a model by directory or hub name, put on its device, or around a
     causal language model, which stays where it is. A Policy stays itself. ``changes`` go to Policy, in place of what
-    ``config`` says. What is to be ``sharded`` is read then, where it can be. Raises ConfigError."""
+    ``config`` says. What is to be ``sharded`` is read then, where it can be; in 4 bits it is loaded whole. Raises
+    ConfigError."""
     if not isinstance(policy, str):
         _check_bits("policy", policy, config.policy.load_in_4bit)
     if isinstance(policy, Policy):
@@ -81,7 +82,7 @@ def policy_of(
         policy,
         lora=lora if config.policy.use_peft else None,
         load_in_4bit=config.policy.load_in_4bit,
-        **_shared(config, sharded),
+        **_shared(config, sharded, config.policy.load_in_4bit),
         **options,
     )
 
@@ -119,7 +120,7 @@ def critics_of(
         raise ConfigError(f"critics: got {critics!r}, needs None for algorithm {config.algorithm}")
     with forked_rng():
         torch.manual_seed(config.seed)
-        options = _shared(config, sharded)
+        options = _shared(config, sharded, config.critic.load_in_4bit)
         if not sharded:
             options["device"] = policy.device
         if side:
@@ -147,11 +148,13 @@ def critics_of(
         return make_critics(models, replace(config.critic, stacked=config.critic.stacked and alike), dtype=dtype)
 
 
-def _shared(config: AsyPPOConfig, sharded: bool) -> dict[str, Any]:
-    device = choose_device(config)
+def _shared(config: AsyPPOConfig, sharded: bool, in_4_bits: bool) -> dict[str, Any]:
+    device = place = choose_device(config)
+    if not in_4_bits and (sharded or world_size() > 1):  # what is in 4 bits every rank has whole
+        place = torch.device("meta" if sharded else "cpu")
     return {
         "dtype": compute_dtype(config.policy.dtype, device),
-        "device": torch.device("meta" if sharded else "cpu") if sharded or world_size() > 1 else device,
+        "device": place,
         "attn_implementation": config.policy.attn_implementation,
         "trust_remote_code": config.policy.trust_remote_code,
     }

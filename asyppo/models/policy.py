@@ -32,7 +32,7 @@ from asyppo.models.head import HeadRule, any_dtype_attention, head_rule
 from asyppo.models.hub import load_pretrained, use_liger_kernels
 from asyppo.models.layers import of_size_one, outputs_of
 from asyppo.models.packing import known_sequences, packed_inputs, why_not_packed
-from asyppo.models.quantized import compute_in, is_in_4_bits
+from asyppo.models.quantized import compute_in, is_in_4_bits, kept_whole
 from asyppo.models.shards import files_of, read_shards, weights_come_later, weights_stood_in_for
 from asyppo.models.sharing import SHARED, why_not_shared
 from asyppo_kernels import LinearLogprob
@@ -157,10 +157,10 @@ class Policy(nn.Module):
         return self.model.device
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Shard the weights over ``mesh`` and put them on its device, layer by layer."""
+        """Shard the weights over ``mesh`` and put them on its device, layer by layer; see ``kept_whole``."""
         if mesh.device_type == "cuda" and self.device.type != "cuda":
             use_liger_kernels(self.model)
-        shard(self, decoder_layers(self.model), mesh, self.dtype)
+        shard(self, decoder_layers(self.model), mesh, self.dtype, whole=kept_whole(self))
         self.read_weights(mesh.device_type)
         register_fsdp_forward_method(self, "hidden_states")
 

@@ -2,7 +2,7 @@
 
 The linear layers of the body are kept as 4-bit NormalFloats, blocks of 64 with a scale, which is itself kept in 8 bits;
 embeddings, norms and the head, whose weight goes into the fused ops, are whole. Layers widen their weight for each
-pass.
+pass. Where models are sharded, each rank has all of this, and shards of what is trained.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ BYTES_PER_PARAMETER = 1 / 2 + (1 + 4 / 256) / 64
 """Of a layer in 4 bits: half a byte, a scale in one byte for 64 numbers, and a float32 for 256 scales."""
 
 
-def check_bitsandbytes(config: AsyPPOConfig, *, sharded: bool) -> None:
-    """Raise ConfigError if a setting needs bitsandbytes, and it is not installed, or cannot be where models are
-    ``sharded``."""
+def check_bitsandbytes(config: AsyPPOConfig) -> None:
+    """Raise ConfigError if a setting needs bitsandbytes, and it is not installed."""
     critics = config.num_critics > 0
     needing = {
         "optim": config.optim if config.optim == "adamw_8bit" else None,
@@ -35,8 +34,6 @@ def check_bitsandbytes(config: AsyPPOConfig, *, sharded: bool) -> None:
             raise ConfigError(
                 f"{name}: got {got!r}, needs bitsandbytes, which is not installed: pip install 'asyppo[bitsandbytes]'"
             )
-        if got and sharded and name.endswith("load_in_4bit"):
-            raise ConfigError(f"{name}: got True, needs False for weights that are sharded, which 4 bits here are not")
 
 
 def options_of_4_bits(device: torch.device, dtype: torch.dtype, skip: list[str] | None = None) -> dict[str, Any]:
@@ -51,6 +48,8 @@ def options_of_4_bits(device: torch.device, dtype: torch.dtype, skip: list[str] 
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skip,
     )
+    if device == torch.device("cuda"):  # threads read the weights, whose own GPU is the first
+        device = torch.device("cuda", torch.cuda.current_device())
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
@@ -62,6 +61,12 @@ def layers_in_4_bits(model: nn.Module) -> Iterator[Any]:
 def is_in_4_bits(model: nn.Module) -> bool:
     """Whether any layer of ``model`` is."""
     return next(layers_in_4_bits(model), None) is not None
+
+
+def kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Return what every rank keeps whole of a ``model`` that is sharded: if layers are in 4 bits, all that is frozen,
+    which is in the precision of passes, and has no gradient to sum."""
+    return {p for p in model.parameters() if not p.requires_grad} if is_in_4_bits(model) else set()
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

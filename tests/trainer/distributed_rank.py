@@ -114,9 +114,9 @@ def policy(
     return Policy(model, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
 
 
-def critic(seed: int) -> Qwen3ForTokenClassification:
+def critic(seed: int, **changes: Any) -> Qwen3ForTokenClassification:
     torch.manual_seed(seed)
-    config = Qwen3Config(**shape(num_labels=1))
+    config = Qwen3Config(**shape(num_labels=1, **changes))
     config.classifier_dropout = 0.0
     return Qwen3ForTokenClassification(config)
 
@@ -400,6 +400,57 @@ def load_by_name(mesh: DeviceMesh | None, folder: Path) -> dict[str, Any]:
     return found
 
 
+def qlora(mesh: DeviceMesh | None, models: Path, folder: Path) -> dict[str, Any]:
+    """Two steps of adapters on ``models`` in 4 bits, with a checkpoint after the first in ``folder``; the second again
+    from there; what a sampler with weights of its own is sent; and metrics of a step on responses of the policy's."""
+    config = make_config(
+        policy=PolicyConfig(use_peft=True, lora_r=2, lora_alpha=4, load_in_4bit=True),
+        critic={"lora_r": 2, "load_in_4bit": True},
+        beta=0.1,
+        output_dir=str(folder),
+        run_name="run",
+        report_to=[],
+    )
+
+    def make(sampler: Any) -> AsyPPOTrainer:
+        torch.manual_seed(0)
+        return AsyPPOTrainer(
+            policy=str(models / "policy"),
+            critics=str(models / "critic"),
+            tokenizer=tokenizer(),
+            reward_funcs=[likes_a],
+            train_dataset=[{"prompt": text} for text in PROMPTS],
+            config=config,
+            mesh=mesh,
+            sampler=sampler,
+        )
+
+    def trained(trainer: AsyPPOTrainer) -> dict[str, Tensor]:
+        return {name: weight for name, weight in weights(trainer).items() if weight.is_floating_point()}
+
+    trainer = make(Scripted(12))
+    for model in (trainer.policy, trainer.critics):
+        assert isinstance(model, nn.Module)
+        assert {p.requires_grad for p in model.parameters() if isinstance(p, DTensor)} == ({True} if mesh else set())
+    rows = []
+    with open_run(config) as run:
+        run.start(0)
+        rows.append(trainer.step(1).metrics)
+        TrainingLoop(trainer).save(run, 1)
+    rows.append(trainer.step(2).metrics)
+    again = make(Scripted(12))
+    assert load_checkpoint(folder / "run" / "checkpoint-1", again.trained())["step"] == 1
+    again.step(2)
+    return {
+        "rows": rows,
+        "signals": [],
+        "weights": trained(trainer),
+        "resumed": trained(again),
+        "sent": {name: weight.clone() for name, weight in trainer.policy.weights()},
+        "sampled": make(None).step(1).metrics,
+    }
+
+
 def cases(mesh: DeviceMesh | None) -> dict[str, Any]:
     """Runs whose results do not depend on the number of ranks, by name."""
     reading = {"policy_inputs": ["logprob", "entropy"]}
@@ -475,6 +526,7 @@ def main(folder: Path, chosen: Sequence[str]) -> None:
             "moments": lambda: [moments(mesh, folder / str(rows), rows) for rows in (128, 66)],
             "save_in_background": lambda: save_in_background(mesh, folder),
             "load": lambda: load(mesh, Path(os.environ["ASYPPO_TEST_CHECKPOINT"])),
+            "qlora": lambda: qlora(mesh, Path(os.environ["ASYPPO_TEST_MODELS"]), folder),
             "load_by_name": lambda: load_by_name(mesh, folder / "models"),
         }
         for name in chosen or every:

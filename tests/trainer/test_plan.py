@@ -324,6 +324,10 @@ def test_moments_in_8_bits_and_weights_in_4(tiny_run: Callable[..., AsyPPOConfig
     four = make_plan(config).phases["policy update"]["policy weights"]
     saved = whole.models[0].linear * (2 - BYTES_PER_PARAMETER)
     assert four == pytest.approx(whole.phases["policy update"]["policy weights"] - saved, abs=1)
+    adapters = whole.models[0].trainable
+    eight = make_plan(config, gpus=8).phases  # of which each has the base whole
+    assert eight["policy update"]["policy weights"] == pytest.approx(four - 4 * adapters * 7 / 8, abs=1)
+    assert eight["generation"]["policy copy to sample with"] == 2 * adapters
 
 
 def test_what_to_set_for_it_to_fit(tiny_run: Callable[..., AsyPPOConfig]) -> None:
@@ -337,7 +341,7 @@ def test_what_to_set_for_it_to_fit(tiny_run: Callable[..., AsyPPOConfig]) -> Non
     assert advice(config, gpus=2, gib=1e-9).count("nothing that is known here") == 4
     table = fits_table(config, cards=(1,))
     assert table[2].startswith("| full | 1 | 0 | 0 | 0 | 0 |")
-    assert table[-1] == "| QLoRA | 1 | 0 | — | — | — |"  # 4 bits are not sharded
+    assert table[-1] == "| QLoRA | 1 | 0 | 0 | 0 | 0 |"
 
 
 @pytest.mark.slow

@@ -192,6 +192,24 @@ def test_moments_in_8_bits_on_several_processes(tmp_path: Path, rank_script: Mod
         rank_script.moments(None, tmp_path / "66", 66)
 
 
+@pytest.mark.slow
+def test_adapters_on_models_in_4_bits_on_several_processes(tmp_path: Path, rank_script: ModuleType) -> None:
+    pytest.importorskip("bitsandbytes")
+    models, wide = tmp_path / "models", {"hidden_size": 64, "intermediate_size": 128}
+    rank_script.policy(**wide).model.save_pretrained(models / "policy")
+    rank_script.critic(3, **wide).save_pretrained(models / "critic")
+    launch(2, tmp_path, "qlora", ASYPPO_TEST_MODELS=str(models))
+    two = torch.load(tmp_path / "qlora.pt", weights_only=False)
+    alone = rank_script.qlora(None, models, tmp_path / "alone")
+    same(alone, two)
+    for found in (two, alone):
+        assert all(torch.equal(found["resumed"][name], weight) for name, weight in found["weights"].items())
+        assert found["sampled"]["sampling/sampling_logp_difference/max"] < 1e-5
+    assert two["sent"].keys() == alone["sent"].keys()
+    for name, weight in alone["sent"].items():
+        torch.testing.assert_close(two["sent"][name], weight, rtol=1e-5, atol=1e-5)
+
+
 def times(count: int, one: Counter[str]) -> Counter[str]:
     """``count`` times ``one``."""
     return Counter({name: count * number for name, number in one.items()})

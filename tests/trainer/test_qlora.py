@@ -12,16 +12,26 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from asyppo.algorithm.options import PolicyLossOptions
 from asyppo.algorithm.policy_losses import PolicyTargets
 from asyppo.checkpoint import load_checkpoint, publish_checkpoint, take_checkpoint
-from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig, PolicyConfig
+from asyppo.config import AsyPPOConfig, ConfigError, CriticConfig, DistributedConfig, PolicyConfig
 from asyppo.data.batch import Batch, micro_batches
+from asyppo.distributed.processes import make_mesh, processes
+from asyppo.distributed.sharding import WholeCopy
 from asyppo.models.critics import LoraCritics
 from asyppo.models.policy import Objective, Policy
-from asyppo.models.quantized import BYTES_PER_PARAMETER, is_in_4_bits, layers_in_4_bits, widened
+from asyppo.models.quantized import (
+    BYTES_PER_PARAMETER,
+    is_in_4_bits,
+    kept_whole,
+    layers_in_4_bits,
+    options_of_4_bits,
+    widened,
+)
 from asyppo.rollout.samplers import GenerateSampler
 from asyppo.rollout.samplers.base import ModelSampler
 from asyppo.rollout.samplers.continuous import ContinuousBatchingSampler
@@ -205,6 +215,33 @@ def test_a_run_goes_on_from_its_adapters(
     assert torch.equal(loaded.model(ids).logits, trainer.policy.model(ids).logits)
 
 
+def test_the_base_is_there_once(in_4_bits: Make) -> None:
+    """Adapters are sharded, and copied to sample with; what lies under them is whole, and in the copy, too."""
+    policy, ids = in_4_bits(), torch.arange(3, 12)[None]
+    logits, sent = policy.model(ids).logits, {name: weight.clone() for name, weight in policy.weights()}
+    base, config = kept_whole(policy), DistributedConfig(shard_single=True)
+    places = {p.data_ptr() for p in base}
+    copy = WholeCopy(policy, torch.float32, CPU, base)
+    own = [p for p in copy.module.parameters() if p not in base]
+    with processes(config):
+        policy.shard(make_mesh(config, CPU))
+        assert {p.data_ptr() for p in policy.parameters() if not isinstance(p, DTensor)} == places
+        assert all(p.requires_grad == isinstance(p, DTensor) for p in policy.parameters())
+        with copy.of(policy):
+            assert torch.equal(copy.module.model(ids).logits, logits)
+        assert sum(p.untyped_storage().size() for p in own) == 0
+        given = {name: weight.clone() for name, weight in policy.weights()}
+        assert given.keys() == sent.keys()
+        assert all(torch.equal(given[name], weight) for name, weight in sent.items())
+    for layer, twin in zip(layers_in_4_bits(policy), layers_in_4_bits(copy.module), strict=True):
+        assert getattr(twin, "quant_state", None) is getattr(layer, "quant_state", None)  # the scales
+
+
+def test_each_process_loads_to_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    assert options_of_4_bits(torch.device("cuda"), torch.float32)["device_map"] == {"": torch.device("cuda", 3)}
+
+
 def test_critics_on_a_backbone_in_4_bits(tmp_path: Path, tiny_critic: Make) -> None:
     tiny_critic(**WIDE).save_pretrained(tmp_path / "critic")
     how: dict[str, Any] = {"r": 3, "alpha": 5.0}
@@ -242,8 +279,6 @@ def test_what_cannot_be(base: str, tiny_config: Make, tiny_trainer: Make, monkey
     with pytest.raises(ConfigError, match=r"critic\.load_in_4bit: got True, needs False without critic.lora_r"):
         AsyPPOConfig(critic=CriticConfig(load_in_4bit=True)).validate()
     config = tiny_config(policy=PolicyConfig(load_in_4bit=True, use_peft=True))
-    with pytest.raises(ConfigError, match=r"policy\.load_in_4bit: got True, needs False for weights that are sharded"):
-        tiny_trainer(config, lambda completions, **_: [0.0], mesh=object())
     with pytest.raises(ConfigError, match=r"policy\.load_in_4bit: got True and a Policy with whole weights, needs one"):
         tiny_trainer(config, lambda completions, **_: [0.0])
     monkeypatch.setattr("asyppo.models.quantized.find_spec", lambda name: None)

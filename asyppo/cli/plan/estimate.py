@@ -31,7 +31,8 @@ GIB = 2**30
 ASSUMPTIONS = (
     "every response is {completion} tokens long, every prompt {prompt}",
     "passes are torch's own, by transformers or of stacked critics, on fake tensors; Liger's and Triton's keep less",
-    "weights are sharded over several GPUs, the batch and activations are not: each has its own micro-batch",
+    "weights are sharded over several GPUs, but for what is frozen of a model in 4 bits; the batch and activations are "
+    "not: each has its own micro-batch",
     "layers with a state in place of a cache (Mamba's and their like) keep little of it: it is not counted",
     "the context of CUDA, other libraries' workspaces and fragmentation are not counted: leave 10 % free",
 )
@@ -150,17 +151,21 @@ class _Estimate:
 
     def _weights(self, model: Model, count: int) -> int:
         """Trained weights in float32; frozen weights, which all critics share, as they are computed with, or in 4
-        bits."""
+        bits, and whole on every GPU then."""
         frozen = model.parameters - model.trainable
         in_4_bits = model.linear if model.in_4_bits else 0
         frozen_bytes = self.element * (frozen - in_4_bits) + BYTES_PER_PARAMETER * in_4_bits
-        return round(4 * count * model.trainable + frozen_bytes) // self.shards
+        trained_bytes = 4 * count * model.trainable
+        if model.in_4_bits:
+            return round(trained_bytes // self.shards + frozen_bytes)
+        return round(trained_bytes + frozen_bytes) // self.shards
 
     def _copy_to_sample_with(self) -> dict[str, int]:
         """Of shards, and of weights that are not what is sampled with."""
         if not self.sharded and (self.element == 4 or self.config.policy.use_peft):
             return {}
-        return {"policy copy to sample with": self.element * self.policy.parameters}
+        sharded = self.policy.trainable if self.policy.in_4_bits else self.policy.parameters
+        return {"policy copy to sample with": self.element * sharded}
 
     def _step(self, name: str, model: Model, count: int) -> dict[str, int]:
         """While the optimizer steps: what comes of the moments that lie in the host's memory."""
@@ -252,13 +257,14 @@ class _Estimate:
         at_head = {"weights as computed with": 0 if checkpointed and not self.sharded else in_use, **head}
         again = found.layer if checkpointed else 0
         inside = {"weights as computed with": behind, "within a layer": again + found.back}
-        backward = inside | gradients | self._summed(policy.largest_layer)
+        layer, outside = self._gathered(policy)
+        backward = inside | gradients | self._summed(layer)
         kept = {"activations": found.kept}
         return _most(
             there | forward | {"within a layer": again},
             there | kept | at_head,
             there | kept | backward,
-            there | self._summed(policy.outside),
+            there | self._summed(outside),
             there | self._step("policy", policy, 1),
         )
 
@@ -288,21 +294,29 @@ class _Estimate:
         critic = self.config.critic
         return self.config.num_critics if critic.stacked or critic.lora_r or self.shape is not None else 1
 
-    def _in_use(self, model: Model, most: int | None = None) -> int:
+    def _gathered(self, model: Model, count: int = 1) -> tuple[int, int]:
+        """Parameters that FSDP2 gathers of a layer, and of what is no layer; of 4 bits the adapters of ``count``
+        models."""
+        if model.in_4_bits:
+            return count * model.trainable // model.text.num_hidden_layers, 0
+        return model.largest_layer, model.outside
+
+    def _in_use(self, model: Model, most: int | None = None, count: int = 1) -> int:
         """Copies of weights in the precision of the pass: all that are trained under autocast, or ``most`` parameters
         of them; of 4 bits one matrix; of shards two layers and what is no layer, gathered by FSDP2."""
+        widened = model.matrix if model.in_4_bits else 0
         if self.sharded:
-            return self.element * (2 * model.largest_layer + model.outside)
+            layer, outside = self._gathered(model, count)
+            return self.element * (widened + 2 * layer + outside)
         rounds = self.element < 4 and model.trainable == model.parameters
         casts = model.linear if rounds else 0
-        widened = model.matrix if model.in_4_bits else 0
         return self.element * (widened + (casts if most is None else min(casts, most)))
 
     def _critics_in_use(self, critic: Model, *, most: int) -> int:
         """As ``_in_use``, of all critics; ``most`` where they are stacked. A frozen backbone is there once, and in the
         precision of the pass already."""
         if self.config.critic.lora_r:
-            return self._in_use(critic)
+            return self._in_use(critic, count=self.config.num_critics)
         return self.config.num_critics * self._in_use(critic, most if self.config.critic.stacked else None)
 
     def _summed(self, parameters: int) -> dict[str, int]:

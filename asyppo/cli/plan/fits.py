@@ -59,8 +59,6 @@ def fitting(config: AsyPPOConfig, kind: str, *, gpus: int, gib: float, prompt_le
     """Return the settings of least cost in time with which ``config``, trained in this ``kind``, fits GPUs of ``gib``
     GiB; None where there are none. What leaves results as they are is tried: ``offload``, weights that are gathered a
     layer at a time (``distributed.shard_single``), gradient checkpointing, and fewer responses at once."""
-    if kind == "QLoRA" and (gpus > 1 or config.distributed.shard_single):
-        return None  # 4 bits are not sharded
     wanted = config if kind == kind_of(config) else of_kind(config, kind)
     for changed in _cheapest_first(wanted, gpus):
         plan = make_plan(changed, gpus=gpus, prompt_length=prompt_length)

@@ -45,4 +45,4 @@ class PolicyConfig:
     load_in_4bit: bool = False
     """QLoRA (arXiv 2305.14314): keep the linear layers under the adapters, but for the head, as 4-bit NormalFloats,
     which takes 0.52 bytes a parameter in place of 2 (in bfloat16), by bitsandbytes, which has to be installed. Needs
-    adapters, and weights that are not sharded."""
+    adapters. Of several GPUs each has all of these layers."""

@@ -39,6 +39,7 @@ from asyppo.models.critics.layout import Extent, Layout, SharedLayout, VarlenAtt
 from asyppo.models.critics.loading import load_value_models, loss_of, save_value_model
 from asyppo.models.families import FAMILIES, why_unknown
 from asyppo.models.hub import Later, SaveDtype
+from asyppo.models.quantized import kept_whole
 from asyppo.models.shards import WeightFiles, files_of, read_shards
 
 OWN = {"score": "score", "project": NAME}
@@ -120,15 +121,13 @@ class Stacked(Critics):
     def shard(self, mesh: DeviceMesh) -> None:
         """See Critics: each rank has a piece of every critic, so that a critic's weights are still a view.
 
-        What no dimension but the first divides evenly into stays whole on every rank.
+        What no dimension but the first divides evenly into stays whole on every rank, and so does ``kept_whole``.
         """
         place = placement_of_stacked(mesh)
         self._read_weights({name for name, p in self.named_parameters() if place(p) is None}, mesh.device_type)
-        whole = {p for p in self.parameters() if place(p) is None}
-        for parameter in whole:  # fully_shard puts the others there
-            parameter.data = parameter.data.to(mesh.device_type)
+        whole = {p for p in self.parameters() if place(p) is None} | kept_whole(self)
         self._choose_attention(mesh.device_type)
-        shard(self, self.layers, mesh, self.dtype, shard_placement_fn=place, ignored_params=whole)
+        shard(self, self.layers, mesh, self.dtype, whole=whole, shard_placement_fn=place)
         self._read_weights({name for name, _ in self.named_parameters()}, mesh.device_type)
         self.mesh = mesh
         self.tie_models()
